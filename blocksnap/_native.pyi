@@ -1,0 +1,71 @@
+# ruff: noqa: PYI021 - the documentation of the extension is here and nowhere else
+"""Contract of the C extension built from ``native/``.
+
+Extents cross the boundary packed: little-endian pairs of u64 ``(offset, length)`` in bytes, sorted,
+disjoint, neighbours merged. Every scan releases the GIL and can be interrupted by a signal. A
+failing system call raises ``OSError`` with the errno and names the call; metadata that does not
+make sense raises ``ValueError`` with the block and the reason. Integers are unsigned 64 bit:
+others raise ``OverflowError``.
+"""
+
+from typing import Final
+
+THIN_BLOCK_SIZE: Final[int]
+"""Bytes of one thin-pool metadata block (4096)."""
+
+def thin_device(
+    fd: int, device_id: int, /
+) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int]:
+    """Read what identifies one thin device of a pool.
+
+    ``fd`` is the pool's metadata device (or an image of it), opened by the caller, with O_DIRECT when
+    the pool is live. Block 0 caught in mid-write is read again, and the look-up starts over when the
+    pool commits meanwhile, so that all values belong to one transaction.
+
+    Returns ``(pool_time, transaction_id, flags, held_root, data_block_size_bytes, metadata_blocks,
+    mapping_root, details_root, device_root, mapped_blocks, device_transaction_id, creation_time)``: the
+    superblock's fields first, then the device's bottom-level root and its details. ``metadata_blocks`` is
+    what the metadata space map covers; the
+    superblock's own field of that name is not kept up to date by the kernel.
+
+    Raises KeyError when the pool has no such device.
+    """
+
+def thin_scan(fd: int, device_id: int, since: int, nr_chunks: int, /) -> tuple[bytes, bytes, int]:
+    """Walk the mapping tree of one thin device that nobody writes to: a snapshot.
+
+    Returns ``(changed, mapped, nodes)``: packed extents, in bytes of the volume, of the chunks whose
+    mapping time is ``since`` or later (``since`` 0: all mapped chunks); a bitmap, one bit a pool chunk,
+    least significant bit first, of the mapped chunks below ``nr_chunks``, ``ceil(nr_chunks / 8)``
+    bytes; and the number of nodes of the tree, which is the number of metadata blocks that had to be read.
+    Mappings at or beyond ``nr_chunks`` are ignored. The last extent is clipped by the caller.
+
+    An answer is never too small: damage, a device that changes while it is read, a number of mappings
+    other than the pool has on record, and a ``since`` that the pool's time has not reached (another
+    pool, or an older state of this one) all raise ValueError, and the caller compares in full.
+    Raises KeyError when the pool has no such device.
+    """
+
+def bitmap_extents(bitmap: bytes | bytearray | memoryview, unit: int, /) -> bytes:
+    """Return the set bits of a bitmap as packed extents of ``unit`` bytes a bit.
+
+    Raises OverflowError when the bitmap covers more than 2**64 bytes.
+    """
+
+def bitmap_subtract(a: bytes | bytearray | memoryview, b: bytes | bytearray | memoryview, /) -> bytes:
+    """Return ``a & ~b``, as long as ``a``; where ``b`` is shorter its bits count as 0."""
+
+def data_extents(fd: int, offset: int, length: int, /) -> bytes:
+    """Return the packed extents of ``[offset, offset + length)`` of a file that hold data.
+
+    They are found with SEEK_DATA and SEEK_HOLE. What lies beyond the end of the file is no data. A file
+    or device that cannot tell (EINVAL,
+    EOPNOTSUPP) counts as all data. Moves the file position of ``fd``.
+    """
+
+def retain_memory(limit: int, /) -> None:
+    """Keep the allocator from giving memory back for blocks up to ``limit`` bytes, at most 32 MiB (mallopt).
+
+    For the whole process and from now on. A wish: an allocator other than glibc's may not know it.
+    Page faults on fresh allocations, not algorithms, decide the throughput of the pipeline.
+    """

@@ -1,0 +1,1 @@
+"""Which bytes of a volume hold data, and which changed since its parent backup."""

@@ -1,0 +1,59 @@
+"""What a source says about a snapshot: which bytes to read, which are holes, and why.
+
+This is the one answer every source gives, whichever way it found it; ``operations`` turns it into
+chunks to read. A set may always be too wide, never too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from blocksnap.extents.model import ExtentList
+
+Method = Literal["thin-tree", "thin-time", "cow", "btrfs-tree", "btrfs-send", "fiemap", "compare"]
+JsonValue = str | int | float | bool | None | list["JsonValue"] | dict[str, "JsonValue"]
+Binding = Mapping[str, JsonValue]
+"""What identifies a snapshot's source, stored in the manifest and compared the next time."""
+
+
+@dataclass(frozen=True, slots=True)
+class MappedSet:
+    """Which units of a volume were mapped: one bit a unit, least significant bit first."""
+
+    unit: int
+    bitmap: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What the parent backup remembers of its source.
+
+    ``load_mapped`` fetches the mapped set from the repository, or None when none was stored; it is
+    called only where it is needed.
+    """
+
+    size: int
+    binding: Binding
+    load_mapped: Callable[[], MappedSet | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The answer of a source for one snapshot.
+
+    ``allocated`` are the extents that hold data; everything else reads as zeros. ``changed`` are
+    those of them that may differ from the parent, and ``discarded`` the extents that held data in the parent and do not any
+    more (both empty of meaning when ``inherits`` is False: then nothing of the parent is taken over unread and
+    ``changed`` equals ``allocated``). All are within ``[0, size)``.
+    """
+
+    method: Method
+    reason: str
+    inherits: bool
+    allocated: ExtentList
+    changed: ExtentList
+    discarded: ExtentList
+    mapped: MappedSet | None = None
+    """To be stored with the backup, for sources that need it the next time."""

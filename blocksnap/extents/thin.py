@@ -1,0 +1,333 @@
+"""What changed on an LVM thin volume, told by the times in the pool's mapping tree.
+
+The pool counts snapshots: its time. A snapshot gets the time that its creation makes, T, and from
+then on the kernel writes nothing in place that was mapped before T: the first write to such a chunk
+maps it anew, with a time of T or later, whether or not the snapshot still exists. So with nothing
+kept on the pool, everything that changed since a snapshot of time T is what is mapped with a time
+>= T, plus what was mapped then and is not mapped any more (discards leave no trace but that).
+
+This holds within one history of one device of one pool. ``decide`` compares everything that
+could tell of another history, and answers with a full compare whenever in doubt:
+
+* The device: UUIDs of group, volume, pool and pool metadata; the thin id, which a merge changes
+  and a removal frees for reuse; the transaction and time at which the pool made the device.
+* The history: pool time and transaction count must not have run backwards, and the new snapshot must
+  be younger than the parent's. Counters alone are no proof: when the disk under the pool is rolled
+  back (a hypervisor's or an array's snapshot) or cloned, they go on and soon look right again. So
+  each backup leaves a mark of its run on the volume (an LVM tag), inside what would be rolled back or
+  cloned with it; a volume without the mark of the parent's run has another history.
+* The metadata: a repaired one is another volume with another creation time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+
+from blocksnap.errors import VolumeError
+from blocksnap.extents.changes import Binding, Changes, JsonValue, MappedSet, Parent
+from blocksnap.extents.model import ExtentList
+
+_TIME_LIMIT = 1 << 24
+"""A mapping has 24 bits for the time; the superblock has 32."""
+_ATTEMPTS = 5
+_PAUSE_SECONDS = 0.2
+_NEEDS_CHECK = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ThinIdentity:
+    """What tells one snapshot of one thin volume, and the history it belongs to, from all others."""
+
+    vg_uuid: str
+    lv_uuid: str
+    pool_uuid: str
+    metadata_uuid: str
+    metadata_created: str
+    thin_id: int
+    origin_transaction: int
+    origin_time: int
+    snapshot_id: int
+    snapshot_time: int
+    pool_time: int
+    pool_transaction: int
+    chunk_size: int
+    run: str
+
+    def to_binding(self) -> dict[str, JsonValue]:
+        """Return the form that is stored in the manifest."""
+        return {"source": "lvm-thin", **asdict(self)}
+
+    @classmethod
+    def from_binding(cls, binding: Binding) -> ThinIdentity | None:
+        """Return the identity in a manifest; None when it is not one, or not whole."""
+        values = {each.name: binding.get(each.name) for each in fields(cls)}
+        for each in fields(cls):
+            value = values[each.name]
+            # A bool is an int to Python, but not to us.
+            if type(value).__name__ != each.type or (isinstance(value, int) and value < 0) or value == "":
+                return None
+        return cls(**values) if binding.get("source") == "lvm-thin" else None  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What the pool's metadata says about the pool and one thin device."""
+
+    pool_time: int
+    pool_transaction: int
+    needs_check: bool
+    held_root: int
+    chunk_size: int
+    mapping_root: int
+    mapped_chunks: int
+    transaction: int
+    created: int
+
+    def is_same_tree(self, other: DeviceFacts) -> bool:
+        """Whether both saw the same, unmodified mapping tree of the same device."""
+        return (self.mapping_root, self.mapped_chunks, self.transaction, self.created) == (
+            other.mapping_root,
+            other.mapped_chunks,
+            other.transaction,
+            other.created,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Inherit:
+    """Chunks mapped before pool time ``since`` are those of the parent."""
+
+    since: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Nothing of the parent may be taken over unread."""
+
+    reason: str
+
+
+def decide(current: ThinIdentity, parent: Binding, marks: Collection[str]) -> Inherit | Compare:
+    """Decide whether the pool's times can be trusted to tell what changed since the parent.
+
+    ``marks`` are the runs whose marks the volume carries.
+    """
+    known = ThinIdentity.from_binding(parent)
+    if known is None:
+        return Compare("the parent backup does not say what thin volume it was taken of")
+    doubt = (
+        _doubt_about_device(current, known)
+        or _doubt_about_history(current, known)
+        or _doubt_about_marks(known, marks)
+    )
+    if doubt:
+        return Compare(doubt)
+    return Inherit(
+        since=known.snapshot_time, reason=f"same volume and history since pool time {known.snapshot_time}"
+    )
+
+
+def _doubt_about_device(current: ThinIdentity, known: ThinIdentity) -> str | None:
+    doubts = (
+        (current.vg_uuid != known.vg_uuid, "the volume is in another volume group than at the parent backup"),
+        (current.lv_uuid != known.lv_uuid, "this is another logical volume than at the parent backup"),
+        (current.pool_uuid != known.pool_uuid, "the volume is in another pool than at the parent backup"),
+        (
+            current.metadata_uuid != known.metadata_uuid
+            or current.metadata_created != known.metadata_created,
+            "the pool's metadata volume was replaced since the parent backup, as a repair does",
+        ),
+        (current.chunk_size != known.chunk_size, "the pool has another chunk size than at the parent backup"),
+        (
+            current.thin_id != known.thin_id,
+            "the volume is another device of its pool than at the parent backup, as after a merge",
+        ),
+        (
+            (current.origin_transaction, current.origin_time)
+            != (known.origin_transaction, known.origin_time),
+            "the pool made the volume's device anew since the parent backup",
+        ),
+    )
+    return next((reason for found, reason in doubts if found), None)
+
+
+def _doubt_about_history(current: ThinIdentity, known: ThinIdentity) -> str | None:
+    doubts = (
+        (
+            max(current.pool_time, known.pool_time, current.snapshot_time) >= _TIME_LIMIT,
+            "the pool has taken more snapshots than the times in its mappings can count",
+        ),
+        (known.snapshot_time > known.pool_time, "the parent backup's pool times contradict each other"),
+        (current.pool_time < known.pool_time, "the pool's time went backwards since the parent backup"),
+        (
+            current.pool_transaction < known.pool_transaction,
+            "the pool's transaction count went backwards since the parent backup",
+        ),
+        (
+            current.snapshot_time <= known.snapshot_time,
+            "the snapshot is not younger than that of the parent backup: the pool was rolled back",
+        ),
+    )
+    return next((reason for found, reason in doubts if found), None)
+
+
+def _doubt_about_marks(known: ThinIdentity, marks: Collection[str]) -> str | None:
+    if known.run in marks:
+        return None
+    return "the volume lacks the mark of the parent backup: rolled back, cloned, or the mark was removed"
+
+
+def find_thin_changes(
+    fd: int,
+    identity: ThinIdentity,
+    size: int,
+    parent: Parent | None,
+    *,
+    marks: Collection[str],
+    external_origin: bool,
+) -> Changes:
+    """Say what of a snapshot to read.
+
+    ``fd`` is the pool's metadata device, opened with O_DIRECT. No metadata snapshot is needed:
+    the tree of a snapshot that is never written is never modified, so it is enough that the device is
+    the same after the walk. Raises VolumeError when the metadata cannot be read consistently.
+    """
+    if external_origin:
+        # What the volume does not map reads as the bytes of its external origin.
+        reason = "the volume has an external origin, whose bytes show where it maps nothing itself"
+        whole = ExtentList.whole(size)
+        return Changes(
+            "compare", reason, inherits=False, allocated=whole, changed=whole, discarded=ExtentList()
+        )
+    decision = decide(identity, parent.binding, marks) if parent else Compare("first backup of this volume")
+    remembered = parent.load_mapped() if parent and isinstance(decision, Inherit) else None
+    if isinstance(decision, Inherit) and (remembered is None or not _fits(remembered, identity, parent)):
+        decision = Compare("the parent backup does not remember which chunks were mapped")
+    since = decision.since if isinstance(decision, Inherit) else 0
+    changed, bitmap = _scan(fd, identity, since=since, size=size)
+    mapped = MappedSet(identity.chunk_size, bitmap)
+    allocated = _extents(mapped, size)
+    if parent is None or remembered is None or isinstance(decision, Compare):
+        return Changes(
+            "compare",
+            decision.reason,
+            inherits=False,
+            allocated=allocated,
+            changed=allocated,
+            discarded=ExtentList(),
+            mapped=mapped,
+        )
+    return Changes(
+        "thin-time",
+        decision.reason,
+        inherits=True,
+        allocated=allocated,
+        changed=_with_resized(changed, allocated, unit=mapped.unit, size=size, parent_size=parent.size),
+        discarded=_discarded(remembered, mapped, size),
+        mapped=mapped,
+    )
+
+
+def read_facts(fd: int, thin_id: int) -> DeviceFacts:
+    """Read what a pool's metadata says about one thin device; raises VolumeError."""
+    from blocksnap._native import thin_device  # noqa: PLC0415 - not needed to resolve a volume
+
+    problem = ""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE_SECONDS)
+        try:
+            raw = thin_device(fd, thin_id)
+        except KeyError:
+            problem = f"there is no device {thin_id}"
+        except ValueError as err:
+            # Blocks of the two upper trees may be reused while they are read.
+            problem = str(err)
+        except OSError as err:
+            raise VolumeError(f"cannot read the metadata of the thin pool: {err.strerror}") from err
+        else:
+            return DeviceFacts(
+                pool_time=raw[0],
+                pool_transaction=raw[1],
+                needs_check=bool(raw[2] & _NEEDS_CHECK),
+                held_root=raw[3],
+                chunk_size=raw[4],
+                mapping_root=raw[8],
+                mapped_chunks=raw[9],
+                transaction=raw[10],
+                created=raw[11],
+            )
+    raise VolumeError(
+        f"the metadata of the thin pool makes no sense: {problem}",
+        resolution="check the pool: blocksnap doctor; dmsetup status",
+    )
+
+
+def _scan(fd: int, identity: ThinIdentity, *, since: int, size: int) -> tuple[ExtentList, bytes]:
+    """Walk the snapshot's tree and make sure that nothing moved meanwhile."""
+    from blocksnap._native import thin_scan  # noqa: PLC0415 - not needed to resolve a volume
+
+    nr_chunks = -(-size // identity.chunk_size)
+    problem = "it changes all the time"
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE_SECONDS)
+        before = read_facts(fd, identity.snapshot_id)
+        if before.created != identity.snapshot_time:
+            raise VolumeError("the snapshot was replaced while its changes were read")
+        try:
+            changed, bitmap, _ = thin_scan(fd, identity.snapshot_id, since, nr_chunks)
+        except (KeyError, ValueError) as err:
+            problem = str(err)
+            continue
+        except OSError as err:
+            raise VolumeError(f"cannot read the metadata of the thin pool: {err.strerror}") from err
+        after = read_facts(fd, identity.snapshot_id)
+        if not before.is_same_tree(after):
+            continue
+        found = int.from_bytes(bitmap, "little").bit_count()
+        if found > after.mapped_chunks:
+            problem = f"{found} chunks in the tree and {after.mapped_chunks} in the device's details"
+            continue
+        return ExtentList(changed).clip(size), bitmap
+    raise VolumeError(
+        f"cannot read the mappings of the snapshot: {problem}",
+        resolution="try again; if it stays so, check the pool: blocksnap doctor",
+    )
+
+
+def _fits(remembered: MappedSet, identity: ThinIdentity, parent: Parent | None) -> bool:
+    if parent is None or remembered.unit != identity.chunk_size:
+        return False
+    return len(remembered.bitmap) >= -(-parent.size // remembered.unit) // 8
+
+
+def _extents(mapped: MappedSet, size: int) -> ExtentList:
+    from blocksnap._native import bitmap_extents  # noqa: PLC0415 - not needed to resolve a volume
+
+    return ExtentList(bitmap_extents(mapped.bitmap, mapped.unit)).clip(size)
+
+
+def _discarded(remembered: MappedSet, mapped: MappedSet, size: int) -> ExtentList:
+    from blocksnap._native import bitmap_subtract  # noqa: PLC0415 - not needed to resolve a volume
+
+    gone = bitmap_subtract(remembered.bitmap, mapped.bitmap)
+    # A parent of a larger size remembers chunks that are now beyond the end.
+    return _extents(MappedSet(mapped.unit, gone), size)
+
+
+def _with_resized(
+    changed: ExtentList, allocated: ExtentList, *, unit: int, size: int, parent_size: int
+) -> ExtentList:
+    """Add what a change of size brings in or cuts.
+
+    A pool knows no sizes: a volume that was shrunk and then grown shows its old mappings again, with their old
+    times, so all that is mapped from the parent's end on counts as changed, and so does the chunk at the end.
+    """
+    if size == parent_size:
+        return changed
+    first = min(size - 1, parent_size) // unit * unit if size else 0
+    return changed.union(allocated.intersect(ExtentList.of([(first, size - first)])))

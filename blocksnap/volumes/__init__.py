@@ -1,0 +1,1 @@
+"""What can be protected: each kind of volume behind one protocol."""

@@ -1,0 +1,109 @@
+"""The protocols that every kind of volume meets.
+
+A ``Volume`` is what the administrator protects; its ``Snapshot`` is the kernel's frozen view of it.
+A kind of volume is one module here and, where it tracks changes, one in ``extents``. Volumes make
+and remove snapshots but never decide when: that is the controller's part, which journals
+``Volume.trace`` before ``take_snapshot`` so that a crash leaves nothing behind that nobody knows.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from blocksnap.extents.changes import Binding, Changes, Parent
+
+VolumeKind = Literal["thin", "device", "file"]
+Trace = dict[str, str]
+"""What a snapshot will be called on the host, enough to find and remove it after a crash."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTiming:
+    """When a snapshot was taken and how long the volume's writers stood still for it.
+
+    ``taken_at`` is seconds of CLOCK_REALTIME at the instant the snapshot holds, as near as it can
+    be told; ``freeze_seconds`` the observed suspension.
+    """
+
+    taken_at: float
+    freeze_seconds: float
+
+
+class Snapshot(Protocol):
+    """A point-in-time view of one volume."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        ...
+
+    @property
+    def timing(self) -> SnapshotTiming:
+        """When it was taken."""
+        ...
+
+    @property
+    def binding(self) -> Binding:
+        """Identity of the source at this instant, for the manifest."""
+        ...
+
+    def find_changes(self, parent: Parent | None) -> Changes:
+        """Say what to read; ``parent`` None asks for everything allocated."""
+        ...
+
+    def open_reader(self) -> AbstractContextManager[int]:
+        """Make the content readable and yield a descriptor, opened read-only.
+
+        The descriptor bypasses the page cache (O_DIRECT) when it is a block device: offsets, lengths and buffers
+        are to be multiples of 4096 (the tail of a device that is no such multiple is read buffered).
+        The snapshot is active only inside the ``with`` block.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise VolumeError when the snapshot can no longer be trusted; called before the commit."""
+        ...
+
+    def remove(self) -> None:
+        """Remove the snapshot from the host; a second call does nothing."""
+        ...
+
+
+class Volume(Protocol):
+    """Something that can be backed up."""
+
+    @property
+    def name(self) -> str:
+        """How people call it: ``vg0/postgres``, ``/srv/disk.img``."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """What stays the same from backup to backup and belongs to no other volume.
+
+        ``lvm:VGUUID/LVUUID`` or ``HOSTID:path``; parents are looked up by it.
+        """
+        ...
+
+    @property
+    def kind(self) -> VolumeKind:
+        """Which kind it is."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Current size in bytes."""
+        ...
+
+    def trace(self, run: str) -> Trace | None:
+        """Return what ``take_snapshot`` will leave on the host for run ``run``; None when nothing."""
+        ...
+
+    def take_snapshot(self, run: str) -> Snapshot:
+        """Take a snapshot that carries the tags ``blocksnap`` and ``blocksnap.<run>``.
+
+        Raises VolumeError (exit code 14) when the volume is not in a state to be backed up.
+        """
+        ...
