@@ -1,0 +1,79 @@
+"""Find backups by what people call them."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+
+from blocksnap.errors import UsageError
+from blocksnap.repository.blockmap import HOLE, ZERO, MapRoot
+from blocksnap.repository.documents import Backup, Root
+from blocksnap.repository.errors import NoSuchBackupError
+from blocksnap.repository.repository import Repository, StoredBackup
+
+_ID_PREFIX = re.compile(r"[0-9a-f]{4,32}")
+_EMPTY = {"hole": HOLE, "zero": ZERO}
+
+
+def map_root(root: Root) -> MapRoot:
+    """Return the root of a map from its form in a manifest."""
+    return MapRoot(root.levels, _EMPTY.get(root.root) or bytes.fromhex(root.root))
+
+
+def root_document(root: MapRoot) -> Root:
+    """Return the form of a map's root in a manifest."""
+    names = {HOLE: "hole", ZERO: "zero"}
+    return Root(levels=root.levels, root=names.get(root.entry) or root.entry.hex())
+
+
+def of_volume(backups: list[StoredBackup], volume: str) -> list[StoredBackup]:
+    """Return the backups of the volume that has this name or key."""
+    short = volume.removeprefix("/dev/")
+    return [
+        stored
+        for stored in backups
+        if volume in (stored.backup.volume.key, stored.backup.volume.name)
+        or stored.backup.volume.name.removeprefix("/dev/") == short
+    ]
+
+
+def newest_of(backups: list[StoredBackup], key: str) -> Backup | None:
+    """Return the newest backup of the volume with this key."""
+    found = [stored.backup for stored in backups if stored.backup.volume.key == key]
+    return found[-1] if found else None
+
+
+def find_backup(repository: Repository, name: str) -> StoredBackup:
+    """Return the backup that a name means.
+
+    ``latest``; ``VOLUME@latest``; ``VOLUME@TIME``, the last at or before an ISO time (local unless it says
+    otherwise); an id or a unique prefix of at least four digits. Raises NoSuchBackupError.
+    """
+    backups = repository.backups()
+    volume, at, when = name.rpartition("@")
+    if at:
+        backups = of_volume(backups, volume)
+        if when != "latest":
+            limit = _parse_time(when)
+            backups = [stored for stored in backups if stored.backup.time <= limit]
+    if at or name == "latest":
+        if not backups:
+            raise NoSuchBackupError(name)
+        return backups[-1]
+    found = (
+        [stored for stored in backups if stored.backup.id.startswith(name)]
+        if _ID_PREFIX.fullmatch(name)
+        else []
+    )
+    if len(found) != 1:
+        raise NoSuchBackupError(name, len(found))
+    return found[0]
+
+
+def _parse_time(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError as err:
+        raise UsageError(
+            f"{text!r} is not a time", resolution="write it like 2026-11-21T10:00 or 2026-11-21T10:00+01:00"
+        ) from err

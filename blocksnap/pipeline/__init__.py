@@ -1,0 +1,1 @@
+"""Bytes to chunks to frames, with bounded memory; knows neither tower, only Protocols."""

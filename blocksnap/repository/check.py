@@ -1,0 +1,248 @@
+"""Is the repository sound? Structure first, then every byte.
+
+Structure: every document opens, every index segment is whole, every pack it lists exists with its size, every
+node of every map opens, and every chunk is in a pack. Reading the data adds: every pack's bytes have the hash
+in its name, every frame opens and has its id, and the pack's own table says the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from blake3 import blake3
+
+from blocksnap.errors import BlocksnapError, DamageError
+from blocksnap.repository.blockmap import MapReader, MapRoot
+from blocksnap.repository.documents import Config, Key, Root, WriterRecord
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.index import Segment
+from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, frame_at, read_footer
+from blocksnap.repository.repository import Repository, StoredBackup, open_public
+
+_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong (``damage``), or merely of no use (``garbage``)."""
+
+    severity: str
+    object: str
+    message: str
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What a check has looked at and found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    backups: int = 0
+    nodes: int = 0
+    chunks: int = 0
+    packs: int = 0
+    read_bytes: int = 0
+    bad_ids: set[bytes] = field(default_factory=set)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether anything is wrong."""
+        return any(finding.severity == "damage" for finding in self.findings)
+
+    def damage(self, name: str, message: str) -> None:
+        """Note damage."""
+        self.findings.append(Finding("damage", name, message))
+
+    def garbage(self, name: str, message: str) -> None:
+        """Note something that no backup needs."""
+        self.findings.append(Finding("garbage", name, message))
+
+
+class Checker:
+    """One check; ``advance`` is told how many bytes of packs have been read."""
+
+    def __init__(
+        self, repository: Repository, roots: Callable[[Root], MapRoot], advance: Callable[[int], None]
+    ) -> None:
+        self._repository = repository
+        self._root = roots
+        self._advance = advance
+        self._sizes: dict[str, int] = {}
+        self._segments: list[Segment] = []
+        self.result = CheckResult()
+
+    def check_structure(self) -> None:
+        """Look at everything but the data."""
+        # Manifests first: what they need was stored before them, so what is listed later holds it.
+        backups = list(self._backups())
+        self._documents()
+        self._load_segments()
+        self._sizes = {info.name: info.size for info in self._repository.backend.list("packs/")}
+        self._packs_against_index()
+        self._maps(backups)
+
+    def check_data(self) -> None:
+        """Read every pack whole; call after ``check_structure``."""
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="blocksnap-check") as pool:
+            for findings, bad in pool.map(self._read_pack, sorted(self._sizes)):
+                self.result.findings.extend(findings)
+                self.result.bad_ids.update(bad)
+
+    def name_losses(self) -> None:
+        """Say which byte ranges of which backups the damage touches; call last."""
+        if self.result.bad_ids:
+            self._name_losses()
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all packs."""
+        return sum(self._sizes.values())
+
+    def _backups(self) -> Iterator[StoredBackup]:
+        for info in sorted(self._repository.backend.list("manifests/"), key=lambda info: info.name):
+            try:
+                manifest = self._repository.load_manifest(info.name)
+            except BlocksnapError as err:
+                self.result.damage(info.name, err.brief)
+                continue
+            if manifest is None:
+                continue
+            for backup in manifest.backups:
+                self.result.backups += 1
+                yield StoredBackup(backup, manifest, info.size)
+
+    def _documents(self) -> None:
+        backend = self._repository.backend
+        self._try("config", lambda: open_public(backend, "config", FrameType.CONFIG, Config))
+        for info in backend.list("keys/"):
+            self._try(info.name, partial(open_public, backend, info.name, FrameType.KEY, Key))
+        for info in backend.list("writers/"):
+            self._try(
+                info.name, partial(self._repository.read_document, info.name, FrameType.WRITER, WriterRecord)
+            )
+        known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/")
+        for info in backend.list(""):
+            if info.name != "config" and not info.name.startswith(known):
+                self.result.garbage(info.name, "it is no part of a repository")
+
+    def _load_segments(self) -> None:
+        for info in self._repository.backend.list("index/"):
+            try:
+                self._segments.append(self._repository.open_segment(info.name))
+            except BlocksnapError as err:
+                self.result.damage(info.name, err.brief)
+
+    def _packs_against_index(self) -> None:
+        listed: set[str] = set()
+        for segment in self._segments:
+            for pack, size in segment.packs:
+                listed.add(pack.name)
+                found = self._sizes.get(pack.name)
+                if found is None:
+                    self.result.damage(pack.name, "the index lists it, but it is missing")
+                elif found != size:
+                    self.result.damage(pack.name, f"it has {found} bytes instead of {size}")
+        for name in sorted(self._sizes.keys() - listed):
+            self.result.garbage(name, "no index segment lists it: an interrupted run left it")
+        self.result.packs = len(self._sizes)
+
+    def _maps(self, backups: Iterable[StoredBackup]) -> None:
+        seen: set[bytes] = set()
+        reader = MapReader(self._repository.load_node)
+        for stored in backups:
+            backup = stored.backup
+            maps = [(backup.map, FrameType.DATA)]
+            if backup.mapped:
+                maps.append((backup.mapped.map, FrameType.ATTACHMENT))
+            try:
+                for root, leaf in maps:
+                    self._walk(reader, self._root(root), leaf, seen)
+            except BlocksnapError as err:
+                self.result.damage(f"backup {backup.id[:8]} of {backup.volume.name}", err.brief)
+
+    def _walk(self, reader: MapReader, root: MapRoot, leaf: FrameType, seen: set[bytes]) -> None:
+        for id_, level in reader.walk(root, seen):
+            if level >= 0:
+                self.result.nodes += 1
+                continue
+            self.result.chunks += 1
+            at = self._find(id_)
+            if at != leaf:
+                self.result.bad_ids.add(id_)
+
+    def _find(self, id_: bytes) -> FrameType | None:
+        for segment in reversed(self._segments):
+            found = segment.find(id_)
+            if found is not None and found.pack.name in self._sizes:
+                return found.type
+        return None
+
+    def _read_pack(self, name: str) -> tuple[list[Finding], set[bytes]]:
+        findings: list[Finding] = []
+        bad: set[bytes] = set()
+        try:
+            pack = PackId.parse(name)
+        except ValueError:
+            return [Finding("garbage", name, "its name is not that of a pack")], bad
+        try:
+            data = self._repository.backend.view(name)
+            if blake3(data).digest() != pack.hash:
+                findings.append(Finding("damage", name, "its bytes do not have the hash in its name"))
+            check_header(bytes(data[: HEADER.size]), pack, self._repository.keys.repository_id)
+            for row in read_footer(self._repository.backend, self._repository.keys, name, len(data)):
+                self._read_frame(data, row, name, findings, bad)
+        except BlocksnapError as err:
+            findings.append(Finding("damage", name, err.brief))
+        self._advance(self._sizes[name])
+        return findings, bad
+
+    def _read_frame(
+        self, data: memoryview, row: PackRow, name: str, findings: list[Finding], bad: set[bytes]
+    ) -> None:
+        frame = data[row.offset : row.offset + row.length]
+        try:
+            frame_at(frame, row, name)
+            self._repository.opener().open(
+                frame, where=f"frame at {row.offset} of {name}", kind=row.type, id_=row.id
+            )
+        except DamageError as err:
+            findings.append(Finding("damage", name, err.brief))
+            bad.add(row.id)
+
+    def _name_losses(self) -> None:
+        reader = MapReader(self._repository.load_node)
+        for stored in self._repository.backups():
+            backup = stored.backup
+            size = backup.chunk_size
+            count = -(-backup.size // size)
+            try:
+                lost = [
+                    n for n, _, e in reader.runs(self._root(backup.map), 0, count) if e in self.result.bad_ids
+                ]
+            except BlocksnapError:
+                continue
+            for begin, end in _ranges(lost):
+                self.result.damage(
+                    f"backup {backup.id[:8]} of {backup.volume.name}",
+                    f"bytes {begin * size} to {min(end * size, backup.size)} cannot be restored",
+                )
+
+    def _try(self, name: str, read: Callable[[], object]) -> None:
+        try:
+            read()
+        except BlocksnapError as err:
+            self.result.damage(name, err.brief)
+
+
+def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    begin = end = -1
+    for number in numbers:
+        if number != end:
+            if end > begin:
+                yield begin, end
+            begin = number
+        end = number + 1
+    if end > begin:
+        yield begin, end

@@ -1,0 +1,174 @@
+"""Every document the repository stores, as a model: config, key, writer record, manifest.
+
+Documents are JSON, validated here on the way in and out, and stored as one frame each. Unknown
+fields are refused: a newer version that needs one says so through ``Config.features``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+FORMAT_VERSION = 1
+FEATURES: frozenset[str] = frozenset()
+"""Mandatory features that this version knows."""
+
+Hex16 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+ChunkSize = Annotated[int, Field(ge=16 << 10, le=4 << 20)]
+
+MIN_CHUNK_SIZE, MAX_CHUNK_SIZE, DEFAULT_CHUNK_SIZE = 16 << 10, 4 << 20, 128 << 10
+
+
+class Document(BaseModel):
+    """Common to all: immutable, and nothing unknown in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Features(Document):
+    """Names a program has to know before it may do each of these."""
+
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    gc: tuple[str, ...] = ()
+    check: tuple[str, ...] = ()
+
+
+class Config(Document):
+    """The object ``config``: what has to be known before anything else can be read."""
+
+    format: int
+    id: Hex16
+    created: datetime
+    chunk_size: ChunkSize
+    encryption: Literal["aes-256-gcm", "none"]
+    features: Features = Features()
+
+
+class Kdf(Document):
+    """How a passphrase becomes a key: argon2id, its cost and salt."""
+
+    name: Literal["argon2id"] = "argon2id"
+    memory_kib: int
+    passes: int
+    lanes: int
+    salt: Hex32
+
+
+class Key(Document):
+    """An object ``keys/<id>``: key material, wrapped by a passphrase."""
+
+    format: int = FORMAT_VERSION
+    created: datetime
+    label: str = ""
+    kdf: Kdf
+    wrapped: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32,4096}$")]
+
+
+class KeyMaterial(Document):
+    """What is wrapped in a key: all of it for role admin, a part for later roles.
+
+    ``config`` is the BLAKE3 of the config object, which is thereby authenticated.
+    """
+
+    role: Literal["admin"] = "admin"
+    master: Hex32
+    config: Hex32
+
+
+class WriterRecord(Document):
+    """An object ``writers/<wid>.<n>``: a run announces itself, and says later what it has stored.
+
+    ``packs`` are those published since the record before this one.
+    """
+
+    format: int = FORMAT_VERSION
+    writer: Hex16
+    sequence: Count
+    host: str
+    hostname: str
+    pid: Count
+    time: datetime
+    packs: tuple[str, ...] = ()
+
+
+class Root(Document):
+    """The root of a block map: ``levels`` of nodes, and an id, ``hole`` or ``zero``."""
+
+    levels: Annotated[int, Field(ge=1, le=10)]
+    root: Annotated[str, StringConstraints(pattern=r"^(hole|zero|[0-9a-f]{64})$")]
+
+
+class Mapped(Document):
+    """The set of units of the volume that were mapped: a bitmap, stored as a map of its 4 KiB pages."""
+
+    unit: Annotated[int, Field(ge=512)]
+    length: Count
+    map: Root
+
+
+class VolumeRecord(Document):
+    """Which volume a backup is of."""
+
+    name: str
+    key: str
+    kind: str
+
+
+class Statistics(Document):
+    """What a backup read, stored and took; all sizes in bytes."""
+
+    changed_bytes: Count
+    read_bytes: Count
+    new_bytes: Count
+    stored_bytes: Count
+    metadata_bytes: Count
+    new_chunks: Count
+    freeze_ms: Annotated[float, Field(ge=0)]
+    skew_ms: Annotated[float, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+
+
+class Backup(Document):
+    """One volume at one time."""
+
+    id: Hex16
+    volume: VolumeRecord
+    time: datetime
+    kind: Literal["full", "incremental"]
+    parent: Hex16 | None
+    method: str
+    reason: str
+    size: Count
+    chunk_size: ChunkSize
+    map: Root
+    mapped: Mapped | None = None
+    source: dict[str, JsonValue]
+    consistency: Literal["crash", "application", "cold"] = "crash"
+    statistics: Statistics
+
+
+class Manifest(Document):
+    """An object ``manifests/<wid>``: all backups of one run. Its creation is the commit."""
+
+    format: int = FORMAT_VERSION
+    writer: Hex16
+    time: datetime
+    host: str
+    hostname: str
+    program: str
+    tags: dict[str, str] = {}
+    backups: Annotated[tuple[Backup, ...], Field(min_length=1)]
+
+
+class Fence(Document):
+    """What stands at ``manifests/<wid>`` when a silent writer was shut out: it can never commit."""
+
+    format: int = FORMAT_VERSION
+    writer: Hex16
+    time: datetime
+    fenced: Literal[True]

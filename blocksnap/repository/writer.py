@@ -1,0 +1,231 @@
+"""One run that stores backups: announced, fed, and committed by the creation of one object.
+
+Order (docs/design.md, "Order of writes"): the writer's record, then a look at the index, then packs,
+then index segments for packs that are durable, then the manifest, whose creation is the commit. A run
+that ends anywhere before leaves blobs that nobody refers to, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from blocksnap.backends.errors import ObjectExistsError
+from blocksnap.repository.documents import Manifest, WriterRecord
+from blocksnap.repository.errors import FencedError, NewerFormatError
+from blocksnap.repository.frame import OVERHEAD, FrameType, Sealer
+from blocksnap.repository.index import SEGMENT_ROWS, encode_segment, segment_name
+from blocksnap.repository.pack import PackWriter, SealedPack, pack_target
+from blocksnap.repository.repository import Repository
+
+HEARTBEAT_SECONDS = 300
+_DOCUMENT_LEVEL = 3
+
+
+@dataclass(slots=True)
+class Stored:
+    """What a run has put into the repository, in bytes as stored; ``new_bytes`` are plain.
+
+    Metadata is everything but the frames of data chunks.
+    """
+
+    data_bytes: int = 0
+    metadata_bytes: int = 0
+    new_bytes: int = 0
+    new_chunks: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Data and metadata together."""
+        return self.data_bytes + self.metadata_bytes
+
+    def since(self, earlier: Stored) -> Stored:
+        """Return what was added after ``earlier``."""
+        return Stored(
+            self.data_bytes - earlier.data_bytes,
+            self.metadata_bytes - earlier.metadata_bytes,
+            self.new_bytes - earlier.new_bytes,
+            self.new_chunks - earlier.new_chunks,
+        )
+
+
+@dataclass(slots=True)
+class _Flow:
+    """Packs of one sort, data or metadata: the one that is open."""
+
+    open: PackWriter | None = None
+
+
+class RepositoryWriter:
+    """A context manager; leaving it without ``commit`` drops what is open.
+
+    ``claim`` and ``identify`` may be called from any thread; ``store`` and the rest from one.
+    """
+
+    def __init__(self, repository: Repository, *, host: str, hostname: str) -> None:
+        """Announce the run, then learn what is stored (in this order: see fencing in the design)."""
+        self._repository = repository
+        self._host, self._hostname = host, hostname
+        self.id = os.urandom(16)
+        self.stored = Stored()
+        self._sealer = Sealer(repository.keys, level=_DOCUMENT_LEVEL)
+        self._claimed: dict[bytes, object] = {}
+        self._data = _Flow()
+        self._meta = _Flow()
+        self._uploads: list[Future[SealedPack]] = []
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="blocksnap-publish")
+        self._durable: list[SealedPack] = []
+        self._unreported: list[str] = []
+        self._segments = 0
+        self._sequence = 0
+        self._announced = 0.0
+        self._announce()
+        if next(iter(repository.backend.list("gc/")), None) is not None:
+            raise NewerFormatError(repository.backend.place, "garbage collection was begun there")
+        repository.refresh_index()
+        self._packs = repository.index.packs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Drop what is open and end the thread; what is committed stays."""
+        for flow in (self._data, self._meta):
+            if flow.open:
+                flow.open.abort()
+                flow.open = None
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def identify(self, kind: FrameType, plain: bytes | memoryview) -> bytes:
+        """Return the id of a blob."""
+        return self._repository.keys.identify(kind, plain)
+
+    def claim(self, id_: bytes) -> bool:
+        """Tell whether the caller has to store this blob; says so once for each id."""
+        if id_ in self._claimed or self._repository.index.find(id_) is not None:
+            return False
+        token = object()
+        return self._claimed.setdefault(id_, token) is token
+
+    def sealer(self, level: int) -> Sealer:
+        """Return a sealer for one worker thread."""
+        return Sealer(self._repository.keys, level=level)
+
+    def store(self, kind: FrameType, id_: bytes, frame: memoryview, plain_length: int) -> None:
+        """Append a sealed frame of a claimed id to the open pack of its kind."""
+        flow = self._data if kind == FrameType.DATA else self._meta
+        if flow.open is None:
+            flow.open = PackWriter(self._repository.backend, self._repository.keys, self.id)
+        flow.open.add(frame, id_=id_, kind=kind, plain_length=plain_length)
+        if kind == FrameType.DATA:
+            self.stored.data_bytes += len(frame)
+            self.stored.new_bytes += plain_length
+            self.stored.new_chunks += 1
+        else:
+            self.stored.metadata_bytes += len(frame)
+        if flow.open.size >= pack_target(self._packs):
+            self._publish(flow)
+
+    def store_blob(self, kind: FrameType, plain: bytes) -> bytes:
+        """Store a blob unless it is there already, and return its id."""
+        id_ = self.identify(kind, plain)
+        if self.claim(id_):
+            buffer = memoryview(bytearray(len(plain) + OVERHEAD))
+            # Nodes are ids, and ids do not compress.
+            end = self._sealer.seal_into(kind, id_, plain, buffer, compress=kind != FrameType.NODE)
+            self.store(kind, id_, buffer[:end], len(plain))
+        return id_
+
+    def store_node(self, plain: bytes) -> bytes:
+        """Store a map node and return its id."""
+        return self.store_blob(FrameType.NODE, plain)
+
+    def flush(self) -> None:
+        """Make everything stored so far durable and indexed."""
+        for flow in (self._data, self._meta):
+            self._publish(flow)
+        self._collect(leave=0)
+        self._write_segment()
+
+    def commit(self, compose: Callable[[RepositoryWriter], Manifest]) -> tuple[Manifest, int]:
+        """Flush, and publish the manifest that ``compose`` returns once all sizes are known.
+
+        Returns it with the size of its object. Raises FencedError when this writer was shut out.
+        """
+        self.flush()
+        manifest = compose(self)
+        sealed = self._sealer.seal(FrameType.MANIFEST, manifest.model_dump_json().encode())
+        name = f"manifests/{self.id.hex()}"
+        try:
+            self._repository.backend.put(name, sealed)
+        except ObjectExistsError as err:
+            # A retried creation may meet its own first try.
+            if self._repository.backend.read(name) != sealed:
+                raise FencedError(self.id.hex()) from err
+        return manifest, len(sealed)
+
+    def _announce(self) -> None:
+        record = WriterRecord(
+            writer=self.id.hex(),
+            sequence=self._sequence,
+            host=self._host,
+            hostname=self._hostname,
+            pid=os.getpid(),
+            time=datetime.now(UTC),
+            packs=tuple(self._unreported),
+        )
+        sealed = self._sealer.seal(FrameType.WRITER, record.model_dump_json().encode())
+        self._repository.backend.put(f"writers/{self.id.hex()}.{self._sequence}", sealed)
+        self.stored.metadata_bytes += len(sealed)
+        self._sequence += 1
+        self._unreported.clear()
+        self._announced = time.monotonic()
+
+    def _publish(self, flow: _Flow) -> None:
+        pack, flow.open = flow.open, None
+        if pack is None:
+            return
+        self._packs += 1
+        self._uploads.append(self._executor.submit(_seal, pack))
+        # One pack is flushed to disk while the next one grows; a second waits.
+        self._collect(leave=1)
+
+    def _collect(self, *, leave: int) -> None:
+        while len(self._uploads) > leave or (self._uploads and self._uploads[0].done()):
+            pack = self._uploads.pop(0).result()
+            self._durable.append(pack)
+            self._unreported.append(pack.id.name)
+            self.stored.metadata_bytes += pack.size - sum(row.length for row in pack.rows)
+        if sum(len(pack.rows) for pack in self._durable) >= SEGMENT_ROWS:
+            self._write_segment()
+        if self._unreported and time.monotonic() - self._announced > HEARTBEAT_SECONDS:
+            self._announce()
+
+    def _write_segment(self) -> None:
+        if not self._durable:
+            return
+        data = encode_segment(self._durable, self._repository.keys.index_key)
+        name = segment_name(0, self.id, self._segments)
+        self._repository.backend.put(name, data)
+        self._repository.index.add(self._repository.open_segment(name))
+        self._segments += 1
+        self.stored.metadata_bytes += len(data)
+        for pack in self._durable:
+            for row in pack.rows:
+                self._claimed.pop(row.id, None)
+        self._durable.clear()
+
+
+def _seal(pack: PackWriter) -> SealedPack:
+    try:
+        return pack.seal()
+    finally:
+        pack.abort()

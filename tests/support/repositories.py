@@ -1,0 +1,52 @@
+"""Repositories for tests: on a temporary directory, with a cheap key derivation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from blocksnap.backends.local import LocalBackend
+from blocksnap.pipeline.flow import Flow, Geometry
+from blocksnap.operations.sink import DataSink
+from blocksnap.repository.keys import MINIMUM_COST
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.writer import RepositoryWriter
+
+PASSPHRASE = b"correct horse"
+CHUNK = 16 << 10
+
+
+def make_repository(path: Path, *, encrypted: bool = True, chunk_size: int = CHUNK) -> Repository:
+    """Create a repository and open it as a stranger would."""
+    Repository.create(
+        LocalBackend(str(path)),
+        chunk_size=chunk_size,
+        passphrase=PASSPHRASE if encrypted else None,
+        cost=MINIMUM_COST,
+    )
+    return open_repository(path)
+
+
+def open_repository(path: Path) -> Repository:
+    return Repository.open(LocalBackend(str(path)), lambda: PASSPHRASE)
+
+
+def open_writer(repository: Repository) -> RepositoryWriter:
+    return RepositoryWriter(repository, host="test", hostname="test.example")
+
+
+def store_bytes(
+    writer: RepositoryWriter, content: bytes, folder: Path, chunk_size: int = CHUNK
+) -> list[bytes | None]:
+    """Store content through the pipeline and return its chunk ids in order."""
+    source = folder / "source"
+    source.write_bytes(content)
+    fd = os.open(source, os.O_RDONLY)
+    geometry = Geometry(len(content), chunk_size)
+    try:
+        with Flow(fd, geometry, [(0, len(content))] if content else [], DataSink(writer, 1)) as flow:
+            results = list(flow.results())
+    finally:
+        os.close(fd)
+    assert [result.number for result in results] == list(range(geometry.count))
+    return [result.id for result in results]

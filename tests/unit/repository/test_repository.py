@@ -1,0 +1,278 @@
+"""Create, open, write and read a repository; every flipped bit in it is found."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from blocksnap.backends.local import LocalBackend
+from blocksnap.errors import BlocksnapError, DamageError, NoRepositoryError, PassphraseError, UsageError
+from blocksnap.operations.catalogue import find_backup, map_root, root_document
+from blocksnap.repository.blockmap import ZERO, MapReader, MapWriter
+from blocksnap.repository.check import Checker
+from blocksnap.repository.documents import Backup, Fence, Manifest, Statistics, VolumeRecord
+from blocksnap.repository.errors import FencedError, NewerFormatError
+from blocksnap.repository.frame import FrameType, Sealer
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.writer import RepositoryWriter
+from support.repositories import CHUNK, PASSPHRASE, make_repository, open_repository, open_writer, store_bytes
+
+
+def store_backup(repository: Repository, content: bytes, folder: Path, *, volume: str = "v") -> Backup:
+    with open_writer(repository) as writer:
+        ids = store_bytes(writer, content, folder)
+        builder = MapWriter(MapReader(repository.load_node), None, len(ids), writer.store_node)
+        for number, id_ in enumerate(ids):
+            builder.set(number, id_ or ZERO)
+        root = builder.finish()
+
+        def compose(_: RepositoryWriter) -> Manifest:
+            now = datetime.now(UTC)
+            backup = Backup(
+                id=writer.id.hex(),
+                volume=VolumeRecord(name=volume, key=volume, kind="file"),
+                time=now,
+                kind="full",
+                parent=None,
+                method="compare",
+                reason="test",
+                size=len(content),
+                chunk_size=CHUNK,
+                map=root_document(root),
+                source={},
+                statistics=Statistics(
+                    changed_bytes=0,
+                    read_bytes=0,
+                    new_bytes=0,
+                    stored_bytes=0,
+                    metadata_bytes=0,
+                    new_chunks=0,
+                    freeze_ms=0,
+                    skew_ms=0,
+                    seconds=0,
+                ),
+            )
+            return Manifest(
+                writer=writer.id.hex(), time=now, host="h", hostname="h", program="test", backups=(backup,)
+            )
+
+        manifest, _ = writer.commit(compose)
+    return manifest.backups[0]
+
+
+def read_backup(repository: Repository, backup: Backup) -> bytes:
+    reader = MapReader(repository.load_node)
+    count = -(-backup.size // backup.chunk_size)
+    parts = []
+    for number, run, entry in reader.runs(map_root(backup.map), 0, count):
+        if len(entry) == 32:
+            parts.append(repository.load(FrameType.DATA, entry))
+        else:
+            end = min((number + run) * backup.chunk_size, backup.size)
+            parts.append(bytes(end - number * backup.chunk_size))
+    return b"".join(parts)
+
+
+def checked(repository: Repository, *, read_data: bool = True) -> Checker:
+    checker = Checker(repository, map_root, lambda _: None)
+    checker.check_structure()
+    if read_data:
+        checker.check_data()
+    checker.name_losses()
+    return checker
+
+
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_content_comes_back(tmp_path: Path, *, encrypted: bool) -> None:
+    repository = make_repository(tmp_path / "r", encrypted=encrypted)
+    noise = random.Random(1).randbytes(CHUNK * 5 + 777)
+    content = noise + bytes(CHUNK * 3) + b"text " * CHUNK + noise
+    backup = store_backup(repository, content, tmp_path)
+    again = open_repository(tmp_path / "r")
+    found = find_backup(again, backup.id[:6]).backup
+    assert found == backup
+    assert read_backup(again, found) == content
+    assert checked(again).result.findings == []
+
+
+def test_equal_content_is_stored_once(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    content = random.Random(2).randbytes(CHUNK * 20)
+    store_backup(repository, content, tmp_path)
+    with open_writer(open_repository(tmp_path / "r")) as writer:
+        store_bytes(writer, content + content[:CHUNK] * 3, tmp_path)
+        assert writer.stored.new_chunks == 0
+
+
+def test_a_run_that_does_not_commit_leaves_no_backup(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    with open_writer(repository) as writer:
+        store_bytes(writer, random.Random(3).randbytes(CHUNK * 20), tmp_path)
+        writer.flush()
+    again = open_repository(tmp_path / "r")
+    assert again.backups() == []
+    assert not checked(again).result.damaged
+
+
+def test_long_runs_store_their_index_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocksnap.repository.writer.SEGMENT_ROWS", 10)
+    monkeypatch.setattr("blocksnap.repository.pack.MIN_TARGET", CHUNK * 4)
+    repository = make_repository(tmp_path / "r")
+    content = random.Random(4).randbytes(CHUNK * 100)
+    backup = store_backup(repository, content * 2, tmp_path)
+    again = open_repository(tmp_path / "r")
+    assert len(again.index.segments) > 5
+    assert read_backup(again, backup) == content * 2
+    assert checked(again).result.findings == []
+
+
+def test_wrong_and_missing_passphrases(tmp_path: Path) -> None:
+    make_repository(tmp_path / "r")
+    backend = LocalBackend(str(tmp_path / "r"))
+    with pytest.raises(PassphraseError, match="wrong passphrase"):
+        Repository.open(backend, lambda: b"wrong")
+    with pytest.raises(PassphraseError, match="no passphrase"):
+        Repository.open(backend, lambda: None)
+    assert Repository.open(backend, lambda: PASSPHRASE)
+
+
+def test_places_that_are_no_repository(tmp_path: Path) -> None:
+    with pytest.raises(NoRepositoryError):
+        open_repository(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(NoRepositoryError):
+        open_repository(tmp_path / "folder")
+    (tmp_path / "folder" / "file").touch()
+    with pytest.raises(UsageError):
+        make_repository(tmp_path / "folder")
+    make_repository(tmp_path / "r")
+    with pytest.raises(UsageError):
+        make_repository(tmp_path / "r")
+
+
+def test_an_interrupted_init_can_be_repeated(tmp_path: Path) -> None:
+    make_repository(tmp_path / "r")
+    (tmp_path / "r" / "config").unlink()
+    repository = make_repository(tmp_path / "r")
+    assert repository.keys.encrypted
+
+
+def test_a_shut_out_writer_cannot_commit(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    with open_writer(repository) as writer:
+        fence = Fence(writer=writer.id.hex(), time=datetime.now(UTC), fenced=True)
+        sealed = Sealer(repository.keys).seal(FrameType.MANIFEST, fence.model_dump_json().encode())
+        repository.backend.put(f"manifests/{writer.id.hex()}", sealed)
+        with pytest.raises(FencedError):
+            writer.commit(
+                lambda w: Manifest(
+                    writer=w.id.hex(),
+                    time=datetime.now(UTC),
+                    host="h",
+                    hostname="h",
+                    program="t",
+                    backups=(store_backup(repository, b"x", tmp_path),),
+                )
+            )
+    assert len(open_repository(tmp_path / "r").backups()) == 1
+
+
+def test_a_repository_under_garbage_collection_is_left_to_newer_versions(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    repository.backend.put("gc/00000001/begin", b"x")
+    with pytest.raises(NewerFormatError):
+        open_writer(repository)
+
+
+def test_backups_are_found_by_volume_and_time(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    one = store_backup(repository, b"one", tmp_path, volume="vg0/a")
+    two = store_backup(repository, b"two", tmp_path, volume="vg0/b")
+    three = store_backup(repository, b"three", tmp_path, volume="vg0/a")
+    assert find_backup(repository, "latest").backup == three
+    assert find_backup(repository, "vg0/b@latest").backup == two
+    assert find_backup(repository, "/dev/vg0/b@latest").backup == two
+    assert find_backup(repository, f"vg0/a@{two.time.isoformat()}").backup == one
+    for name in ("vg0/c@latest", "ffff", "vg0/a@2001-01-01", "", "zz"):
+        with pytest.raises(UsageError):
+            find_backup(repository, name)
+
+
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_a_flipped_bit_in_any_object_is_found(tmp_path: Path, *, encrypted: bool) -> None:
+    repository = make_repository(tmp_path / "r", encrypted=encrypted)
+    dice = random.Random(5)
+    backup = store_backup(repository, dice.randbytes(CHUNK * 6) + b"x" * CHUNK * 3, tmp_path)
+    content = read_backup(repository, backup)
+    files = sorted(path for path in (tmp_path / "r").rglob("*") if path.is_file())
+    assert len(files) == (7 if encrypted else 6)
+    for path in files:
+        original = path.read_bytes()
+        positions = {0, len(original) * 8 - 1, *(dice.randrange(len(original) * 8) for _ in range(10))}
+        for bit in positions:
+            _flip(path, original, bit)
+            assert _damage_is_found(tmp_path / "r"), (path, bit)
+            _restore_is_right_or_refused(tmp_path / "r", backup, content)
+        path.write_bytes(original)
+    assert not _damage_is_found(tmp_path / "r")
+
+
+def test_a_missing_or_cut_object_is_found(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    store_backup(repository, random.Random(6).randbytes(CHUNK * 6), tmp_path)
+    for path in sorted(
+        p for folder in ("packs", "index") for p in (tmp_path / "r" / folder).rglob("*") if p.is_file()
+    ):
+        original = path.read_bytes()
+        path.unlink()
+        assert checked(open_repository(tmp_path / "r"), read_data=False).result.damaged, path
+        path.write_bytes(original[:-20])
+        assert checked(open_repository(tmp_path / "r"), read_data=False).result.damaged, path
+        path.write_bytes(original)
+
+
+def test_losses_are_named_by_volume_and_range(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    backup = store_backup(repository, random.Random(7).randbytes(CHUNK * 6), tmp_path, volume="vg0/db")
+    location = repository.locate(
+        FrameType.DATA, MapReader(repository.load_node).entry(map_root(backup.map), 4)
+    )
+    path = tmp_path / "r" / location.pack.name
+    data = bytearray(path.read_bytes())
+    data[location.offset + 100] ^= 1
+    path.write_bytes(data)
+    found = checked(open_repository(tmp_path / "r")).result.findings
+    assert any(
+        f"bytes {4 * CHUNK} to {5 * CHUNK} cannot be restored" in f.message and "vg0/db" in f.object
+        for f in found
+    )
+
+
+def _flip(path: Path, original: bytes, bit: int) -> None:
+    data = bytearray(original)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def _damage_is_found(place: Path) -> bool:
+    try:
+        return checked(open_repository(place)).result.damaged
+    except (DamageError, PassphraseError, NoRepositoryError):
+        return True
+
+
+def _restore_is_right_or_refused(place: Path, backup: Backup, content: bytes) -> None:
+    try:
+        repository = open_repository(place)
+        assert read_backup(repository, find_backup(repository, backup.id).backup) == content
+    except BlocksnapError as err:
+        assert err.exit_code in (10, 12, 13, 2), err
+
+
+def test_objects_are_private(tmp_path: Path) -> None:
+    make_repository(tmp_path / "r")
+    for path in (tmp_path / "r").rglob("*"):
+        assert os.stat(path).st_mode & 0o077 == 0, path
