@@ -25,8 +25,8 @@ def thin_device(
     Returns ``(pool_time, transaction_id, flags, held_root, data_block_size_bytes, metadata_blocks,
     mapping_root, details_root, device_root, mapped_blocks, device_transaction_id, creation_time)``: the
     superblock's fields first, then the device's bottom-level root and its details. ``metadata_blocks`` is
-    what the metadata space map covers; the
-    superblock's own field of that name is not kept up to date by the kernel.
+    what the metadata space map covers; the superblock's own field of that name is not kept up to date
+    by the kernel.
 
     Raises KeyError when the pool has no such device.
     """
@@ -59,8 +59,7 @@ def data_extents(fd: int, offset: int, length: int, /) -> bytes:
     """Return the packed extents of ``[offset, offset + length)`` of a file that hold data.
 
     They are found with SEEK_DATA and SEEK_HOLE. What lies beyond the end of the file is no data. A file
-    or device that cannot tell (EINVAL,
-    EOPNOTSUPP) counts as all data. Moves the file position of ``fd``.
+    or device that cannot tell (EINVAL, EOPNOTSUPP) counts as all data. Moves the file position of ``fd``.
     """
 
 def retain_memory(limit: int, /) -> None:

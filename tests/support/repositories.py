@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from blocksnap.backends.local import LocalBackend
-from blocksnap.pipeline.flow import Flow, Geometry
 from blocksnap.operations.sink import DataSink
+from blocksnap.pipeline.flow import Flow, Geometry
 from blocksnap.repository.keys import MINIMUM_COST
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter

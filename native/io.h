@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Reading from descriptors, and the small interface behind which a scan does not see one. */
+#ifndef BLOCKSNAP_IO_H
+#define BLOCKSNAP_IO_H
+
+#include "error.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Memory, offset and length of an O_DIRECT read are multiples of the logical block size: 4096 at most. */
+enum { BS_IO_ALIGNMENT = 4096 };
+
+/* Read exactly `length` bytes at `offset`; -ENODATA when the file ends before. */
+int bs_pread_all(int fd, void *buffer, size_t length, uint64_t offset);
+
+/* Size in bytes of a block device or regular file; -ENOTBLK for anything else. `error` names the call. */
+int bs_fd_size(int fd, struct bs_error *error, uint64_t *out);
+
+/*
+ * Something that can be read at an offset: a descriptor, or memory in tests and fuzzers.
+ * `read` fills the whole buffer or returns -errno; offset, length and buffer are aligned to
+ * BS_IO_ALIGNMENT. `call` names what `read` does, for error messages.
+ */
+struct bs_reader {
+        int (*read)(void *context, uint64_t offset, void *buffer, size_t length);
+        void *context;
+        const char *call;
+        uint64_t size;
+};
+
+/* A reader of the descriptor `*fd`, which stays the caller's and has to outlive the reader. */
+int bs_fd_reader_init(int *fd, struct bs_error *error, struct bs_reader *out);
+
+#endif
