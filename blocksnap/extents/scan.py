@@ -8,7 +8,7 @@ from blocksnap.extents.model import ExtentList
 
 def scan_file(fd: int, size: int, parent: Parent | None) -> Changes:
     """Return what of a file holds data; holes are told by the file system (SEEK_DATA)."""
-    from blocksnap._native import data_extents  # noqa: PLC0415 - not needed to resolve a volume
+    from blocksnap._native import data_extents
 
     return compare_all(
         size, parent, allocated=ExtentList(data_extents(fd, 0, size)).clip(size), what="a file"

@@ -16,7 +16,8 @@ could tell of another history, and answers with a full compare whenever in doubt
   back (a hypervisor's or an array's snapshot) or cloned, they go on and soon look right again. So
   each backup leaves a mark of its run on the volume (an LVM tag), inside what would be rolled back or
   cloned with it; a volume without the mark of the parent's run has another history.
-* The metadata: a repaired one is another volume with another creation time.
+* The metadata: ``lvconvert --repair`` puts a copy, which may lack the newest mappings, under the same
+  name, UUID and creation time, but in another place on the disks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ThinIdentity:
     lv_uuid: str
     pool_uuid: str
     metadata_uuid: str
-    metadata_created: str
+    metadata_place: str
     thin_id: int
     origin_transaction: int
     origin_time: int
@@ -136,9 +137,8 @@ def _doubt_about_device(current: ThinIdentity, known: ThinIdentity) -> str | Non
         (current.lv_uuid != known.lv_uuid, "this is another logical volume than at the parent backup"),
         (current.pool_uuid != known.pool_uuid, "the volume is in another pool than at the parent backup"),
         (
-            current.metadata_uuid != known.metadata_uuid
-            or current.metadata_created != known.metadata_created,
-            "the pool's metadata volume was replaced since the parent backup, as a repair does",
+            current.metadata_uuid != known.metadata_uuid or current.metadata_place != known.metadata_place,
+            "the pool's metadata was moved or replaced since the parent backup, as a repair does",
         ),
         (current.chunk_size != known.chunk_size, "the pool has another chunk size than at the parent backup"),
         (
@@ -233,7 +233,7 @@ def find_thin_changes(
 
 def read_facts(fd: int, thin_id: int) -> DeviceFacts:
     """Read what a pool's metadata says about one thin device; raises VolumeError."""
-    from blocksnap._native import thin_device  # noqa: PLC0415 - not needed to resolve a volume
+    from blocksnap._native import thin_device
 
     problem = ""
     for attempt in range(_ATTEMPTS):
@@ -268,7 +268,7 @@ def read_facts(fd: int, thin_id: int) -> DeviceFacts:
 
 def _scan(fd: int, identity: ThinIdentity, *, since: int, size: int) -> tuple[ExtentList, bytes]:
     """Walk the snapshot's tree and make sure that nothing moved meanwhile."""
-    from blocksnap._native import thin_scan  # noqa: PLC0415 - not needed to resolve a volume
+    from blocksnap._native import thin_scan
 
     nr_chunks = -(-size // identity.chunk_size)
     problem = "it changes all the time"
@@ -302,17 +302,18 @@ def _scan(fd: int, identity: ThinIdentity, *, since: int, size: int) -> tuple[Ex
 def _fits(remembered: MappedSet, identity: ThinIdentity, parent: Parent | None) -> bool:
     if parent is None or remembered.unit != identity.chunk_size:
         return False
-    return len(remembered.bitmap) >= -(-parent.size // remembered.unit) // 8
+    nr_chunks = -(-parent.size // remembered.unit)
+    return len(remembered.bitmap) >= -(-nr_chunks // 8)
 
 
 def _extents(mapped: MappedSet, size: int) -> ExtentList:
-    from blocksnap._native import bitmap_extents  # noqa: PLC0415 - not needed to resolve a volume
+    from blocksnap._native import bitmap_extents
 
     return ExtentList(bitmap_extents(mapped.bitmap, mapped.unit)).clip(size)
 
 
 def _discarded(remembered: MappedSet, mapped: MappedSet, size: int) -> ExtentList:
-    from blocksnap._native import bitmap_subtract  # noqa: PLC0415 - not needed to resolve a volume
+    from blocksnap._native import bitmap_subtract
 
     gone = bitmap_subtract(remembered.bitmap, mapped.bitmap)
     # A parent of a larger size remembers chunks that are now beyond the end.
@@ -324,8 +325,9 @@ def _with_resized(
 ) -> ExtentList:
     """Add what a change of size brings in or cuts.
 
-    A pool knows no sizes: a volume that was shrunk and then grown shows its old mappings again, with their old
-    times, so all that is mapped from the parent's end on counts as changed, and so does the chunk at the end.
+    A pool knows no sizes: a volume that was shrunk and then grown shows its old mappings again, with
+    their old times, so all that is mapped from the parent's end on counts as changed, and so does the
+    chunk at the end.
     """
     if size == parent_size:
         return changed

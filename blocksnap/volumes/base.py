@@ -56,14 +56,22 @@ class Snapshot(Protocol):
     def open_reader(self) -> AbstractContextManager[int]:
         """Make the content readable and yield a descriptor, opened read-only.
 
-        The descriptor bypasses the page cache (O_DIRECT) when it is a block device: offsets, lengths and buffers
-        are to be multiples of 4096 (the tail of a device that is no such multiple is read buffered).
+        The descriptor bypasses the page cache (O_DIRECT) when it is a block device: offsets, lengths and
+        buffers are to be multiples of 4096 (the tail of a device that is no such multiple is read buffered).
         The snapshot is active only inside the ``with`` block.
         """
         ...
 
     def check(self) -> None:
-        """Raise VolumeError when the snapshot can no longer be trusted; called before the commit."""
+        """Raise VolumeError when the snapshot cannot be trusted; called at first and before the commit."""
+        ...
+
+    def anchor(self, group: str) -> None:
+        """Leave on the volume what the next run needs to trust this backup as a parent, before the commit.
+
+        ``group`` tells the backups of one repository from those of another; what earlier ones left is
+        thinned out within it. Does nothing for kinds that track no changes.
+        """
         ...
 
     def remove(self) -> None:
@@ -99,6 +107,13 @@ class Volume(Protocol):
 
     def trace(self, run: str) -> Trace | None:
         """Return what ``take_snapshot`` will leave on the host for run ``run``; None when nothing."""
+        ...
+
+    def prepare(self) -> None:
+        """Look whether a snapshot can be taken; called for all volumes of a run before the first snapshot.
+
+        Raises VolumeError (exit code 14) when the volume is not in a state to be backed up.
+        """
         ...
 
     def take_snapshot(self, run: str) -> Snapshot:

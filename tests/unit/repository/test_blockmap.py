@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from blocksnap.errors import DamageError
 from blocksnap.repository.blockmap import (
     FANOUT,
@@ -17,8 +20,6 @@ from blocksnap.repository.blockmap import (
     encode_node,
     levels_for,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 class Nodes:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from blocksnap.errors import DamageError
 from blocksnap.repository.frame import HEADER, OVERHEAD, FrameType, Opener, Sealer
 from blocksnap.repository.keys import KeyRing
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MASTER = bytes(range(32))
 REPOSITORY = bytes(16)

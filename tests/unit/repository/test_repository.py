@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+
 from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import BlocksnapError, DamageError, NoRepositoryError, PassphraseError, UsageError
 from blocksnap.operations.catalogue import find_backup, map_root, root_document

@@ -1,0 +1,1 @@
+"""Parse, print, exit codes: nothing else in the package prints."""

@@ -1,0 +1,132 @@
+"""The command line: finds the command, runs it, and turns its end into an exit code.
+
+Commands are loaded when they are named, so that ``blocksnap --version`` loads none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+import blocksnap
+from blocksnap.errors import BlocksnapError
+
+_COMMANDS = {
+    "init": "repository_commands",
+    "volumes": "volume_commands",
+    "backup": "volume_commands",
+    "list": "repository_commands",
+    "show": "repository_commands",
+    "restore": "volume_commands",
+    "verify": "volume_commands",
+    "check": "repository_commands",
+}
+EXIT_WARNINGS = 3
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+_EXIT_CODES = """\
+\b
+Exit codes:
+  0  done                         12  wrong passphrase
+  1  failed                       13  damage found
+  2  wrong usage                  14  the volume or its snapshot cannot be backed up
+  3  done with warnings           15  quiescing refused
+ 10  no such repository          130  interrupted (Ctrl-C)
+ 11  busy: another run holds it  143  terminated (SIGTERM)
+Any other code means failure."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; unwinds like Ctrl-C does, so that snapshots are removed."""
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        module = _COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        loaded = importlib.import_module(f"blocksnap.cli.{module}")
+        command: click.Command = getattr(loaded, f"{cmd_name}_command")
+        return command
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EXIT_CODES,
+)
+@click.version_option(blocksnap.__version__, "-V", "--version", message="blocksnap %(version)s")
+def cli() -> None:
+    """Hot, incremental, block-level backups of LVM volumes.
+
+    Takes a snapshot, reads only the blocks that changed, and stores them deduplicated, compressed
+    and encrypted in a repository. Start with: blocksnap init --repo DIR, then
+    blocksnap backup --repo DIR VG/LV.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(args=arguments, prog_name="blocksnap", standalone_mode=False)
+        sys.stdout.flush()
+    except BlocksnapError as err:
+        return _fail(err, arguments)
+    except click.ClickException as err:
+        err.show()
+        return err.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was committed", err=True)
+        return EXIT_INTERRUPTED
+    except Terminated:
+        click.echo("terminated; nothing was committed", err=True)
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python must not try to flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _fail(err: BlocksnapError, arguments: list[str]) -> int:
+    click.echo(f"error: {err.brief}", err=True)
+    if err.details:
+        click.echo(err.details, err=True)
+    if err.resolution:
+        click.echo(f"fix:   {err.resolution}", err=True)
+    if "--json" in arguments:
+        from blocksnap.cli.output import print_json_line
+
+        print_json_line(
+            {
+                "event": "error",
+                "error": type(err).__name__,
+                "message": err.brief,
+                "details": err.details,
+                "resolution": err.resolution,
+                "exit_code": err.exit_code,
+            }
+        )
+    return err.exit_code
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
+    # A second signal while cleaning up must not stop the cleaning.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated

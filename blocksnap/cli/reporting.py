@@ -1,0 +1,120 @@
+"""Reporters: what operations say, as text with a progress bar on a terminal, or as JSON lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from blocksnap.cli.output import format_size, print_json_line
+from blocksnap.operations.reporting import Quiet
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_JSON_PROGRESS_SECONDS = 1.0
+
+
+class TextReporter(Quiet):
+    """Talks on standard error; draws progress only where it is a terminal."""
+
+    def __init__(self, *, verbosity: int) -> None:
+        super().__init__()
+        self._verbosity = verbosity
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def event(self, name: str, **facts: object) -> None:
+        """Say what matters."""
+        if self._verbosity < 0:
+            return
+        if name == "plan":
+            read, size = facts["read_bytes"], facts["volume_bytes"]
+            if isinstance(read, int) and isinstance(size, int):
+                what = (
+                    f"{facts['kind']}, {facts['method']}: {format_size(read)} of {format_size(size)} to read"
+                )
+                click.echo(f"{facts['volume']}: {what} ({facts['reason']})", err=True)
+        elif name in ("recovered", "finding"):
+            where = f"{facts['severity']}: {facts['object']}: " if name == "finding" else "cleaned up: "
+            click.echo(f"{where}{facts['message']}", err=True)
+        elif self._verbosity > 0:
+            click.echo(f"{name}: " + ", ".join(f"{key}={value}" for key, value in facts.items()), err=True)
+
+    def warn(self, message: str, *, resolution: str | None = None) -> None:
+        """Say it, whatever the verbosity."""
+        super().warn(message)
+        click.echo(f"warning: {message}", err=True)
+        if resolution:
+            click.echo(f"fix:     {resolution}", err=True)
+
+    def begin(self, phase: str, total_bytes: int) -> None:
+        """Draw a bar."""
+        if self._verbosity < 0 or not total_bytes or not sys.stderr.isatty():
+            return
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(binary_units=True),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(phase, total=total_bytes)
+
+    def advance(self, done_bytes: int) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, done_bytes)
+
+    def end(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class JsonReporter(Quiet):
+    """One JSON event a line on standard output; progress at most once a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase = ""
+        self._done = self._total = 0
+        self._told = 0.0
+
+    def event(self, name: str, **facts: object) -> None:
+        """Print the event."""
+        print_json_line({"event": name, **facts})
+
+    def warn(self, message: str, *, resolution: str | None = None) -> None:
+        """Print it as an event."""
+        super().warn(message)
+        print_json_line({"event": "warning", "message": message, "resolution": resolution})
+
+    def begin(self, phase: str, total_bytes: int) -> None:
+        """Begin to count."""
+        self._phase, self._total, self._done = phase, total_bytes, 0
+        self._told = time.monotonic()
+
+    def advance(self, done_bytes: int) -> None:
+        """Count, and tell now and then."""
+        self._done += done_bytes
+        now = time.monotonic()
+        if now - self._told >= _JSON_PROGRESS_SECONDS:
+            self._told = now
+            print_json_line(
+                {
+                    "event": "progress",
+                    "phase": self._phase,
+                    "done_bytes": self._done,
+                    "total_bytes": self._total,
+                }
+            )

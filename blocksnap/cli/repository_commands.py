@@ -1,0 +1,179 @@
+"""init, list, show and check."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import click
+
+from blocksnap.cli.context import Settings, common_options
+from blocksnap.cli.output import format_size, format_time, print_facts, print_json, print_table
+from blocksnap.errors import PassphraseError, UsageError
+
+_SIZE = re.compile(r"(\d+)\s*(|[kKmMgG])(i?[bB])?")
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+EXIT_DAMAGE = 13
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size like ``128K``; raises UsageError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", resolution="write it like 128K or 1M")
+    return int(match[1]) * _FACTORS[match[2].lower()]
+
+
+@click.command("init")
+@click.option(
+    "--chunk-size", default="128K", show_default=True, help="A power of two from 16K to 4M; fixed for good."
+)
+@click.option("--no-encryption", is_flag=True, help="Store everything readable; has to be said.")
+@common_options
+def init_command(settings: Settings, *, chunk_size: str, no_encryption: bool) -> None:
+    """Create a repository.
+
+    It is encrypted with a passphrase. Whoever loses the passphrase loses the backups.
+    """
+    from blocksnap.backends import open_backend
+    from blocksnap.repository.documents import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE
+    from blocksnap.repository.repository import Repository
+
+    size = parse_size(chunk_size)
+    if size & (size - 1) or not MIN_CHUNK_SIZE <= size <= MAX_CHUNK_SIZE:
+        raise UsageError(f"a chunk cannot have {chunk_size}", resolution="give a power of two from 16K to 4M")
+    passphrase = None
+    if not no_encryption:
+        passphrase = settings.passphrase()
+        if passphrase is None:
+            raise PassphraseError(
+                "a repository is encrypted, and no passphrase was given",
+                resolution="give --passphrase-file FILE or BLOCKSNAP_PASSPHRASE, or say --no-encryption",
+            )
+    repository = Repository.create(
+        open_backend(settings.repository_url), chunk_size=size, passphrase=passphrase
+    )
+    config = repository.config
+    if settings.json:
+        print_json(
+            {
+                "repository": repository.backend.place,
+                "id": config.id,
+                "chunk_size": config.chunk_size,
+                "encryption": config.encryption,
+            }
+        )
+    elif settings.verbosity >= 0:
+        click.echo(f"created repository {repository.backend.place} (id {config.id[:8]}, {config.encryption})")
+        if passphrase is not None:
+            click.echo("Keep the passphrase in a second place: without it nobody can restore anything.")
+
+
+@click.command("list")
+@click.argument("volume", required=False)
+@common_options
+def list_command(settings: Settings, volume: str | None) -> None:
+    """List backups, oldest first; those of VOLUME, or all."""
+    from blocksnap.operations.catalogue import of_volume
+    from blocksnap.operations.describing import describe_brief, stored_bytes
+
+    backups = settings.open_repository().backups()
+    if volume:
+        backups = of_volume(backups, volume)
+    if settings.json:
+        print_json({"backups": [describe_brief(stored) for stored in backups]})
+        return
+    if not backups:
+        click.echo("no backups" + (f" of {volume}" if volume else ""), err=True)
+        return
+    rows = [
+        (
+            stored.backup.id[:8],
+            stored.backup.volume.name,
+            format_time(stored.backup.time),
+            stored.backup.kind,
+            format_size(stored.backup.size),
+            format_size(stored.backup.statistics.changed_bytes),
+            format_size(stored_bytes(stored)),
+            " ".join(f"{key}={value}" for key, value in stored.manifest.tags.items()),
+        )
+        for stored in backups
+    ]
+    print_table(("ID", "VOLUME", "TIME", "KIND", "SIZE", "CHANGED", "STORED", "TAGS"), rows, right=(4, 5, 6))
+
+
+@click.command("show")
+@click.argument("backup")
+@common_options
+def show_command(settings: Settings, backup: str) -> None:
+    """Show one backup: what it read, stored and froze, and how its changes were found.
+
+    BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
+    """
+    from blocksnap.operations.catalogue import find_backup
+    from blocksnap.operations.describing import describe, stored_bytes
+
+    stored = find_backup(settings.open_repository(), backup)
+    document = describe(stored)
+    if settings.json:
+        print_json(document)
+        return
+    record, figures = stored.backup, stored.backup.statistics
+    total, data = stored_bytes(stored), figures.stored_bytes - figures.metadata_bytes
+    print_facts(
+        (
+            ("backup", record.id),
+            ("volume", f"{record.volume.name} ({record.volume.kind})"),
+            ("time", format_time(record.time)),
+            ("host", stored.manifest.hostname),
+            ("kind", f"{record.kind}, parent {record.parent[:8]}" if record.parent else record.kind),
+            ("method", f"{record.method}: {record.reason}"),
+            ("consistency", record.consistency),
+            ("size", f"{format_size(record.size)} ({record.size} bytes)"),
+            ("changed", format_size(figures.changed_bytes)),
+            ("read", format_size(figures.read_bytes)),
+            ("new", f"{format_size(figures.new_bytes)} in {figures.new_chunks} chunks"),
+            ("stored", f"{format_size(total)}, of it metadata {format_size(total - data)}"),
+            ("freeze", f"{figures.freeze_ms:.0f} ms; skew in its group {figures.skew_ms:.0f} ms"),
+            ("took", f"{figures.seconds:.1f} s"),
+            ("tags", " ".join(f"{key}={value}" for key, value in stored.manifest.tags.items()) or "none"),
+            *((f"source {name}", str(value)) for name, value in record.source.items()),
+        )
+    )
+
+
+@click.command("check")
+@click.option("--read-data", is_flag=True, help="Read and verify every stored byte, not only the structure.")
+@common_options
+def check_command(settings: Settings, *, read_data: bool) -> None:
+    """Check that the repository is sound and every backup can be restored."""
+    from blocksnap.operations.check import check_repository
+    from blocksnap.operations.reporting import Quiet
+
+    repository = settings.open_repository()
+    reporter = Quiet() if settings.json else settings.reporter
+    result = check_repository(repository, reporter, read_data=read_data)
+    if settings.json:
+        print_json(
+            {
+                "damaged": result.damaged,
+                "backups": result.backups,
+                "nodes": result.nodes,
+                "chunks": result.chunks,
+                "packs": result.packs,
+                "read_bytes": result.read_bytes,
+                "findings": [
+                    {"severity": f.severity, "object": f.object, "message": f.message}
+                    for f in result.findings
+                ],
+            }
+        )
+    elif settings.verbosity >= 0:
+        looked = (
+            f"{result.backups} backups, {result.nodes} nodes, {result.chunks} chunks, {result.packs} packs"
+        )
+        read = f", {format_size(result.read_bytes)} read" if read_data else ""
+        click.echo(f"{'DAMAGED' if result.damaged else 'sound'}: {looked}{read}")
+    if result.damaged:
+        click.get_current_context().exit(EXIT_DAMAGE)
+    sys.stdout.flush()

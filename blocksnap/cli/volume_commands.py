@@ -1,0 +1,253 @@
+"""volumes, backup, restore and verify."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from blocksnap.cli.context import Settings, common_options
+from blocksnap.cli.output import format_size, print_facts, print_json, print_json_line, print_table
+from blocksnap.errors import BlocksnapError, DamageError, UsageError
+
+if TYPE_CHECKING:
+    from blocksnap.repository.repository import StoredBackup
+
+EXIT_WARNINGS = 3
+
+
+class TagType(click.ParamType[tuple[str, str]]):
+    """A tag given as K=V."""
+
+    name = "K=V"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Split at the first equals sign."""
+        key, found, text = str(value).partition("=")
+        if not found or not key:
+            self.fail(f"{value!r} is not of the form K=V", param, ctx)
+        return key, text
+
+
+@click.command("volumes")
+@common_options
+def volumes_command(settings: Settings) -> None:
+    """Show what on this host can be protected, how its changes are tracked, and what is in the way.
+
+    With a repository named, the time of the last backup is shown too.
+    """
+    from blocksnap.operations.volumes import survey
+
+    repository = settings.open_repository() if _repository_named(settings) else None
+    found = survey(repository)
+    if settings.json:
+        print_json({"volumes": [volume.document() for volume in found]})
+        return
+    rows = [
+        (
+            volume.name,
+            volume.kind,
+            format_size(volume.size),
+            volume.filesystem or "-",
+            " ".join(volume.used_by) or "-",
+            volume.tracking or "-",
+            volume.last_backup or "-",
+            volume.obstacle or "",
+        )
+        for volume in found
+    ]
+    print_table(
+        ("VOLUME", "KIND", "SIZE", "CONTENT", "USED BY", "CHANGES", "LAST BACKUP", "IN THE WAY"),
+        rows,
+        right=(2,),
+    )
+
+
+@click.command("backup")
+@click.argument("volumes", metavar="VOLUME...", nargs=-1)
+@click.option("--job", metavar="NAME", help="Back up the volumes of a configured job.")
+@click.option("--full", is_flag=True, help="Take nothing over from an earlier backup.")
+@click.option("--dry-run", is_flag=True, help="Say what would be read and why; takes and removes a snapshot.")
+@click.option(
+    "--tag", "tags", type=TagType(), multiple=True, help="Note K=V with the backup; may be repeated."
+)
+@common_options
+def backup_command(
+    settings: Settings,
+    *,
+    volumes: tuple[str, ...],
+    job: str | None,
+    full: bool,
+    dry_run: bool,
+    tags: tuple[tuple[str, str], ...],
+) -> None:
+    """Back up volumes while they are in use; several are one group, taken at one instant.
+
+    VOLUME is VG/LV, a device, a mount point or directory (the volume under it), or a file. The first backup
+    of a volume is full, every later one reads only what has changed.
+    """
+    from blocksnap.extents import memory
+    from blocksnap.operations.backup import back_up, plan_backups
+    from blocksnap.operations.storing import BackupOptions
+    from blocksnap.volumes.resolve import resolve_volume
+
+    memory.retain()
+    names, job_tags = _names_of(settings, volumes, job)
+    repository = settings.open_repository()
+    resolved = [resolve_volume(name) for name in names]
+    if len({volume.key for volume in resolved}) != len(resolved):
+        raise UsageError("a volume is named twice")
+    options = BackupOptions(full=full, dry_run=dry_run, tags={**job_tags, **dict(tags)})
+    reporter = settings.reporter
+    if dry_run:
+        plans = plan_backups(repository, resolved, settings.state_directory, options, reporter)
+        if settings.json:
+            print_json_line({"event": "done", "backups": [], "plans": [plan.facts() for plan in plans]})
+        return
+    results = back_up(repository, resolved, settings.state_directory, options, reporter)
+    _show_backups(settings, results)
+    if reporter.warnings:
+        click.get_current_context().exit(EXIT_WARNINGS)
+
+
+@click.command("restore")
+@click.argument("backup")
+@click.argument("target")
+@click.option("--create", is_flag=True, help="Make the logical volume TARGET (VG/NAME) and restore to it.")
+@click.option(
+    "--pool",
+    metavar="POOL",
+    help="With --create: the thin pool; else the one the backup came from, or a classic volume.",
+)
+@click.option("--verify", is_flag=True, help="Read back what was written and compare it with the backup.")
+@common_options
+def restore_command(
+    settings: Settings, *, backup: str, target: str, create: bool, pool: str | None, verify: bool
+) -> None:
+    """Restore BACKUP to TARGET.
+
+    TARGET is a new file, a block device, a new volume VG/NAME (--create), or - for standard output.
+
+    BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
+    """
+    from blocksnap.extents import memory
+    from blocksnap.operations.catalogue import find_backup
+    from blocksnap.operations.restore import execute_restore, plan_restore
+
+    memory.retain()
+    if target == "-" and verify:
+        raise UsageError("standard output cannot be read back", resolution="leave out --verify")
+    if target == "-" and settings.json:
+        raise UsageError("standard output cannot take the volume and JSON at once")
+    repository = settings.open_repository()
+    stored = find_backup(repository, backup)
+    plan = plan_restore(stored.backup, target, create=create, pool=pool)
+    result = execute_restore(repository, plan, sys.stdout.buffer, settings.reporter, verify=verify)
+    if settings.json:
+        print_json_line(
+            {
+                "event": "done",
+                "backup": stored.backup.id,
+                "target": result.plan.target,
+                "volume_bytes": stored.backup.size,
+                "verified": result.verified,
+                "seconds": round(result.seconds, 3),
+            }
+        )
+    elif settings.verbosity >= 0 and target != "-":
+        checked = ", read back and found identical" if result.verified else ""
+        click.echo(
+            f"restored {stored.backup.id[:8]} of {stored.backup.volume.name} to {result.plan.target}: "
+            f"{format_size(stored.backup.size)} in {result.seconds:.1f} s{checked}"
+        )
+
+
+@click.command("verify")
+@click.argument("backup")
+@click.argument("volume", required=False)
+@common_options
+def verify_command(settings: Settings, *, backup: str, volume: str | None) -> None:
+    """Prove every chunk of BACKUP in the repository, or compare it with a live VOLUME.
+
+    A VOLUME is compared through a snapshot that is taken now and removed again.
+    """
+    from blocksnap.extents import memory
+    from blocksnap.operations.catalogue import find_backup
+    from blocksnap.operations.verify import verify_repository, verify_volume
+    from blocksnap.volumes.resolve import resolve_volume
+
+    memory.retain()
+    repository = settings.open_repository()
+    stored = find_backup(repository, backup)
+    problems: list[BlocksnapError]
+    if volume:
+        problems = verify_volume(
+            repository, stored.backup, resolve_volume(volume), settings.state_directory, settings.reporter
+        )
+    else:
+        problems = list(verify_repository(repository, stored.backup, settings.reporter))
+    code = max((problem.exit_code for problem in problems), default=0)
+    if settings.json:
+        print_json_line(
+            {
+                "event": "done",
+                "backup": stored.backup.id,
+                "volume": volume,
+                "identical": not problems,
+                "problems": [problem.brief for problem in problems],
+            }
+        )
+    else:
+        for problem in problems:
+            click.echo(f"error: {problem.brief}", err=True)
+        if not problems and settings.verbosity >= 0:
+            what = f"equals {volume}" if volume else "every chunk is in the repository and unharmed"
+            click.echo(f"backup {stored.backup.id[:8]} of {stored.backup.volume.name}: {what}")
+    if any(isinstance(problem, DamageError) for problem in problems):
+        code = DamageError.exit_code
+    click.get_current_context().exit(code)
+
+
+def _repository_named(settings: Settings) -> bool:
+    return bool(settings.repo or (settings.configuration and settings.configuration.repository))
+
+
+def _names_of(
+    settings: Settings, volumes: tuple[str, ...], job: str | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    if job is not None:
+        if volumes:
+            raise UsageError("name volumes or a job, not both")
+        if settings.configuration is None:
+            raise UsageError(f"there is no job {job!r}: there is no configuration file")
+        configured = settings.configuration.job(job)
+        return configured.volumes, configured.tags
+    if not volumes:
+        raise UsageError("no volume was named", resolution="see what there is with: blocksnap volumes")
+    return volumes, {}
+
+
+def _show_backups(settings: Settings, stored: list[StoredBackup]) -> None:
+    from blocksnap.operations.describing import describe, stored_bytes
+
+    if settings.json:
+        print_json_line({"event": "done", "backups": [describe(each) for each in stored]})
+        return
+    if settings.verbosity < 0:
+        return
+    for each in stored:
+        record, figures = each.backup, each.backup.statistics
+        print_facts(
+            (
+                ("backup", f"{record.id[:8]} of {record.volume.name}, {record.kind}"),
+                ("read", f"{format_size(figures.read_bytes)}, changed {format_size(figures.changed_bytes)}"),
+                (
+                    "stored",
+                    f"{format_size(stored_bytes(each))} for {format_size(figures.new_bytes)} of new data",
+                ),
+                ("took", f"{figures.seconds:.1f} s; writers stood still for {figures.freeze_ms:.0f} ms"),
+            )
+        )

@@ -1,0 +1,1 @@
+"""Take, watch and remove snapshots, and clean up after anything."""

@@ -1,0 +1,244 @@
+"""A durable record of what a run is about to leave on the host, written before it does.
+
+One file a run, ``STATE_DIR/journal/RUN.jsonl``: a line for each step, each flushed to the medium before
+the step is taken. The first line says who the run is. The file is locked while its owner lives and is
+removed at the very end, when nothing is left; so a file that nobody holds is a run that died, and its
+lines say what to look for. The last line may be torn, when the power went while it was written: then
+its step was not taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from blocksnap.errors import BlocksnapError, UsageError
+from blocksnap.system import host
+
+Step = Literal[
+    "begin", "quiesce", "snapshot", "taken", "activate", "commit", "remove", "removed", "recovered"
+]
+_SUFFIX = ".jsonl"
+_RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
+
+
+class StateError(BlocksnapError):
+    """The state directory cannot be written (exit code 1)."""
+
+    def __init__(self, path: str, err: OSError) -> None:
+        self.path = path
+        super().__init__(
+            f"cannot write {path}: {os.strerror(err.errno or 0)}",
+            details="a run first writes down what it leaves on the host, to clean up after a crash",
+            resolution="make room there, or name another state directory",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that writes a journal, told from any later one with its number."""
+
+    pid: int
+    start: int
+    boot: str
+    host: str
+    began: float
+
+    @classmethod
+    def current(cls) -> Owner:
+        """Return this process."""
+        pid = os.getpid()
+        return cls(pid, host.process_start(pid) or 0, host.boot_id(), host.host_name(), time.time())
+
+    def is_alive(self) -> bool:
+        """Whether that process still runs, as far as can be seen from here."""
+        return self.boot == host.boot_id() and host.process_start(self.pid) == self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the journal of one run says."""
+
+    run: str
+    path: Path
+    owner: Owner | None
+    steps: tuple[dict[str, object], ...]
+    alive: bool
+
+    def traces(self, volume: str | None = None) -> list[dict[str, str]]:
+        """Return what may be left on the host, of one volume or of all."""
+        left: dict[str, dict[str, str]] = {}
+        for step in self.steps:
+            trace = step.get("trace")
+            if not isinstance(trace, dict):
+                continue
+            name = json.dumps(trace, sort_keys=True)
+            if step.get("step") == "removed":
+                left.pop(name, None)
+            elif volume is None or step.get("volume") == volume:
+                left[name] = {str(key): str(value) for key, value in trace.items()}
+        return list(left.values())
+
+    def volumes(self) -> set[str]:
+        """Return the keys of the volumes that the run announced."""
+        return {str(step["volume"]) for step in self.steps if "volume" in step}
+
+
+class Journal:
+    """The journal of the run of this process."""
+
+    def __init__(self, state_directory: str | Path, run: str) -> None:
+        """Create it; raises UsageError for a name that cannot be a run's, StateError."""
+        if not _RUN.fullmatch(run):
+            raise UsageError(f"{run!r} cannot be the name of a run")
+        self.run = run
+        folder = _folder(state_directory)
+        self._path = folder / (run + _SUFFIX)
+        # It appears under its name when it is locked and says whose it is: others take it for dead otherwise.
+        unnamed = folder / f".{run}.new"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._fd = os.open(
+                unnamed, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600
+            )
+        except OSError as err:
+            raise StateError(str(folder), err) from err
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            owner = Owner.current()
+            self.append("begin", run=run, **asdict(owner))
+            os.link(unnamed, self._path)
+        except FileExistsError as err:
+            os.close(self._fd)
+            raise UsageError(f"there is a run {run} already", resolution="run blocksnap doctor") from err
+        except BaseException:
+            os.close(self._fd)
+            raise
+        finally:
+            unnamed.unlink()
+        _sync_folder(folder)
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self._path
+
+    def append(self, step: Step, **facts: object) -> None:
+        """Write a step down, durably, before it is taken."""
+        self.append_all([(step, facts)])
+
+    def append_all(self, steps: list[tuple[Step, dict[str, object]]]) -> None:
+        """Write several steps down with one flush."""
+        lines = "".join(
+            json.dumps({"step": step, "time": time.time(), **facts}) + "\n" for step, facts in steps
+        )
+        try:
+            os.write(self._fd, lines.encode())
+            os.fdatasync(self._fd)
+        except OSError as err:
+            raise StateError(str(self._path), err) from err
+
+    def finish(self) -> None:
+        """Remove it: nothing is left on the host."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        _sync_folder(self._path.parent)
+        self.close()
+
+    def close(self) -> None:
+        """Let it go without removing it: the next run will clean up."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_entries(state_directory: str | Path) -> list[Entry]:
+    """Return the journals of all runs, the oldest first."""
+    folder = _folder(state_directory)
+    paths = (
+        [path for path in folder.glob("*" + _SUFFIX) if not path.name.startswith(".")]
+        if folder.is_dir()
+        else []
+    )
+    entries = [entry for path in paths if (entry := _read_entry(path))]
+    return sorted(entries, key=lambda entry: (entry.owner.began if entry.owner else 0.0, entry.run))
+
+
+def close_entry(entry: Entry) -> None:
+    """Remove the journal of a dead run, of which nothing is left."""
+    with contextlib.suppress(FileNotFoundError):
+        entry.path.unlink()
+    _sync_folder(entry.path.parent)
+
+
+def _read_entry(path: Path) -> Entry | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        held = not _try_lock(fd)
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+    finally:
+        os.close(fd)
+    steps = _parse(text)
+    first = steps[0] if steps else {}
+    try:
+        owner = Owner(
+            int(str(first["pid"])),
+            int(str(first["start"])),
+            str(first["boot"]),
+            str(first["host"]),
+            float(str(first["began"])),
+        )
+    except (KeyError, ValueError):
+        owner = None
+    # A worker of a dead run may still hold the lock; a run in another PID namespace shows no process here.
+    alive = held or (owner is not None and owner.is_alive())
+    return Entry(run=path.name.removesuffix(_SUFFIX), path=path, owner=owner, steps=tuple(steps), alive=alive)
+
+
+def _parse(text: str) -> list[dict[str, object]]:
+    steps = []
+    for line in text.splitlines():
+        try:
+            step = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(step, dict):
+            steps.append(step)
+    return steps
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _folder(state_directory: str | Path) -> Path:
+    return Path(state_directory) / "journal"
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as err:
+        raise StateError(str(folder), err) from err

@@ -1,0 +1,54 @@
+"""Backups as plain documents, for ``list``, ``show`` and ``backup``; field names are a contract."""
+
+from __future__ import annotations
+
+from blocksnap.repository.repository import StoredBackup
+
+
+def describe_brief(stored: StoredBackup) -> dict[str, object]:
+    """Return one entry of ``list --json``."""
+    backup = stored.backup
+    return {
+        "id": backup.id,
+        "volume": backup.volume.name,
+        "time": backup.time.isoformat(),
+        "kind": backup.kind,
+        "parent": backup.parent,
+        "volume_bytes": backup.size,
+        "stored_bytes": stored_bytes(stored),
+        "tags": dict(stored.manifest.tags),
+    }
+
+
+def describe(stored: StoredBackup) -> dict[str, object]:
+    """Return what ``show --json`` and the last event of ``backup --json`` say of a backup."""
+    backup, figures = stored.backup, stored.backup.statistics
+    return {
+        **describe_brief(stored),
+        "method": backup.method,
+        "reason": backup.reason,
+        "consistency": backup.consistency,
+        "volume_kind": backup.volume.kind,
+        "chunk_size": backup.chunk_size,
+        "changed_bytes": figures.changed_bytes,
+        "read_bytes": figures.read_bytes,
+        "new_bytes": figures.new_bytes,
+        "new_chunks": figures.new_chunks,
+        "metadata_bytes": figures.metadata_bytes + _manifest_share(stored),
+        "freeze_ms": figures.freeze_ms,
+        "skew_ms": figures.skew_ms,
+        "seconds": figures.seconds,
+        "host": stored.manifest.hostname,
+        "program": stored.manifest.program,
+        "source": dict(backup.source),
+    }
+
+
+def stored_bytes(stored: StoredBackup) -> int:
+    """Return what a backup added to the repository, its share of the manifest included."""
+    return stored.backup.statistics.stored_bytes + _manifest_share(stored)
+
+
+def _manifest_share(stored: StoredBackup) -> int:
+    # A manifest cannot state its own size; the first backup in it is charged for it.
+    return stored.manifest_bytes if stored.manifest.backups[0].id == stored.backup.id else 0

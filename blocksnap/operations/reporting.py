@@ -1,0 +1,52 @@
+"""What operations say while they run; the command line decides how it is shown."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Takes events and progress. Nothing below the command line prints."""
+
+    def event(self, name: str, **facts: object) -> None:
+        """Tell that something happened; facts are JSON values, sizes in bytes."""
+        ...
+
+    def warn(self, message: str, *, resolution: str | None = None) -> None:
+        """Tell about something that went wrong without ending the run (exit code 3 at the end)."""
+        ...
+
+    def begin(self, phase: str, total_bytes: int) -> None:
+        """Tell that a phase begins and how much there is to do."""
+        ...
+
+    def advance(self, done_bytes: int) -> None:
+        """Tell that so much more of the phase is done."""
+        ...
+
+    def end(self) -> None:
+        """Tell that the phase is over."""
+        ...
+
+
+class Quiet:
+    """A reporter that remembers warnings and says nothing."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def event(self, name: str, **facts: object) -> None:
+        """Ignore it."""
+
+    def warn(self, message: str, *, resolution: str | None = None) -> None:  # noqa: ARG002 - protocol
+        """Remember it."""
+        self.warnings.append(message)
+
+    def begin(self, phase: str, total_bytes: int) -> None:
+        """Ignore it."""
+
+    def advance(self, done_bytes: int) -> None:
+        """Ignore it."""
+
+    def end(self) -> None:
+        """Ignore it."""

@@ -1,0 +1,171 @@
+"""Restore a backup to a file, a block device, a new volume or standard output."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+from blocksnap.errors import DamageError, TargetError, UsageError
+from blocksnap.operations.catalogue import map_root
+from blocksnap.operations.compare import find_differences
+from blocksnap.operations.reporting import Reporter
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.blockmap import Entry, MapReader
+from blocksnap.repository.documents import Backup
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.engine import restore_to_stream, restore_to_target
+from blocksnap.restore.targets import DeviceTarget, FileTarget, Target
+
+TargetKind = Literal["file", "device", "volume", "stream"]
+_LV_NAME = re.compile(r"(?:/dev/)?([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)/([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)")
+
+
+class RestoreDiffersError(DamageError):
+    """What was written reads back differently."""
+
+    def __init__(self, target: str, differing: list[tuple[int, int]]) -> None:
+        self.target = target
+        self.differing = differing
+        offset, length = differing[0]
+        super().__init__(
+            f"{target} does not hold what was written: {sum(n for _, n in differing)} bytes differ, "
+            f"the first at {offset} to {offset + length}",
+            resolution="do not use this target; look for I/O errors in the kernel log (dmesg)",
+        )
+
+
+class UnknownTargetError(TargetError):
+    """A target that is neither a place for a file nor a volume."""
+
+    def __init__(self, target: str, reason: str, resolution: str) -> None:
+        self.target = target
+        super().__init__(f"cannot restore to {target}: {reason}", resolution=resolution)
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Which backup goes where."""
+
+    backup: Backup
+    target: str
+    kind: TargetKind
+    volume_group: str = ""
+    volume_name: str = ""
+    pool: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What a restore did."""
+
+    plan: RestorePlan
+    seconds: float
+    verified: bool
+
+
+def plan_restore(backup: Backup, target: str, *, create: bool, pool: str | None) -> RestorePlan:
+    """Decide what kind of place the target is; raises TargetError or UsageError."""
+    if target == "-":
+        if create:
+            raise UsageError("--create makes a logical volume, and - is standard output")
+        return RestorePlan(backup, target, "stream")
+    name = _LV_NAME.fullmatch(target)
+    if create:
+        if name is None:
+            raise UsageError(f"{target!r} is not the name of a volume", resolution="write it as VG/NAME")
+        return RestorePlan(
+            backup, f"{name[1]}/{name[2]}", "volume", name[1], name[2], pool or _pool_of(backup, name[1])
+        )
+    if pool:
+        raise UsageError("--pool goes with --create")
+    return RestorePlan(backup, *_existing(target, name))
+
+
+def _existing(target: str, name: re.Match[str] | None) -> tuple[str, TargetKind]:
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        mode = 0
+    if stat.S_ISBLK(mode):
+        return target, "device"
+    if stat.S_ISDIR(mode):
+        raise UnknownTargetError(target, "it is a directory", "name a file in it")
+    if mode and not stat.S_ISREG(mode):
+        raise UnknownTargetError(target, "it is neither a file nor a block device", "name another target")
+    device = f"/dev/{target}"
+    if not mode and name and not target.startswith("/") and os.path.exists(device):
+        return device, "device"
+    if target.startswith("/dev/") and not mode:
+        raise UnknownTargetError(
+            target, "there is no such device", "name an existing one, or make a new volume with --create"
+        )
+    folder = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(folder):
+        raise UnknownTargetError(
+            target,
+            f"there is no directory {folder}",
+            "make it first, or use --create to make a volume VG/NAME",
+        )
+    return target, "file"
+
+
+def _pool_of(backup: Backup, group: str) -> str | None:
+    source = backup.source
+    if source.get("vg_name") == group and isinstance(source.get("pool_name"), str):
+        return str(source["pool_name"])
+    return None
+
+
+def execute_restore(
+    repository: Repository, plan: RestorePlan, stdout: BinaryIO, report: Reporter, *, verify: bool
+) -> RestoreResult:
+    """Do it.
+
+    Raises TargetError before anything is written when the target cannot take the backup, and
+    DamageError, with the volume's byte range, when the repository cannot give it.
+    """
+    began = time.monotonic()
+    backup = plan.backup
+    geometry = Geometry(backup.size, backup.chunk_size)
+    report.begin(f"restoring {backup.volume.name}", backup.size)
+    if plan.kind == "stream":
+        restore_to_stream(repository, geometry, _runs(repository, backup, geometry), stdout, report.advance)
+        stdout.flush()
+        report.end()
+        return RestoreResult(plan, time.monotonic() - began, verified=False)
+    with ExitStack() as stack:
+        target = _open_target(plan, stack)
+        stack.callback(target.close)
+        restore_to_target(repository, geometry, _runs(repository, backup, geometry), target, report.advance)
+        report.end()
+        if verify:
+            _verify(repository, backup, target, report)
+        target.finish()
+    return RestoreResult(plan, time.monotonic() - began, verified=verify)
+
+
+def _runs(repository: Repository, backup: Backup, geometry: Geometry) -> Iterator[tuple[int, int, Entry]]:
+    return MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count)
+
+
+def _open_target(plan: RestorePlan, stack: ExitStack) -> Target:
+    if plan.kind == "file":
+        return FileTarget(plan.target, plan.backup.size)
+    if plan.kind == "device":
+        return DeviceTarget(plan.target, plan.backup.size)
+    from blocksnap.restore.new_volume import NewVolume
+
+    volume = stack.enter_context(NewVolume(plan.volume_group, plan.volume_name, plan.pool, plan.backup.size))
+    return volume.target
+
+
+def _verify(repository: Repository, backup: Backup, target: Target, report: Reporter) -> None:
+    differing = find_differences(repository, backup, target.reader(), [(0, backup.size)], report)
+    if differing:
+        raise RestoreDiffersError(target.name, differing)

@@ -1,0 +1,198 @@
+"""Store the backup of one volume: choose the chunks, read them, and build its map from the parent's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from blocksnap.extents.changes import Changes, Parent
+from blocksnap.operations.catalogue import map_root, root_document
+from blocksnap.operations.mapped import load_mapped, store_mapped
+from blocksnap.operations.reporting import Reporter
+from blocksnap.operations.sink import DataSink
+from blocksnap.pipeline.flow import Flow, Geometry
+from blocksnap.pipeline.selection import Selection, select_all, select_changed
+from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapRoot, MapWriter
+from blocksnap.repository.documents import Backup, Mapped, Statistics, VolumeRecord
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.writer import RepositoryWriter, Stored
+from blocksnap.volumes.base import Snapshot, Volume
+
+
+@dataclass(frozen=True, slots=True)
+class BackupOptions:
+    """How a backup is to be taken."""
+
+    full: bool = False
+    dry_run: bool = False
+    tags: Mapping[str, str] | None = None
+    level: int = 1
+    workers: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BackupPlan:
+    """What will be read of one volume, and why."""
+
+    volume: Volume
+    snapshot: Snapshot
+    parent: Backup | None
+    changes: Changes
+    selection: Selection
+    geometry: Geometry
+
+    @property
+    def kind(self) -> Literal["full", "incremental"]:
+        """Full when nothing is compared or inherited, else incremental."""
+        return "incremental" if self.parent else "full"
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(length for _, length in self.selection.extents(self.geometry))
+
+    def facts(self) -> dict[str, object]:
+        """Return the decision for the log."""
+        return {
+            "volume": self.volume.name,
+            "kind": self.kind,
+            "method": self.changes.method,
+            "reason": self.changes.reason,
+            "volume_bytes": self.snapshot.size,
+            "read_bytes": self.read_bytes,
+        }
+
+
+@dataclass(slots=True)
+class Draft:
+    """A backup whose chunks are stored but which is not committed yet."""
+
+    plan: BackupPlan
+    map: MapRoot
+    mapped: Mapped | None
+    changed_bytes: int
+    read_bytes: int
+    before: Stored
+    stored: Stored
+
+    def finish(self, id_: str, skew_seconds: float, seconds: float) -> Backup:
+        """Return the record for the manifest."""
+        plan, snapshot, volume = self.plan, self.plan.snapshot, self.plan.volume
+        return Backup(
+            id=id_,
+            volume=VolumeRecord(name=volume.name, key=volume.key, kind=volume.kind),
+            time=datetime.fromtimestamp(snapshot.timing.taken_at, UTC),
+            kind=plan.kind,
+            parent=plan.parent.id if plan.parent else None,
+            method=plan.changes.method,
+            reason=plan.changes.reason,
+            size=snapshot.size,
+            chunk_size=plan.geometry.chunk_size,
+            map=root_document(self.map),
+            mapped=self.mapped,
+            source=dict(snapshot.binding),
+            consistency="crash" if volume.kind == "thin" else "cold",
+            statistics=Statistics(
+                changed_bytes=self.changed_bytes,
+                read_bytes=self.read_bytes,
+                new_bytes=self.stored.new_bytes,
+                stored_bytes=self.stored.total_bytes,
+                metadata_bytes=self.stored.metadata_bytes,
+                new_chunks=self.stored.new_chunks,
+                freeze_ms=round(snapshot.timing.freeze_seconds * 1000, 3),
+                skew_ms=round(skew_seconds * 1000, 3),
+                seconds=round(seconds, 3),
+            ),
+        )
+
+
+def plan_backup(
+    repository: Repository, volume: Volume, snapshot: Snapshot, parent: Backup | None, *, full: bool
+) -> BackupPlan:
+    """Ask the source what has changed and choose the chunks to read."""
+    geometry = Geometry(snapshot.size, repository.chunk_size)
+    if full or (parent is not None and parent.chunk_size != repository.chunk_size):
+        parent = None
+    remembered = None
+    if parent is not None:
+        mapped = parent.mapped
+        remembered = Parent(parent.size, parent.source, lambda: load_mapped(repository, mapped))
+    changes = snapshot.find_changes(remembered)
+    allocated = [(extent.offset, extent.length) for extent in changes.allocated]
+    if parent is None or not changes.inherits:
+        selection = select_all(geometry, allocated)
+    else:
+        selection = select_changed(
+            geometry,
+            allocated=allocated,
+            changed=((extent.offset, extent.length) for extent in changes.changed),
+            discarded=((extent.offset, extent.length) for extent in changes.discarded),
+            parent_size=parent.size,
+        )
+    return BackupPlan(volume, snapshot, parent, changes, selection, geometry)
+
+
+def store_volume(
+    repository: Repository,
+    writer: RepositoryWriter,
+    plan: BackupPlan,
+    before: Stored,
+    options: BackupOptions,
+    report: Reporter,
+) -> Draft:
+    """Read and store what the plan says; nothing is committed, but the map is complete.
+
+    What the writer has stored since ``before`` is counted for this volume.
+    """
+    reader = MapReader(repository.load_node)
+    parent_map = map_root(plan.parent.map) if plan.parent else None
+    builder = MapWriter(reader, parent_map, plan.geometry.count, writer.store_node)
+    changed = read = 0
+    report.begin(plan.volume.name, plan.read_bytes)
+    holes = _HoleFiller(builder, plan.selection)
+    if plan.selection.read:
+        sink = DataSink(writer, options.level)
+        with (
+            plan.snapshot.open_reader() as fd,
+            Flow(
+                fd, plan.geometry, plan.selection.extents(plan.geometry), sink, workers=options.workers
+            ) as flow,
+        ):
+            for result in flow.results():
+                holes.fill_before(result.number)
+                if builder.set(result.number, ZERO if result.id is None else result.id):
+                    changed += result.length
+                read += result.length
+                report.advance(result.length)
+    holes.fill_before(plan.geometry.count)
+    root = builder.finish()
+    if plan.parent is not None and plan.changes.inherits:
+        changed += _total(plan.selection.holes, plan.geometry)
+    mapped = None
+    if plan.changes.mapped is not None:
+        mapped = store_mapped(
+            repository, writer, plan.changes.mapped, plan.parent.mapped if plan.parent else None
+        )
+    report.end()
+    return Draft(plan, root, mapped, changed, read, before, writer.stored.since(before))
+
+
+class _HoleFiller:
+    """Sets the ranges that became holes, as far as the chunks that are read have come."""
+
+    def __init__(self, builder: MapWriter, selection: Selection) -> None:
+        self._builder = builder
+        self._ranges = list(reversed(selection.holes))
+
+    def fill_before(self, number: int) -> None:
+        """Set all ranges below a chunk number."""
+        while self._ranges and self._ranges[-1][0] < number:
+            begin, end = self._ranges.pop()
+            self._builder.fill(begin, end, HOLE)
+
+
+def _total(ranges: tuple[tuple[int, int], ...], geometry: Geometry) -> int:
+    size = geometry.chunk_size
+    return sum(min(end * size, geometry.size) - begin * size for begin, end in ranges)

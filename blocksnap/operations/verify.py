@@ -1,0 +1,55 @@
+"""Prove a backup against the repository's bytes, or against a live volume."""
+
+from __future__ import annotations
+
+import secrets
+
+from blocksnap.controller.session import SnapshotSession
+from blocksnap.errors import BlocksnapError
+from blocksnap.operations.catalogue import map_root
+from blocksnap.operations.compare import find_differences
+from blocksnap.operations.reporting import Reporter
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.blockmap import MapReader
+from blocksnap.repository.documents import Backup
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.engine import UnreadableChunkError, verify_chunks
+from blocksnap.volumes.base import Volume
+
+
+class VolumeDiffersError(BlocksnapError):
+    """A live volume does not hold what the backup does; it may simply have been written since."""
+
+    def __init__(self, volume: str, offset: int, length: int) -> None:
+        self.volume, self.offset, self.length = volume, offset, length
+        super().__init__(f"{volume} differs from the backup in bytes {offset} to {offset + length}")
+
+
+def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> list[UnreadableChunkError]:
+    """Read every chunk of a backup; return what cannot be read."""
+    geometry = Geometry(backup.size, backup.chunk_size)
+    runs = MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count)
+    report.begin(f"verifying {backup.volume.name}", backup.size)
+    damage = verify_chunks(repository, geometry, runs, report.advance)
+    report.end()
+    return damage
+
+
+def verify_volume(
+    repository: Repository, backup: Backup, volume: Volume, state_directory: str, report: Reporter
+) -> list[BlocksnapError]:
+    """Compare a backup with a snapshot that is taken now and removed again; return the ranges that differ."""
+    with SnapshotSession([volume], secrets.token_hex(16), state_directory) as session:
+        snapshot = session.snapshots[0]
+        changes = snapshot.find_changes(None)
+        problems: list[BlocksnapError] = []
+        if snapshot.size != backup.size:
+            low, high = sorted((snapshot.size, backup.size))
+            problems.append(VolumeDiffersError(volume.name, low, high - low))
+        if snapshot.size >= backup.size:
+            with snapshot.open_reader() as fd:
+                allocated = [(extent.offset, extent.length) for extent in changes.allocated.clip(backup.size)]
+                differing = find_differences(repository, backup, fd, allocated, report)
+            problems += [VolumeDiffersError(volume.name, offset, length) for offset, length in differing]
+        snapshot.check()
+    return problems

@@ -1,0 +1,1 @@
+"""Bring a backup back: plan by pack, write in parallel, verify."""

@@ -1,0 +1,237 @@
+"""Fetch, open, verify and write the chunks of a backup, several ranges at once, in bounded memory.
+
+Guarantees: every chunk's id is proven before it is written; a chunk that cannot be proven ends the
+restore with the volume's byte range. It does not guarantee an order of writes, nor that an
+interrupted restore leaves anything useful (targets see to that).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import BinaryIO, Protocol, TypeVar
+
+from blocksnap.errors import DamageError
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.blockmap import Entry
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.index import Location
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.plan import RangeFetch, Window, plan_windows
+from blocksnap.restore.targets import Target, write_stream
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+WORKERS = 2
+_PENDING = WORKERS * 2
+_STREAM_CHUNKS = 32
+
+
+class UnreadableChunkError(DamageError):
+    """A chunk of the backup cannot be read from the repository."""
+
+    def __init__(self, numbers: Iterable[int], geometry: Geometry, err: DamageError) -> None:
+        first = min(numbers)
+        self.offset = first * geometry.chunk_size
+        self.length = geometry.length(first)
+        super().__init__(
+            f"bytes {self.offset} to {self.offset + self.length} cannot be restored: {err.brief}",
+            resolution="run: blocksnap check --read-data; an older backup may hold this range unharmed",
+        )
+
+
+class Progress(Protocol):
+    """Told how many bytes of the volume are done."""
+
+    def __call__(self, done_bytes: int, /) -> None:
+        """Count ``done_bytes`` more."""
+        ...
+
+
+class ChunkFetcher:
+    """Reads ranges of packs and yields their chunks, opened and proven."""
+
+    def __init__(self, repository: Repository, geometry: Geometry) -> None:
+        self._repository = repository
+        self._geometry = geometry
+        self._buffers = threading.local()
+
+    def chunks(self, fetch: RangeFetch) -> Iterator[tuple[tuple[int, ...], bytes | memoryview]]:
+        """Yield (chunk numbers, content) for every frame of a range.
+
+        The content is valid until the next one is asked for.
+        """
+        numbers = [number for frame in fetch.frames for number in frame.numbers]
+        try:
+            buffer = self._read(fetch)
+        except DamageError as err:
+            raise UnreadableChunkError(numbers, self._geometry, err) from err
+        opener = self._repository.opener()
+        for frame in fetch.frames:
+            at = frame.offset - fetch.offset
+            try:
+                plain = opener.open(
+                    buffer[at : at + frame.length],
+                    where=f"frame at {frame.offset} of {fetch.pack}",
+                    kind=FrameType.DATA,
+                    id_=frame.id,
+                )
+                self._require_length(frame.numbers, plain)
+            except DamageError as err:
+                raise UnreadableChunkError(frame.numbers, self._geometry, err) from err
+            yield frame.numbers, plain
+
+    def _require_length(self, numbers: tuple[int, ...], plain: bytes | memoryview) -> None:
+        for number in numbers:
+            if len(plain) != self._geometry.length(number):
+                raise DamageError(f"chunk {number} has {len(plain)} bytes")
+
+    def _read(self, fetch: RangeFetch) -> memoryview:
+        buffer: bytearray | None = getattr(self._buffers, "range", None)
+        if buffer is None or len(buffer) < fetch.length:
+            buffer = self._buffers.range = bytearray(max(fetch.length, 5 << 20))
+        view = memoryview(buffer)[: fetch.length]
+        self._repository.read_range(fetch.pack, fetch.offset, view)
+        return view
+
+
+def restore_to_target(
+    repository: Repository,
+    geometry: Geometry,
+    runs: Iterator[tuple[int, int, Entry]],
+    target: Target,
+    progress: Progress,
+) -> None:
+    """Write a whole map to a target."""
+    fetcher = ChunkFetcher(repository, geometry)
+    size = geometry.chunk_size
+
+    def bring(fetch: RangeFetch) -> int:
+        done = 0
+        for numbers, plain in fetcher.chunks(fetch):
+            for number in numbers:
+                target.write(number * size, plain)
+                done += len(plain)
+        return done
+
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
+        pending: set[Future[int]] = set()
+        try:
+            for window in plan_windows(runs, _locator(repository)):
+                _require_all(window, geometry)
+                _clear(window, geometry, target, progress)
+                for fetch in window.ranges:
+                    if len(pending) >= _PENDING:
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                        progress(sum(future.result() for future in done))
+                    pending.add(pool.submit(bring, fetch))
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                progress(sum(future.result() for future in done))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def restore_to_stream(
+    repository: Repository,
+    geometry: Geometry,
+    runs: Iterator[tuple[int, int, Entry]],
+    stream: BinaryIO,
+    progress: Progress,
+) -> None:
+    """Write a whole map to a stream, in order; holes become zeros."""
+    fetcher = ChunkFetcher(repository, geometry)
+    zeros = memoryview(bytes(geometry.chunk_size))
+
+    def bring(window: Window) -> dict[int, bytes]:
+        _require_all(window, geometry)
+        return {
+            number: bytes(plain)
+            for fetch in window.ranges
+            for numbers, plain in fetcher.chunks(fetch)
+            for number in numbers
+        }
+
+    windows = plan_windows(runs, _locator(repository), window=_STREAM_CHUNKS)
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
+        try:
+            for window, found in _ahead(pool, bring, windows):
+                for number in range(window.begin, window.end):
+                    content = found.get(number, zeros[: geometry.length(number)])
+                    write_stream(stream, content)
+                    progress(len(content))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def verify_chunks(
+    repository: Repository, geometry: Geometry, runs: Iterator[tuple[int, int, Entry]], progress: Progress
+) -> list[UnreadableChunkError]:
+    """Read and prove every chunk of a map; return what cannot be read, in order of the volume."""
+    fetcher = ChunkFetcher(repository, geometry)
+
+    def prove(fetch: RangeFetch) -> tuple[int, list[UnreadableChunkError]]:
+        # A damaged frame says nothing about its neighbours, so each is read alone once one has failed.
+        try:
+            return sum(len(plain) * len(numbers) for numbers, plain in fetcher.chunks(fetch)), []
+        except UnreadableChunkError as err:
+            if len(fetch.frames) == 1:
+                return 0, [err]
+        alone = [RangeFetch(fetch.pack, frame.offset, frame.length, (frame,)) for frame in fetch.frames]
+        results = [prove(one) for one in alone]
+        return sum(done for done, _ in results), [err for _, errors in results for err in errors]
+
+    damage: list[UnreadableChunkError] = []
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-verify") as pool:
+        ranges = _note_missing(plan_windows(runs, _locator(repository)), geometry, damage)
+        try:
+            for _, (done, errors) in _ahead(pool, prove, ranges):
+                progress(done)
+                damage.extend(errors)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return sorted(damage, key=lambda err: err.offset)
+
+
+def _locator(repository: Repository) -> Callable[[bytes], Location]:
+    return lambda id_: repository.locate(FrameType.DATA, id_)
+
+
+def _require_all(window: Window, geometry: Geometry) -> None:
+    for numbers, err in window.missing:
+        raise UnreadableChunkError(numbers, geometry, err)
+
+
+def _note_missing(
+    windows: Iterator[Window], geometry: Geometry, damage: list[UnreadableChunkError]
+) -> Iterator[RangeFetch]:
+    for window in windows:
+        damage.extend(UnreadableChunkError(numbers, geometry, err) for numbers, err in window.missing)
+        yield from window.ranges
+
+
+def _clear(window: Window, geometry: Geometry, target: Target, progress: Progress) -> None:
+    for ranges, hole in ((window.holes, True), (window.zeros, False)):
+        for begin, end in ranges:
+            offset = begin * geometry.chunk_size
+            length = min(end * geometry.chunk_size, geometry.size) - offset
+            if length > 0:
+                target.clear(offset, length, hole=hole)
+                progress(length)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterator[_Item]
+) -> Iterator[tuple[_Item, _Result]]:
+    """Yield each item with its result, in order, while a few more are worked on."""
+    queue = [(item, pool.submit(work, item)) for item in islice(items, _PENDING)]
+    while queue:
+        item, future = queue.pop(0)
+        yield item, future.result()
+        queue.extend((item, pool.submit(work, item)) for item in islice(items, 1))

@@ -1,0 +1,1 @@
+"""The kernel and its tools: the only package that spawns, asks udev, or does ioctls."""

@@ -1,0 +1,277 @@
+"""Block devices by descriptor: open, measure, flush, discard, zero; who sits on top.
+
+A path is used once, to open; everything after that is asked of the descriptor, or of sysfs by the
+device's number, so a node that is renamed or reused in between is never mistaken.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+import time
+from pathlib import Path
+
+from blocksnap.errors import BlocksnapError
+
+# linux/fs.h
+_BLKROGET = 0x125E
+_BLKSSZGET = 0x1268
+_BLKPBSZGET = 0x127B
+_BLKFLSBUF = 0x1261
+_BLKDISCARD = 0x1277
+_BLKZEROOUT = 0x127F
+_BLKGETSIZE64 = 0x80081272
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_SYSFS = Path("/sys/dev/block")
+_CANNOT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
+
+
+class DeviceError(BlocksnapError):
+    """A block device cannot be used (exit code 1)."""
+
+
+class NoDeviceError(DeviceError):
+    """There is no such block device."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        super().__init__(
+            f"no block device {name}: {reason}", resolution="blocksnap volumes shows what there is"
+        )
+
+
+class DeviceBusyError(DeviceError):
+    """Something uses the device that has to be ours alone."""
+
+    def __init__(self, name: str, users: list[str]) -> None:
+        self.name = name
+        self.users = users
+        super().__init__(
+            f"{name} is in use: {', '.join(users) or 'somebody holds it open exclusively'}",
+            resolution="unmount it, or stop what uses it, and try again",
+        )
+
+
+def number_text(number: int) -> str:
+    """Return a device number as sysfs writes it, ``MAJOR:MINOR``."""
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def sysfs_folder(number: int) -> Path:
+    """Return the device's folder in sysfs."""
+    return _SYSFS / number_text(number)
+
+
+def node_of(number: int) -> str:
+    """Return the kernel's own node of a device, ``/dev/dm-3``; raises NoDeviceError."""
+    try:
+        text = (sysfs_folder(number) / "uevent").read_text()
+    except OSError as err:
+        raise NoDeviceError(number_text(number), "it is not there") from err
+    for line in text.splitlines():
+        if line.startswith("DEVNAME="):
+            return "/dev/" + line.removeprefix("DEVNAME=")
+    raise NoDeviceError(number_text(number), "the kernel gives it no name")
+
+
+def open_by_number(number: int, *, direct: bool = True, wait_seconds: float = 5.0) -> int:
+    """Open a device for reading by its number and make sure that it is the one.
+
+    A node appears a moment after its device: udev, or devtmpfs, is given ``wait_seconds``.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        node = node_of(number)
+        try:
+            fd = os.open(node, flags)
+        except OSError as err:
+            if err.errno not in (errno.ENOENT, errno.ENXIO) or time.monotonic() > deadline:
+                raise NoDeviceError(node, os.strerror(err.errno or 0)) from err
+        else:
+            if device_number(fd) == number:
+                return fd
+            os.close(fd)
+            if time.monotonic() > deadline:
+                raise NoDeviceError(number_text(number), f"{node} is another device")
+        time.sleep(0.01)
+
+
+def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) -> int:
+    """Open a device that nobody uses, and keep others from mounting or holding it meanwhile.
+
+    Raises DeviceBusyError naming who uses it, NoDeviceError.
+    """
+    access = os.O_RDWR if writable else os.O_RDONLY
+    try:
+        fd = os.open(path, access | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+    except OSError as err:
+        if err.errno == errno.EBUSY:
+            from blocksnap.system.mounts import users_of_device
+
+            raise DeviceBusyError(path, users_of_device(os.stat(path).st_rdev)) from err
+        raise NoDeviceError(path, os.strerror(err.errno or 0)) from err
+    try:
+        device_number(fd)
+        if writable and is_read_only(fd):
+            raise DeviceError(
+                f"{path} is read-only", resolution="make it writable (blockdev --setrw, lvchange -prw)"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def device_number(fd: int) -> int:
+    """Return the number of an open block device; raises NoDeviceError for anything else."""
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        raise NoDeviceError(f"on descriptor {fd}", "it is something else")
+    return status.st_rdev
+
+
+def size_of(fd: int) -> int:
+    """Return the size of a device in bytes."""
+    return int(struct.unpack("<Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0])
+
+
+def logical_block_size(fd: int) -> int:
+    """Return the smallest unit that can be read or written with O_DIRECT, in bytes."""
+    return int(struct.unpack("<i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0])
+
+
+def physical_block_size(fd: int) -> int:
+    """Return the unit that the device writes without reading first, in bytes."""
+    return int(struct.unpack("<I", fcntl.ioctl(fd, _BLKPBSZGET, bytes(4)))[0])
+
+
+def is_read_only(fd: int) -> bool:
+    """Tell whether the device refuses writes."""
+    return bool(struct.unpack("<i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
+
+
+def drop_cache(fd: int) -> None:
+    """Write the page cache of a device or file back and forget it: the next read comes from the medium."""
+    try:
+        os.fsync(fd)
+    except OSError as err:
+        if err.errno not in (errno.EROFS, errno.EINVAL):
+            raise
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        fcntl.ioctl(fd, _BLKFLSBUF, 0)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def discard_range(fd: int, offset: int, length: int) -> bool:
+    """Give a range back to the device; False when it cannot.
+
+    Says nothing about what the range reads as afterwards.
+    """
+    return _range_ioctl(fd, _BLKDISCARD, offset, length)
+
+
+def clear(fd: int, offset: int, length: int, *, discard: bool) -> None:
+    """Make a range of a device read as zeros; unallocated if ``discard`` asks for it and the device can."""
+    if discard and _punch_hole(fd, offset, length):
+        return
+    done = _unmap_thin(fd, offset, length) if discard else (offset, offset)
+    # The kernel writes zeros itself where the device has no command for it.
+    for begin, end in ((offset, done[0]), (done[1], offset + length)):
+        if begin < end:
+            fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", begin, end - begin))
+
+
+def holders(number: int) -> list[int]:
+    """Return the numbers of the devices stacked directly on a device and on its partitions."""
+    folder = sysfs_folder(number)
+    found = [_number_in(path / "dev") for path in _listed(folder / "holders")]
+    for partition in partitions(number):
+        found += holders(partition)
+    return found
+
+
+def partitions(number: int) -> list[int]:
+    """Return the numbers of a disk's partitions."""
+    folder = sysfs_folder(number)
+    return [_number_in(path.parent / "dev") for path in folder.glob("*/partition")]
+
+
+def slaves(number: int) -> list[int]:
+    """Return the numbers of the devices that a device is directly stacked on; a partition's is its disk."""
+    folder = sysfs_folder(number)
+    if (folder / "partition").exists():
+        return [_number_in(folder.resolve().parent / "dev")]
+    return [_number_in(path / "dev") for path in _listed(folder / "slaves")]
+
+
+def aligned_buffer(length: int) -> mmap.mmap:
+    """Return a buffer of whole pages, as O_DIRECT wants it."""
+    return mmap.mmap(-1, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+
+def _punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Unmap a range so that it reads as zeros, or return False; fallocate promises that, BLKDISCARD not."""
+    try:
+        _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+    except OSError as err:
+        if err.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
+def _unmap_thin(fd: int, offset: int, length: int) -> tuple[int, int]:
+    """Discard the whole chunks of a range of a thin volume and return which part that was.
+
+    BLKDISCARD promises nothing about what is read afterwards; dm-thin does: an unmapped chunk is zeros.
+    Parts of chunks it ignores, so only whole ones are asked for.
+    """
+    from blocksnap.system.devmapper import is_plain_thin
+
+    number = device_number(fd)
+    if not is_plain_thin(number):
+        return offset, offset
+    unit = int((sysfs_folder(number) / "queue/discard_granularity").read_text())
+    begin, end = -(-offset // unit) * unit if unit else 0, (offset + length) // unit * unit if unit else 0
+    if begin >= end or not _range_ioctl(fd, _BLKDISCARD, begin, end - begin):
+        return offset, offset
+    return begin, end
+
+
+def _range_ioctl(fd: int, request: int, offset: int, length: int) -> bool:
+    try:
+        fcntl.ioctl(fd, request, struct.pack("<QQ", offset, length))
+    except OSError as err:
+        if err.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    # os has only posix_fallocate, which cannot punch.
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.fallocate64(fd, ctypes.c_int(mode), ctypes.c_int64(offset), ctypes.c_int64(length))
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _number_in(path: Path) -> int:
+    major, minor = path.read_text().strip().split(":")
+    return os.makedev(int(major), int(minor))

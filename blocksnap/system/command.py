@@ -1,0 +1,228 @@
+"""Run programs: the one way to do it, and the only importer of ``sh``.
+
+Arguments are separate words and no shell is involved; the child gets no terminal, no descriptors
+of ours, the C locale, and a session of its own, so that Ctrl-C reaches us and not a half-done
+``lvcreate``. A program is never killed: a storage command that dies between suspend and resume
+leaves a device that hangs everybody. When the time is up that is reported and the program left alone.
+
+``run`` is for the control plane, before threads start and never between freeze and thaw.
+``run_observed`` watches something while a program runs, to measure how long it stands still.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from blocksnap.errors import BlocksnapError
+
+if TYPE_CHECKING:
+    import subprocess
+
+    import sh
+
+DEFAULT_TIMEOUT_SECONDS = 120.0
+_SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+_SHOWN_LINES = 4
+# How long an interrupt waits for a program that is in the middle of something.
+_GRACE_SECONDS = 30.0
+_PACKAGES = {
+    "dmsetup": "dmsetup",
+    "lvchange": "lvm2",
+    "lvcreate": "lvm2",
+    "lvmconfig": "lvm2",
+    "lvremove": "lvm2",
+    "lvs": "lvm2",
+    "pvs": "lvm2",
+    "thin_check": "thin-provisioning-tools",
+    "udevadm": "udev",
+    "vgs": "lvm2",
+}
+
+
+class CommandError(BlocksnapError):
+    """A program ended with a failure (exit code 1)."""
+
+    def __init__(self, program: str, status: int, message: str) -> None:
+        self.program = program
+        self.status = status
+        self.message = message
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        ended = f"exit status {status}" if status >= 0 else f"signal {-status}"
+        brief = f"{program} failed ({ended})"
+        super().__init__(
+            f"{brief}: {lines[-1]}" if lines else brief, details="\n".join(lines[-_SHOWN_LINES:]) or None
+        )
+
+
+class MissingProgramError(BlocksnapError):
+    """A program that is needed is not installed (exit code 1)."""
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        package = _PACKAGES.get(program)
+        super().__init__(
+            f"{program} is not installed",
+            resolution=f"install it: apt install {package}"
+            if package
+            else f"install the package that has {program}",
+        )
+
+
+class CommandTimeoutError(BlocksnapError):
+    """A program did not come to an end; it was left running (exit code 1)."""
+
+    def __init__(self, program: str, pid: int, seconds: float) -> None:
+        self.program = program
+        self.pid = pid
+        self.seconds = seconds
+        super().__init__(
+            f"{program} has not finished after {seconds:g} s; process {pid} was left running",
+            details="killing a storage command halfway can leave a suspended device behind",
+            resolution=f"see what it waits for (/proc/{pid}/stack, dmsetup info), then run blocksnap doctor",
+        )
+
+
+def has_program(program: str) -> bool:
+    """Tell whether a program is installed."""
+    return _find(program) is not None
+
+
+def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> str:
+    """Run a program to its end and return its standard output.
+
+    Raises CommandError when it fails, MissingProgramError, CommandTimeoutError.
+    """
+    # Importing sh costs more than a small backup may take, so those who need no program do not pay.
+    import sh
+
+    command = sh.Command(_locate(program))
+    try:
+        running = command(
+            *arguments,
+            _bg=True,
+            _bg_exc=False,
+            _tty_out=False,
+            _new_session=True,
+            _close_fds=True,
+            _env=_environment(),
+            _decode_errors="surrogateescape",
+        )
+        _await(program, running, timeout_seconds)
+        return str(running)
+    except sh.ErrorReturnCode as err:
+        # The text of the exception itself is cut at 750 bytes.
+        raise CommandError(program, err.exit_code, err.stderr.decode(errors="replace")) from err
+    except OSError as err:
+        raise CommandError(program, 127, f"cannot be started: {err.strerror}") from err
+
+
+def run_observed(
+    argv: Sequence[str],
+    observe: Callable[[], None],
+    *,
+    interval_seconds: float = 0.001,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+) -> str:
+    """Run a program and call ``observe`` again and again until it has ended.
+
+    Without ``sh`` and its threads: what is observed here is how long writers stand still.
+    Raises as ``run`` does.
+    """
+    import subprocess
+    import tempfile
+
+    program = argv[0]
+    # Files rather than pipes: nobody reads while the program runs, and a full pipe would stop it. In memory,
+    # because a file system may be frozen in this very moment.
+    with (
+        tempfile.TemporaryFile(dir=_memory_folder()) as out,
+        tempfile.TemporaryFile(dir=_memory_folder()) as err,
+    ):
+        process = subprocess.Popen(
+            [_locate(program), *argv[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=_environment(),
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while process.poll() is None:
+                observe()
+                if time.monotonic() > deadline:
+                    raise _left_running(process, program, timeout_seconds)
+                time.sleep(interval_seconds)
+            observe()
+        except CommandTimeoutError:
+            raise
+        except BaseException:
+            _let_finish(lambda: process.poll() is None)
+            raise
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            raise CommandError(program, process.returncode, err.read().decode(errors="replace"))
+        return out.read().decode(errors="surrogateescape")
+
+
+def _left_running(process: subprocess.Popen[bytes], program: str, seconds: float) -> CommandTimeoutError:
+    # Popen warns about a child that nobody waited for; that is what is meant here.
+    process.returncode = 0
+    return CommandTimeoutError(program, process.pid, seconds)
+
+
+def _await(program: str, running: sh.RunningCommand, timeout_seconds: float) -> None:
+    """Wait in ever longer steps; ``wait(timeout=...)`` of sh would look only ten times a second."""
+    deadline = time.monotonic() + timeout_seconds
+    pause = 0.001
+    try:
+        while running.is_alive():
+            if time.monotonic() > deadline:
+                raise CommandTimeoutError(program, running.pid, timeout_seconds)
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+        running.wait()
+    except CommandTimeoutError:
+        raise
+    except BaseException:
+        _let_finish(running.is_alive)
+        raise
+
+
+def _let_finish(is_alive: Callable[[], bool]) -> None:
+    """Wait for a program before an interrupt goes on, so that cleaning up sees what it did."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _environment() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    environment |= {"LC_ALL": "C", "PATH": _search_path(), "LVM_SUPPRESS_FD_WARNINGS": "1"}
+    return environment
+
+
+def _search_path() -> str:
+    """Return PATH with the system's folders, which cron and sudo leave out."""
+    folders = [folder for folder in os.environ.get("PATH", "").split(":") if folder]
+    return ":".join([*folders, *(folder for folder in _SYSTEM_FOLDERS if folder not in folders)])
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program, path=_search_path())
+
+
+def _locate(program: str) -> str:
+    path = _find(program)
+    if path is None:
+        raise MissingProgramError(program)
+    return path
+
+
+def _memory_folder() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - wanted: it is memory

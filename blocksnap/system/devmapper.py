@@ -1,0 +1,138 @@
+"""What device-mapper itself says: names, tables, status, suspension.
+
+Pools are asked without a flush: ``dmsetup status`` would otherwise commit their metadata.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from blocksnap.system.blockdev import sysfs_folder
+from blocksnap.system.command import run
+
+PoolMode = Literal["rw", "ro", "out_of_data_space", "fail"]
+_LVM_UUID = re.compile(r"LVM-(\w{32})(\w{32})(-\w+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """The status line of a thin-pool target."""
+
+    mode: PoolMode
+    needs_check: bool
+    transaction_id: int = 0
+    metadata_used: int = 0
+    metadata_total: int = 0
+    data_used: int = 0
+    data_total: int = 0
+    held_root: int | None = None
+
+    @property
+    def data_percent(self) -> float:
+        """How full the data device is."""
+        return 100 * self.data_used / self.data_total if self.data_total else 0.0
+
+    @property
+    def metadata_percent(self) -> float:
+        """How full the metadata device is."""
+        return 100 * self.metadata_used / self.metadata_total if self.metadata_total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LvmIdentity:
+    """Whose device it is: UUIDs without hyphens, and for inner ones the layer (``tpool``)."""
+
+    vg_uuid: str
+    lv_uuid: str
+    layer: str
+
+
+def encode_name(vg: str, lv: str) -> str:
+    """Return the device-mapper name of a logical volume: hyphens inside names are doubled."""
+    return f"{vg.replace('-', '--')}-{lv.replace('-', '--')}"
+
+
+def decode_name(name: str) -> tuple[str, str] | None:
+    """Return volume group and logical volume of a device-mapper name; None when it is no such name."""
+    # The separator is the one hyphen that is not doubled: a run of an odd length.
+    found = re.fullmatch(r"((?:[^-]|--)+)-((?:[^-]|--)+)", name)
+    if not found:
+        return None
+    vg, lv = (part.replace("--", "-") for part in found.groups())
+    return vg, lv
+
+
+def dm_name(number: int) -> str | None:
+    """Return the device-mapper name of a device; None when it is none."""
+    return _read(sysfs_folder(number) / "dm/name")
+
+
+def dm_uuid(number: int) -> str | None:
+    """Return the device-mapper UUID of a device; None when it is none."""
+    return _read(sysfs_folder(number) / "dm/uuid")
+
+
+def lvm_identity(number: int) -> LvmIdentity | None:
+    """Return which logical volume a device belongs to; None when LVM did not make it."""
+    found = _LVM_UUID.fullmatch(dm_uuid(number) or "")
+    return LvmIdentity(found[1], found[2], (found[3] or "").removeprefix("-")) if found else None
+
+
+def is_suspended(number: int) -> bool:
+    """Tell whether a device is suspended; False when it is gone."""
+    return _read(sysfs_folder(number) / "dm/suspended") == "1"
+
+
+def pool_status(number: int) -> PoolStatus:
+    """Ask a thin pool how it is; ``number`` is its ``-tpool`` device."""
+    return parse_pool_status(run("dmsetup", "status", "--noflush", *_selected(number)))
+
+
+@cache
+def is_plain_thin(number: int) -> bool:
+    """Tell whether a device is one thin volume without an external origin: the unmapped reads as zeros."""
+    if dm_uuid(number) is None:
+        return False
+    lines = run("dmsetup", "table", *_selected(number)).splitlines()
+    words = lines[0].split() if len(lines) == 1 else []
+    # start length thin POOL ID [EXTERNAL ORIGIN]
+    return len(words) == 5 and words[0] == "0" and words[2] == "thin"
+
+
+def parse_pool_status(text: str) -> PoolStatus:
+    """Parse ``0 2097152 thin-pool 2 113/1024 0/16384 - rw no_discard_passdown queue_if_no_space - 256``."""
+    words = text.split()
+    if "thin-pool" not in words:
+        raise ValueError(f"not the status of a thin pool: {text.strip()!r}")
+    facts = words[words.index("thin-pool") + 1 :]
+    if len(facts) < 5 or facts[0] in ("Fail", "Error"):
+        return PoolStatus(mode="fail", needs_check=True)
+    metadata_used, metadata_total = map(int, facts[1].split("/"))
+    data_used, data_total = map(int, facts[2].split("/"))
+    mode: PoolMode = "rw" if "rw" in facts else "out_of_data_space" if "out_of_data_space" in facts else "ro"
+    return PoolStatus(
+        mode=mode,
+        needs_check="needs_check" in facts[4:],
+        transaction_id=int(facts[0]),
+        metadata_used=metadata_used,
+        metadata_total=metadata_total,
+        data_used=data_used,
+        data_total=data_total,
+        held_root=None if facts[3] == "-" else int(facts[3]),
+    )
+
+
+def _selected(number: int) -> tuple[str, ...]:
+    return "--major", str(os.major(number)), "--minor", str(os.minor(number))
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

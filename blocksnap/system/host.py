@@ -1,0 +1,62 @@
+"""Which host this is: a stable id that gives nothing away, and the name people use."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+_SOURCES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+_PURPOSE = b"blocksnap host id"
+
+
+@cache
+def host_id() -> str:
+    """Return 32 hexadecimal digits that stay the same for this installation.
+
+    machine-id(5) asks that the raw id never leaves the machine, so a keyed hash of it is used. A
+    host without one is known by its name.
+    """
+    secret = next(filter(None, map(_read, _SOURCES)), None) or "name:" + host_name()
+    return blake2b(secret.encode(), key=_PURPOSE, digest_size=16).hexdigest()
+
+
+def host_name() -> str:
+    """Return the host's name."""
+    return os.uname().nodename
+
+
+def boot_id() -> str:
+    """Return the id of this boot of the kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def boot_time() -> float:
+    """Return when the kernel was started, in seconds of CLOCK_REALTIME."""
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith("btime "):
+            return float(line.split()[1])
+    return 0.0
+
+
+def process_start(pid: int) -> int | None:
+    """Return the start time of a process in ticks since boot, which tells it from a later one with its pid.
+
+    None when there is no such process, or only its remains.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, start = fields[0], fields[19]
+    return None if state in "ZXx" else int(start)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    # systemd writes "uninitialized" on first boot.
+    return text if len(text) == 32 else None

@@ -1,0 +1,267 @@
+"""LVM: look volumes up, make snapshots of them, activate and remove those.
+
+Every call leaves nbd devices alone, because a dead one hangs each LVM command on the host and a
+served backup would show its volume group twice; and our own snapshots, because they show the
+signatures of what they are snapshots of. No call writes to the archive of LVM metadata, which a
+backup every hour would fill with thousands of files. Reading the settings costs a command of its
+own, so that is done once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from blocksnap.errors import UsageError, VolumeError
+from blocksnap.system.command import CommandError, run, run_observed
+from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
+
+TAG = "blocksnap"
+RESTORING_TAG = "blocksnap.restoring"
+"""On a volume that a restore makes, until it is whole."""
+SNAPSHOT_PREFIX = "blocksnap-"
+_NAME = re.compile(r"[a-zA-Z0-9+_.][a-zA-Z0-9+_.-]*")
+_RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
+_REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix", "--binary", "-a", "-o", FIELDS)
+_QUIET_METADATA = "backup/backup=0 backup/archive=0"
+_OUR_REJECTS = (
+    "r|^/dev/nbd|",
+    f"r|^/dev/mapper/.*-{SNAPSHOT_PREFIX.replace('-', '--')}|",
+    f"r|/{SNAPSHOT_PREFIX}|",
+)
+_REMOVE_ATTEMPTS = 8
+_DEVICES_FOLDER = Path("/etc/lvm/devices")
+_DEVICE_LINKS = Path("/dev/disk")
+_SYS_BLOCK = Path("/sys/block")
+
+
+class NoVolumeError(VolumeError):
+    """There is no such logical volume."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"there is no logical volume {name}", resolution="blocksnap volumes shows what there is"
+        )
+
+
+def check_name(name: str) -> str:
+    """Return a name of a volume or group if LVM would take it; raises UsageError.
+
+    A name that comes from a command line or a manifest must never be read as an option.
+    """
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise UsageError(
+            f"{name!r} is no name of a volume or a volume group",
+            resolution="LVM allows letters, digits and + _ . - and no hyphen at the beginning",
+        )
+    return name
+
+
+def run_tag(run_id: str) -> str:
+    """Return the tag that the snapshots of a run carry beside ``blocksnap``; raises UsageError."""
+    if not _RUN.fullmatch(run_id):
+        raise UsageError(f"{run_id!r} cannot be the name of a run")
+    return f"{TAG}.{run_id}"
+
+
+def run_of(tags: Sequence[str]) -> str | None:
+    """Return the run that tags name, when they are those of one of our snapshots."""
+    runs = [tag.removeprefix(TAG + ".") for tag in tags if tag.startswith(TAG + ".")]
+    return runs[0] if TAG in tags and len(runs) == 1 else None
+
+
+def report(vg: str | None = None) -> LvReport:
+    """Return what LVM knows about a volume group, or about all of them; raises NoVolumeError."""
+    try:
+        text = run("lvs", *_config(), *_REPORT, *([check_name(vg)] if vg else []))
+    except CommandError as err:
+        if vg and f'Volume group "{vg}" not found' in err.message:
+            raise NoVolumeError(f"in a volume group {vg}") from err
+        raise
+    return parse_report(text)
+
+
+def disks() -> dict[str, str]:
+    """Return the names of the physical volumes with their UUIDs."""
+    return parse_disks(run("pvs", *_config(), "--reportformat", "json", "-o", "pv_name,pv_uuid"))
+
+
+def get(vg: str, name: str) -> tuple[LvRecord, LvReport]:
+    """Return a volume and the report of its group; raises NoVolumeError."""
+    check_name(name)
+    try:
+        found = report(vg)
+    except NoVolumeError as err:
+        raise NoVolumeError(f"{vg}/{name}") from err
+    record = found.find(vg, name)
+    if record is None:
+        raise NoVolumeError(f"{vg}/{name}")
+    return record, found
+
+
+def create_thin_snapshot(vg: str, origin: str, name: str, run_id: str, observe: Callable[[], None]) -> None:
+    """Take a read-only snapshot of a thin volume, not activated; ``observe`` is called while it happens.
+
+    LVM suspends the origin for it, with its file system frozen, if it is active.
+    """
+    run_observed(
+        [
+            *("lvcreate", *_config(), "--autobackup", "n", "--snapshot", "--permission", "r"),
+            *("--setactivationskip", "y", "--addtag", TAG, "--addtag", run_tag(run_id)),
+            *("--name", check_name(name), f"{check_name(vg)}/{check_name(origin)}"),
+        ],
+        observe,
+    )
+
+
+def activate(vg: str, name: str) -> None:
+    """Activate a volume although it carries the flag that it is to be skipped."""
+    run("lvchange", *_config(), "--autobackup", "n", "-ay", "-K", f"{check_name(vg)}/{check_name(name)}")
+
+
+def deactivate(vg: str, name: str) -> None:
+    """Deactivate a volume; waits for whoever looks at new devices (udev) to let go."""
+    _insist("lvchange", *_config(), "--autobackup", "n", "-an", f"{check_name(vg)}/{check_name(name)}")
+
+
+def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
+    """Remove a snapshot of ours; False when there was none.
+
+    The selection makes LVM itself look at the tags under its lock: nothing else is ever removed, whatever
+    has that name by now.
+    """
+    selection = f'lv_name="{check_name(name)}" && lv_tags={{"{TAG}" && "{run_tag(run_id)}"}}'
+    try:
+        said = _insist(
+            "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
+        )
+    except CommandError as err:
+        if f'Volume group "{vg}" not found' in err.message:
+            return False
+        raise
+    return "successfully removed" in said
+
+
+def change_tags(vg: str, name: str, *, add: Sequence[str] = (), delete: Sequence[str] = ()) -> None:
+    """Add tags to a volume and take others away."""
+    words = [word for tag in add for word in ("--addtag", tag)] + [
+        word for tag in delete for word in ("--deltag", tag)
+    ]
+    if words:
+        run("lvchange", *_config(), "--autobackup", "n", *words, f"{check_name(vg)}/{check_name(name)}")
+
+
+def delete_tag(vg: str, name: str, tag: str) -> None:
+    """Take a tag away from a volume."""
+    change_tags(vg, name, delete=[tag])
+
+
+def create_thin(vg: str, pool: str, name: str, size_bytes: int, tags: Sequence[str] = ()) -> str:
+    """Create a thin volume of at least so many bytes and return its node."""
+    size = ("--virtualsize", f"{size_bytes}b")
+    return _create(vg, name, [*size, "--type", "thin", "--thinpool", check_name(pool)], tags)
+
+
+def create_thick(vg: str, name: str, size_bytes: int, tags: Sequence[str] = ()) -> str:
+    """Create a classic volume of at least so many bytes and return its node."""
+    # Signatures of what was there before are wiped without asking; the restore overwrites them anyway.
+    return _create(vg, name, ["--size", f"{size_bytes}b", "--type", "linear", "--wipesignatures", "y"], tags)
+
+
+def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:
+    """Remove a volume that carries ``tag``; False when there was none. For one that a failed restore made."""
+    selection = f'lv_name="{check_name(name)}" && lv_tags="{tag}"'
+    said = _insist(
+        "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
+    )
+    return "successfully removed" in said
+
+
+def _create(vg: str, name: str, kind: Sequence[str], tags: Sequence[str]) -> str:
+    words = [word for tag in tags for word in ("--addtag", tag)]
+    run("lvcreate", *_config(), "--yes", *kind, *words, "--name", check_name(name), check_name(vg))
+    return f"/dev/{vg}/{name}"
+
+
+def _insist(*argv: str) -> str:
+    """Run a command again while somebody still holds the device, as udev does with a new one."""
+    pause = 0.1
+    for attempt in range(_REMOVE_ATTEMPTS):
+        try:
+            return run(*argv)
+        except CommandError as err:
+            in_use = re.search(r"in use|is used by another device|busy", err.message)
+            if not in_use or attempt == _REMOVE_ATTEMPTS - 1:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, 2.0)
+    raise VolumeError(f"{argv[0]} gave no answer")  # pragma: no cover - the loop returns or raises
+
+
+def _config() -> tuple[str, str]:
+    settings = [_QUIET_METADATA]
+    filters = _user_filters()
+    if filters is not None:
+        rejects = [*_OUR_REJECTS, *_nbd_rejects()]
+        settings += [
+            f"devices/{name}={json.dumps([*rejects, *patterns])}" for name, patterns in filters.items()
+        ]
+    return "--config", " ".join(settings)
+
+
+@cache
+def _user_filters() -> dict[str, list[str]] | None:
+    """Return the administrator's device filter; None where a devices file decides instead."""
+    text = run(
+        "lvmconfig", "--type", "full", "devices/filter", "devices/use_devicesfile", "devices/devicesfile"
+    )
+    values = parse_config(text)
+    name = values.get("devicesfile")
+    if values.get("use_devicesfile") == 1 and isinstance(name, str) and (_DEVICES_FOLDER / name).exists():
+        return None
+    patterns = values.get("filter")
+    return {"filter": [str(each) for each in patterns] if isinstance(patterns, list) else []}
+
+
+def parse_config(text: str) -> dict[str, object]:
+    """Parse ``name=value`` lines of lvmconfig; values are numbers, strings and lists of strings."""
+    values: dict[str, object] = {}
+    for line in text.splitlines():
+        name, equals, value = line.strip().partition("=")
+        if equals:
+            try:
+                values[name] = json.loads(value)
+            except ValueError:
+                values[name] = value
+    return values
+
+
+def _nbd_rejects() -> list[str]:
+    """Return patterns for the other names of nbd devices: a device is accepted if any of its names is."""
+    connected = {path.name for path in _SYS_BLOCK.glob("nbd*") if _size_of(path) > 0}
+    if not connected:
+        return []
+    links = [link for link in _DEVICE_LINKS.glob("by-*/*") if _leads_to(link, connected)]
+    # The pattern language has its own special characters; a dot stands for any of them.
+    return [f"r|^{re.sub(r'[^a-zA-Z0-9/]', '.', str(link))}$|" for link in links]
+
+
+def _leads_to(link: Path, disks: set[str]) -> bool:
+    try:
+        target = os.readlink(link).rpartition("/")[2]
+    except OSError:
+        return False
+    return target in disks or target.partition("p")[0] in disks
+
+
+def _size_of(disk: Path) -> int:
+    try:
+        return int((disk / "size").read_text())
+    except (OSError, ValueError):
+        return 0

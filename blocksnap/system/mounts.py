@@ -1,0 +1,151 @@
+"""Who uses a device or a file: mounts, swap, loops, stacked devices; and what lies under a directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from blocksnap.system import blockdev
+
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_SWAPS = Path("/proc/swaps")
+_BLOCK = Path("/sys/block")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo(5).
+
+    ``device`` is what stat calls st_dev, which for btrfs and others is no block device; ``source``
+    then names the device. ``read_only`` is true when neither this mount nor the file system writes.
+    """
+
+    device: int
+    root: str
+    point: str
+    filesystem: str
+    source: str
+    read_only: bool
+
+
+def parse_mountinfo(text: str) -> list[Mount]:
+    """Parse the text of /proc/PID/mountinfo."""
+    mounts = []
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, tail = left.split(" "), right.split(" ")
+        if len(fields) < 6 or len(tail) < 3:
+            continue
+        major, minor = fields[2].split(":")
+        mounts.append(
+            Mount(
+                device=os.makedev(int(major), int(minor)),
+                root=_unescape(fields[3]),
+                point=_unescape(fields[4]),
+                filesystem=tail[0],
+                source=_unescape(tail[1]),
+                read_only="ro" in tail[2].split(","),
+            )
+        )
+    return mounts
+
+
+def read_mounts() -> list[Mount]:
+    """Return what is mounted in this mount namespace."""
+    return parse_mountinfo(_MOUNTINFO.read_text(errors="surrogateescape"))
+
+
+def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
+    """Return the mounts of the file system on a device."""
+    mounts = read_mounts() if mounts is None else mounts
+    return [mount for mount in mounts if mount.device == number or _source_number(mount) == number]
+
+
+def users_of_device(number: int) -> list[str]:
+    """Say who uses a device, a partition of it, or the disk it is a partition of."""
+    mounts = read_mounts()
+    found = _direct_users(number, mounts)
+    for partition in blockdev.partitions(number):
+        found += _direct_users(partition, mounts)
+    for disk in blockdev.slaves(number):
+        if number in blockdev.partitions(disk):
+            found += _direct_users(disk, mounts)
+    return list(dict.fromkeys(found))
+
+
+def swap_users(number: int) -> list[str]:
+    """Say whether a device is used as swap."""
+    try:
+        lines = _SWAPS.read_text().splitlines()[1:]
+    except OSError:
+        return []
+    return ["used as swap" for line in lines if _node_number(_unescape(line.split()[0])) == number]
+
+
+def loop_devices_of(path: str) -> list[str]:
+    """Return the loop devices whose backing file is this one."""
+    try:
+        wanted = os.stat(path)
+    except OSError:
+        return []
+    found = []
+    for backing in _BLOCK.glob("loop*/loop/backing_file"):
+        try:
+            status = os.stat(backing.read_text().rstrip("\n"))
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
+            found.append(f"/dev/{backing.parent.parent.name}")
+    return sorted(found)
+
+
+def mount_under(path: str) -> Mount | None:
+    """Return the mount that a path lies on, by the longest mount point above it."""
+    real = os.path.realpath(path)
+    above = [mount for mount in read_mounts() if _contains(mount.point, real)]
+    # Later lines are mounted over earlier ones at the same point.
+    return max(enumerate(above), key=lambda each: (len(each[1].point), each[0]))[1] if above else None
+
+
+def _direct_users(number: int, mounts: list[Mount]) -> list[str]:
+    found = [
+        f"mounted on {mount.point}{' (read-only)' if mount.read_only else ''}"
+        for mount in mounts_of(number, mounts)
+    ]
+    found += swap_users(number)
+    for path in sorted(_folder(number, "holders")):
+        name = (path / "dm/name").read_text().strip() if (path / "dm/name").exists() else path.name
+        found.append(f"held by {name}")
+    return found
+
+
+def _folder(number: int, name: str) -> list[Path]:
+    try:
+        return list((blockdev.sysfs_folder(number) / name).iterdir())
+    except OSError:
+        return []
+
+
+def _source_number(mount: Mount) -> int | None:
+    """Return the device of a file system that hides it behind a number of its own (btrfs)."""
+    return (
+        _node_number(mount.source) if os.major(mount.device) == 0 and mount.source.startswith("/") else None
+    )
+
+
+def _node_number(path: str) -> int | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_rdev or None
+
+
+def _contains(point: str, path: str) -> bool:
+    return path == point or path.startswith(point.rstrip("/") + "/")
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

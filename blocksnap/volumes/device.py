@@ -1,0 +1,237 @@
+"""What has no snapshots: a block device that nobody uses, and a plain file.
+
+Both are read as they are. A device is held exclusively meanwhile, so nobody can mount it; a file
+can be kept from nobody, so it is looked at again before the commit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from blocksnap.extents.changes import Binding, Changes, Parent
+from blocksnap.extents.scan import compare_all, scan_file
+from blocksnap.system import blockdev
+from blocksnap.system.host import host_id
+from blocksnap.system.mounts import mounts_of, users_of_device
+from blocksnap.volumes.base import SnapshotTiming, Trace, VolumeKind
+from blocksnap.volumes.errors import NoSuchVolumeError, VolumeChangedError, VolumeInUseError
+
+_STATE_WORDS = ("its size", "its content", "its owner, mode or name")
+
+
+class FileVolume:
+    """A plain file, read where it is."""
+
+    kind: VolumeKind = "file"
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.realpath(path)
+        self._size = os.stat(self._path).st_size
+
+    @property
+    def name(self) -> str:
+        """The absolute path."""
+        return self._path
+
+    @property
+    def key(self) -> str:
+        """The path, on this host."""
+        return f"{host_id()}:{self._path}"
+
+    @property
+    def size(self) -> int:
+        """Size when the volume was looked up."""
+        return self._size
+
+    def trace(self, run: str) -> Trace | None:  # noqa: ARG002 - protocol
+        """Nothing is left behind."""
+        return None
+
+    def prepare(self) -> None:
+        """There is nothing to look at."""
+
+    def take_snapshot(self, run: str) -> FileSnapshot:  # noqa: ARG002 - protocol
+        """Open the file and remember its state."""
+        return FileSnapshot(self._path)
+
+
+class FileSnapshot:
+    """A file that is hoped to stay as it is; ``check`` tells whether it did."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as err:
+            raise NoSuchVolumeError(path, os.strerror(err.errno or 0)) from err
+        self._state = self._look()
+        self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self._state[0]
+
+    @property
+    def timing(self) -> SnapshotTiming:
+        """When it was opened."""
+        return self._timing
+
+    @property
+    def binding(self) -> Binding:
+        """The file's state, for people to see."""
+        size, modified, _ = self._state
+        return {"source": "file", "path": self._path, "size": size, "modified_ns": modified}
+
+    def find_changes(self, parent: Parent | None) -> Changes:
+        """Everything that holds data is read."""
+        return scan_file(self._fd, self.size, parent)
+
+    @contextmanager
+    def open_reader(self) -> Iterator[int]:
+        """Yield the descriptor; its reads go through the page cache."""
+        yield self._fd
+
+    def check(self) -> None:
+        """Make sure that the file was not written to."""
+        state = self._look()
+        if state != self._state:
+            what = next(
+                word for word, now, then in zip(_STATE_WORDS, state, self._state, strict=True) if now != then
+            )
+            raise VolumeChangedError(self._path, what)
+
+    def anchor(self, group: str) -> None:
+        """Nothing is tracked."""
+
+    def remove(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _look(self) -> tuple[int, int, int]:
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+class DeviceVolume:
+    """A block device that nobody writes to."""
+
+    kind: VolumeKind = "device"
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._number = os.stat(path).st_rdev
+        fd = _open_unused(path, self._number)
+        try:
+            self._size = blockdev.size_of(fd)
+        finally:
+            os.close(fd)
+
+    @property
+    def name(self) -> str:
+        """The node by which it was named."""
+        return self._path
+
+    @property
+    def key(self) -> str:
+        """The node, on this host."""
+        return f"{host_id()}:{self._path}"
+
+    @property
+    def size(self) -> int:
+        """Size when the volume was looked up."""
+        return self._size
+
+    def trace(self, run: str) -> Trace | None:  # noqa: ARG002 - protocol
+        """Nothing is left behind."""
+        return None
+
+    def prepare(self) -> None:
+        """Make sure that it is still unused."""
+        os.close(_open_unused(self._path, self._number))
+
+    def take_snapshot(self, run: str) -> DeviceSnapshot:  # noqa: ARG002 - protocol
+        """Take the device for ourselves."""
+        return DeviceSnapshot(self._path, self._number)
+
+
+class DeviceSnapshot:
+    """A device that is held so that nobody can begin to write to it."""
+
+    def __init__(self, path: str, number: int) -> None:
+        self._path = path
+        self._number = number
+        self._fd = _open_unused(path, number)
+        self._size = blockdev.size_of(self._fd)
+        self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self._size
+
+    @property
+    def timing(self) -> SnapshotTiming:
+        """When it was opened."""
+        return self._timing
+
+    @property
+    def binding(self) -> Binding:
+        """The device's name and size, for people to see."""
+        return {"source": "device", "path": self._path, "size": self._size}
+
+    def find_changes(self, parent: Parent | None) -> Changes:
+        """Everything is read."""
+        return compare_all(self._size, parent)
+
+    @contextmanager
+    def open_reader(self) -> Iterator[int]:
+        """Yield the descriptor."""
+        yield self._fd
+
+    def check(self) -> None:
+        """Make sure that a read-only mount did not become a writable one, and that the size is the same."""
+        writable = [mount.point for mount in mounts_of(self._number) if not mount.read_only]
+        if writable:
+            raise VolumeChangedError(self._path, f"it is mounted for writing on {writable[0]}")
+        if blockdev.size_of(self._fd) != self._size:
+            raise VolumeChangedError(self._path, "its size")
+
+    def anchor(self, group: str) -> None:
+        """Nothing is tracked."""
+
+    def remove(self) -> None:
+        """Let the device go."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_unused(path: str, number: int) -> int:
+    """Open a device exclusively; or shared, when nobody but read-only mounts use it."""
+    try:
+        try:
+            fd = blockdev.open_exclusive(path, writable=False, direct=True)
+        except blockdev.DeviceBusyError:
+            mounts = mounts_of(number)
+            if (
+                not mounts
+                or not all(mount.read_only for mount in mounts)
+                or len(users_of_device(number)) > len(mounts)
+            ):
+                raise
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except blockdev.DeviceBusyError as err:
+        raise VolumeInUseError(path, err.users) from err
+    except (blockdev.DeviceError, OSError) as err:
+        raise NoSuchVolumeError(path, str(err)) from err
+    if blockdev.device_number(fd) != number:
+        os.close(fd)
+        raise NoSuchVolumeError(path, "it became another device meanwhile")
+    return fd

@@ -1,0 +1,165 @@
+"""What on this host can be protected, how its changes are tracked, and what is in the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from blocksnap.system import blockdev
+from blocksnap.system.command import has_program
+from blocksnap.system.mounts import Mount, mounts_of, read_mounts, users_of_device
+from blocksnap.system.udev import BlockDevice, block_devices
+from blocksnap.volumes.errors import SUPPORTED
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something that holds data, and whether blocksnap can back it up.
+
+    ``tracking`` says how changes are found, ``obstacle`` what is in the way and ``advice`` what to do
+    about it, both None when nothing is.
+    """
+
+    name: str
+    kind: str
+    size: int
+    filesystem: str
+    mountpoints: tuple[str, ...]
+    stacked: tuple[str, ...]
+    tracking: str | None
+    supported: bool
+    obstacle: str | None = None
+    advice: str | None = None
+    key: str | None = None
+
+    @property
+    def used_by(self) -> tuple[str, ...]:
+        """Where it is mounted, and what lies on it."""
+        return self.mountpoints + self.stacked
+
+
+def discover() -> list[Candidate]:
+    """Return everything on this host that holds data, logical volumes first. Works without LVM."""
+    devices = block_devices()
+    mounts = read_mounts()
+    found = _logical_volumes(devices, mounts) if has_program("lvs") else []
+    found += _btrfs(devices, mounts)
+    found += _plain_devices(devices, mounts)
+    return found
+
+
+def _logical_volumes(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:
+    from blocksnap.system import lvm
+    from blocksnap.volumes.resolve import obstacle_of
+
+    by_number = {device.number: device for device in devices}
+    found = []
+    report = lvm.report()
+    for lv in report:
+        if lv.is_internal or lvm.run_of(lv.lv_tags):
+            continue
+        device = by_number.get(lv.number) if lv.number is not None else None
+        obstacle, advice = obstacle_of(lv, report) or (None, None)
+        if lv.segtype == "thin-pool":
+            continue
+        found.append(
+            Candidate(
+                name=lv.full_name,
+                kind=_kind_of(lv.segtype, lv.lv_role),
+                size=lv.lv_size,
+                filesystem=device.filesystem if device else "",
+                mountpoints=_points(mounts_of(lv.number, mounts)) if lv.number is not None else (),
+                stacked=_stacked(lv.number, by_number) if lv.number is not None else (),
+                tracking="thin-time" if obstacle is None else None,
+                supported=obstacle is None,
+                obstacle=f"it is {obstacle}" if obstacle else None,
+                advice=advice,
+                key=f"lvm:{lv.vg_uuid}/{lv.lv_uuid}",
+            )
+        )
+    return found
+
+
+def _kind_of(segtype: str, role: str) -> str:
+    if segtype == "thin":
+        return "thin"
+    if "thicksnapshot" in role:
+        return "thick snapshot"
+    return "thick" if segtype in ("linear", "striped") else segtype
+
+
+def _btrfs(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:
+    """Return btrfs file systems, one for all the devices of each."""
+    filesystems: dict[str, list[BlockDevice]] = {}
+    for device in devices:
+        if device.filesystem == "btrfs" and not device.dm_uuid.startswith("LVM-"):
+            filesystems.setdefault(device.filesystem_uuid or device.node, []).append(device)
+    found = []
+    for members in filesystems.values():
+        points = _points(mount for each in members for mount in mounts_of(each.number, mounts))
+        found.append(
+            Candidate(
+                name=points[0] if points else members[0].node,
+                kind="btrfs",
+                size=sum(each.size for each in members),
+                filesystem="btrfs",
+                mountpoints=points,
+                stacked=(),
+                tracking=None,
+                supported=False,
+                obstacle="btrfs subvolumes are not supported yet",
+                advice=f"unmounted, its device {members[0].node} can be backed up"
+                if len(members) == 1
+                else SUPPORTED,
+            )
+        )
+    return found
+
+
+def _plain_devices(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:
+    """Return disks and partitions that neither LVM nor btrfs owns."""
+    by_number = {device.number: device for device in devices}
+    found = []
+    for device in devices:
+        if (
+            device.filesystem == "btrfs"
+            or device.dm_uuid.startswith("LVM-")
+            or device.filesystem == "LVM2_member"
+        ):
+            continue
+        if blockdev.partitions(device.number):
+            continue
+        points = _points(mounts_of(device.number, mounts))
+        users = users_of_device(device.number)
+        found.append(
+            Candidate(
+                name=device.node,
+                kind="partition" if device.is_partition else "device",
+                size=device.size,
+                filesystem=device.filesystem,
+                mountpoints=points,
+                stacked=_stacked(device.number, by_number),
+                tracking="compare" if not users else None,
+                supported=not users,
+                obstacle=f"it has no snapshots and is in use: {'; '.join(users)}" if users else None,
+                advice="unmount it or stop what uses it for the time of the backup" if users else None,
+            )
+        )
+    return found
+
+
+def _points(mounts: Iterable[Mount]) -> tuple[str, ...]:
+    return tuple(sorted({mount.point for mount in mounts}))
+
+
+def _stacked(number: int, by_number: dict[int, BlockDevice]) -> tuple[str, ...]:
+    """Return what lies on a device."""
+    names = []
+    for holder in blockdev.holders(number):
+        device = by_number.get(holder)
+        if device is None:
+            names.append(f"{os.major(holder)}:{os.minor(holder)}")
+        else:
+            names.append(f"{device.vg_name}/{device.lv_name}" if device.vg_name else device.node)
+    return tuple(names)

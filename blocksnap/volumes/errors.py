@@ -1,0 +1,100 @@
+"""Why a volume cannot be backed up; all of them end with exit code 14."""
+
+from __future__ import annotations
+
+from blocksnap.errors import VolumeError
+
+SUPPORTED = "supported are LVM thin volumes, unused block devices, and files"
+
+
+class NoSuchVolumeError(VolumeError):
+    """Nothing answers to the name."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        super().__init__(
+            f"there is no volume {name}: {reason}", resolution="blocksnap volumes shows what there is"
+        )
+
+
+class UnsupportedVolumeError(VolumeError):
+    """It exists, but blocksnap cannot back it up."""
+
+    def __init__(self, name: str, what: str, advice: str | None = None) -> None:
+        self.name = name
+        self.what = what
+        super().__init__(f"{name} cannot be backed up: it is {what}", resolution=advice or SUPPORTED)
+
+
+class VolumeInUseError(VolumeError):
+    """It has no snapshots, and somebody may write to it."""
+
+    def __init__(self, name: str, users: list[str]) -> None:
+        self.name = name
+        self.users = users
+        super().__init__(
+            f"{name} has no snapshots and is in use: {'; '.join(users) or 'somebody holds it open'}",
+            resolution="unmount it or stop what uses it meanwhile, or move the data to an LVM thin volume",
+        )
+
+
+class VolumeChangedError(VolumeError):
+    """It was written to while it was read."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self.name = name
+        super().__init__(
+            f"{name} changed while it was read: {what}",
+            resolution="stop what writes to it for the time of the backup; nothing was committed",
+        )
+
+
+class PoolFullError(VolumeError):
+    """A snapshot would make a pool that is nearly full fill up."""
+
+    def __init__(self, pool: str, part: str, used_percent: float, limit_percent: float) -> None:
+        self.pool = pool
+        self.part = part
+        self.used_percent = used_percent
+        self.limit_percent = limit_percent
+        option = "--poolmetadatasize" if part == "metadata" else "--size"
+        super().__init__(
+            f"{part} of thin pool {pool} is {used_percent:.1f} % full; a snapshot needs {limit_percent:g} %",
+            resolution=f"extend it: lvextend {option} +SIZE {pool}",
+        )
+
+
+class PoolHealthError(VolumeError):
+    """The pool is in a state in which its metadata cannot be trusted or changed."""
+
+    def __init__(self, pool: str, state: str) -> None:
+        self.pool = pool
+        self.state = state
+        super().__init__(
+            f"thin pool {pool} is not healthy: {state}",
+            resolution=f"see: dmsetup status, lvs -a; a damaged pool needs lvconvert --repair {pool}",
+        )
+
+
+class SnapshotFailedError(VolumeError):
+    """LVM refused to take a snapshot."""
+
+    def __init__(self, volume: str, message: str) -> None:
+        self.volume = volume
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        super().__init__(
+            f"LVM took no snapshot of {volume}: {lines[-1] if lines else 'it does not say why'}",
+            details="\n".join(lines) or None,
+            resolution="see: lvs -a, dmsetup status, dmesg",
+        )
+
+
+class SnapshotLostError(VolumeError):
+    """The snapshot is not any more what was taken."""
+
+    def __init__(self, volume: str, reason: str) -> None:
+        self.volume = volume
+        super().__init__(
+            f"the snapshot of {volume} cannot be trusted any more: {reason}",
+            resolution="nothing was committed; take the backup again",
+        )

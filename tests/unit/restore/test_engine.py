@@ -1,0 +1,151 @@
+"""Restores equal what was stored; damage is named by range and never restored."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blocksnap.errors import DamageError, TargetError
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.blockmap import HOLE, ZERO, Entry, MapReader, MapRoot, MapWriter
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.engine import UnreadableChunkError, restore_to_stream, restore_to_target, verify_chunks
+from blocksnap.restore.plan import plan_windows
+from blocksnap.restore.targets import FileTarget
+from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
+
+GEOMETRY = Geometry(CHUNK * 600 + 123, CHUNK)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MapRoot, bytes]:
+    """Return a repository's place with a map of data, repeated data, zeros and holes, and what it holds."""
+    folder = tmp_path_factory.mktemp("stored")
+    repository = make_repository(folder / "r")
+    dice = random.Random(8)
+    blocks = [dice.randbytes(CHUNK) for _ in range(40)]
+    content = bytearray()
+    for number in range(GEOMETRY.count):
+        kind = dice.randrange(6)
+        content += bytes(CHUNK) if kind < 2 else dice.choice(blocks) if kind < 4 else dice.randbytes(CHUNK)
+        if number == 300:
+            content += bytes(CHUNK)
+    content = content[: GEOMETRY.size]
+    with open_writer(repository) as writer:
+        ids = store_bytes(writer, bytes(content), folder)
+        builder = MapWriter(MapReader(repository.load_node), None, GEOMETRY.count, writer.store_node)
+        for number, id_ in enumerate(ids):
+            builder.set(number, id_ or (HOLE if number % 2 else ZERO))
+        root = builder.finish()
+        writer.flush()
+    return folder / "r", root, bytes(content)
+
+
+def runs(repository: Repository, root: MapRoot) -> Iterator[tuple[int, int, Entry]]:
+    return MapReader(repository.load_node).runs(root, 0, GEOMETRY.count)
+
+
+class Counter:
+    total = 0
+
+    def __call__(self, done_bytes: int, /) -> None:
+        self.total += done_bytes
+
+
+def test_a_file_is_sparse_and_identical(stored: tuple[Path, MapRoot, bytes], tmp_path: Path) -> None:
+    place, root, content = stored
+    repository = open_repository(place)
+    target, counter = FileTarget(str(tmp_path / "out"), GEOMETRY.size), Counter()
+    restore_to_target(repository, GEOMETRY, runs(repository, root), target, counter)
+    assert os.listdir(tmp_path) != ["out"]
+    target.finish()
+    target.close()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_bytes() == content
+    assert (tmp_path / "out").stat().st_blocks * 512 < GEOMETRY.size * 0.8
+    assert counter.total == GEOMETRY.size
+
+
+def test_a_stream_is_identical(stored: tuple[Path, MapRoot, bytes]) -> None:
+    place, root, content = stored
+    repository = open_repository(place)
+    stream, counter = io.BytesIO(), Counter()
+    restore_to_stream(repository, GEOMETRY, runs(repository, root), stream, counter)
+    assert stream.getvalue() == content
+    assert counter.total == GEOMETRY.size
+
+
+def test_small_windows_fetch_the_same(stored: tuple[Path, MapRoot, bytes]) -> None:
+    place, root, _ = stored
+    repository = open_repository(place)
+
+    def numbers(window: int) -> list[int]:
+        windows = list(
+            plan_windows(
+                runs(repository, root), lambda id_: repository.locate(FrameType.DATA, id_), window=window
+            )
+        )
+        assert [w.end for w in windows[:-1]] == [w.begin for w in windows[1:]]
+        return sorted(n for w in windows for r in w.ranges for f in r.frames for n in f.numbers)
+
+    assert numbers(1) == numbers(7) == numbers(100_000)
+
+
+def test_damage_is_named_and_not_restored(
+    stored: tuple[Path, MapRoot, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, root, content = stored
+    repository = open_repository(place)
+    reader = MapReader(repository.load_node)
+    victim = next(n for n in range(50, 600) if len(reader.entry(root, n)) == 32)
+    location = repository.locate(FrameType.DATA, reader.entry(root, victim))
+    read = repository.backend.read_range_into
+
+    def read_with_a_flipped_bit(name: str, offset: int, buffer: memoryview) -> None:
+        read(name, offset, buffer)
+        at = location.offset + 90 - offset
+        if name == location.pack.name and 0 <= at < len(buffer):
+            buffer[at] ^= 4
+
+    monkeypatch.setattr(repository.backend, "read_range_into", read_with_a_flipped_bit)
+    expected = [
+        n * CHUNK for n in range(GEOMETRY.count) if reader.entry(root, n) == reader.entry(root, victim)
+    ]
+    found = verify_chunks(repository, GEOMETRY, runs(repository, root), Counter())
+    assert [err.offset for err in found] == expected[:1]
+    target = FileTarget(str(tmp_path / "out"), GEOMETRY.size)
+    with pytest.raises(UnreadableChunkError, match=f"bytes {expected[0]} to"):
+        restore_to_target(repository, GEOMETRY, runs(repository, root), target, Counter())
+    target.close()
+    assert os.listdir(tmp_path) == []
+    stream = io.BytesIO()
+    with pytest.raises(DamageError):
+        restore_to_stream(repository, GEOMETRY, runs(repository, root), stream, Counter())
+    assert content.startswith(stream.getvalue())
+
+
+def test_a_chunk_in_no_pack_is_named(stored: tuple[Path, MapRoot, bytes]) -> None:
+    place, _, _ = stored
+    repository = open_repository(place)
+    missing = iter([(0, 1, b"\x07" * 32), (1, 1, ZERO)])
+    (found,) = verify_chunks(repository, Geometry(2 * CHUNK, CHUNK), missing, Counter())
+    assert (found.offset, found.length) == (0, CHUNK)
+
+
+def test_a_file_that_exists_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(TargetError, match="exists already"):
+        FileTarget(str(tmp_path / "out"), 10)
+    target = FileTarget(str(tmp_path / "late"), 10)
+    (tmp_path / "late").write_text("mine")
+    with pytest.raises(TargetError, match="exists already"):
+        target.finish()
+    target.close()
+    assert sorted(os.listdir(tmp_path)) == ["late", "out"]
+    assert (tmp_path / "late").read_text() == "mine"

@@ -1,0 +1,111 @@
+"""The import rules of docs/design.md, section 2, and the limits on size, read from the source itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "blocksnap"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+TOWERS = {
+    "backends": {"backends", "errors"},
+    "repository": {"repository", "backends", "errors"},
+    "system": {"system", "errors", "_native"},
+    "extents": {"extents", "system", "errors", "_native"},
+    "volumes": {"volumes", "extents", "system", "errors"},
+    "controller": {"controller", "volumes", "extents", "system", "errors"},
+    "pipeline": {"pipeline", "errors"},
+    "restore": {"restore", "pipeline", "repository", "backends", "system", "errors"},
+    "operations": None,
+    "cli": None,
+}
+ONLY_IN = {
+    "sh": {"system/command.py"},
+    "pyudev": {"system/udev.py"},
+    "subprocess": {"system/command.py"},
+    "click": {"cli"},
+    "rich": {"cli"},
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "blocksnap":
+                yield from (f"blocksnap.{alias.name}" for alias in node.names)
+
+
+def inside(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "blocksnap" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_follow_the_towers(path: Path) -> None:
+    tower = relative(path).split("/")[0]
+    allowed = TOWERS.get(tower)
+    if allowed is None:
+        return
+    for name in imports(path):
+        target = inside(name)
+        assert target is None or target in allowed, f"{tower} may not import {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_libraries_have_one_importer(path: Path) -> None:
+    for name in imports(path):
+        places = ONLY_IN.get(name.split(".")[0])
+        if places is not None:
+            here = relative(path)
+            assert here in places or here.split("/")[0] in places, f"{name} belongs to {places}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_only_the_command_line_prints_and_exits(path: Path) -> None:
+    if relative(path).startswith("cli/"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"print", "sys.exit", "exit", "quit", "os._exit"}, (
+                f"line {node.lineno}: {called}"
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_modules_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 70, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_nothing_is_asserted_or_swallowed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert vanishes with -O"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+
+
+def test_names_say_something() -> None:
+    banned = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+    assert not [relative(path) for path in MODULES if banned & set(path.stem.split("_"))]
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in MODULES:
+        assert ast.get_docstring(ast.parse(path.read_text())), relative(path)
