@@ -26,7 +26,8 @@ MIN_CHUNK_SIZE, MAX_CHUNK_SIZE, DEFAULT_CHUNK_SIZE = 16 << 10, 4 << 20, 128 << 1
 class Document(BaseModel):
     """Common to all: immutable, and nothing unknown in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A process builds only the models it uses: opening a repository needs three of them.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Features(Document):

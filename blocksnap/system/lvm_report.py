@@ -161,7 +161,7 @@ class LvReport:
         return ",".join(parts)
 
     def _external_origin(self, lv: LvRecord) -> str | None:
-        """Return what shows through the unmapped parts of a thin volume: the first origin outside of its pool.
+        """Return what shows through the unmapped parts of a thin volume: the first origin outside its pool.
 
         A snapshot of a volume with an external origin has it too, though LVM names the volume as its origin.
         """

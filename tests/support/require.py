@@ -20,7 +20,7 @@ def required_words() -> frozenset[str]:
     return frozenset(word.strip() for word in os.environ.get(VARIABLE, "").split(",") if word.strip())
 
 
-def require(word: str, available: bool, reason: str) -> None:  # noqa: FBT001 - reads as a sentence
+def require(word: str, available: bool, reason: str) -> None:
     """Return if `available`; otherwise skip the test, or fail it if `word` is required."""
     if available:
         return

@@ -1,0 +1,40 @@
+"""Loop devices and filesystems for tests: asked from the kernel, removed whatever happens."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def call(*argv: str | Path) -> str:
+    """Run a tool that has to succeed."""
+    done = subprocess.run([str(word) for word in argv], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, (argv, done.stderr)
+    return done.stdout
+
+
+@contextmanager
+def loop_device(image: Path, *, size: int | None = None, read_only: bool = False) -> Iterator[str]:
+    """Attach a file, made with ``size`` bytes if asked for; yield the device's path."""
+    if size is not None:
+        with image.open("ab") as file:
+            file.truncate(size)
+    options = ["--read-only"] if read_only else []
+    device = call("losetup", "--find", "--show", *options, image).strip()
+    try:
+        yield device
+    finally:
+        call("losetup", "--detach", device)
+
+
+@contextmanager
+def mounted(device: str, folder: Path, *options: str) -> Iterator[Path]:
+    """Mount a device; yield the folder."""
+    folder.mkdir(exist_ok=True)
+    call("mount", *options, device, folder)
+    try:
+        yield folder
+    finally:
+        call("umount", folder)

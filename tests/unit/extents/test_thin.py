@@ -1,0 +1,307 @@
+"""When the times in a thin pool's mappings are trusted, and when not."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blocksnap.errors import VolumeError
+from blocksnap.extents import thin
+from blocksnap.extents.changes import MappedSet, Parent
+from blocksnap.extents.model import ExtentList
+from blocksnap.extents.thin import Compare, Inherit, ThinIdentity, decide
+
+UNIT = 65536
+PARENT = ThinIdentity(
+    vg_uuid="vg",
+    lv_uuid="lv",
+    pool_uuid="pool",
+    metadata_uuid="meta",
+    metadata_place="pv(0)",
+    thin_id=3,
+    origin_transaction=2,
+    origin_time=0,
+    snapshot_id=7,
+    snapshot_time=10,
+    pool_time=10,
+    pool_transaction=20,
+    chunk_size=UNIT,
+    run="run1",
+)
+CURRENT = replace(PARENT, snapshot_time=14, pool_time=15, pool_transaction=30, run="run2")
+MARKS = {"run0", "run1"}
+
+
+def test_same_history_inherits_since_the_time_of_the_parents_snapshot() -> None:
+    decision = decide(CURRENT, PARENT.to_binding(), MARKS)
+    assert isinstance(decision, Inherit)
+    assert decision.since == 10
+
+
+def test_id_of_the_removed_snapshot_may_be_used_again() -> None:
+    assert isinstance(decide(replace(CURRENT, snapshot_id=7), PARENT.to_binding(), MARKS), Inherit)
+    assert isinstance(decide(replace(CURRENT, snapshot_id=8), PARENT.to_binding(), MARKS), Inherit)
+
+
+DOUBTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"vg_uuid": "x"}, {}, "another volume group"),
+    ({"lv_uuid": "x"}, {}, "another logical volume"),
+    ({"pool_uuid": "x"}, {}, "another pool"),
+    ({"metadata_uuid": "x"}, {}, "metadata was moved or replaced"),
+    ({"metadata_place": "pv(9)"}, {}, "metadata was moved or replaced"),
+    ({"chunk_size": UNIT * 2}, {}, "another chunk size"),
+    ({"thin_id": 4}, {}, "as after a merge"),
+    ({"origin_transaction": 3}, {}, "made the volume's device anew"),
+    ({"origin_time": 1}, {}, "made the volume's device anew"),
+    ({"pool_time": 1 << 24}, {}, "more snapshots than the times"),
+    ({}, {"pool_time": 1 << 24}, "more snapshots than the times"),
+    ({}, {"snapshot_time": 11}, "contradict each other"),
+    ({"pool_time": 9}, {}, "time went backwards"),
+    ({"pool_transaction": 19}, {}, "transaction count went backwards"),
+    ({"snapshot_time": 10}, {}, "not younger"),
+    ({"snapshot_time": 9}, {}, "not younger"),
+]
+
+
+@pytest.mark.parametrize(("now", "then", "reason"), DOUBTS)
+def test_every_doubt_has_its_own_reason(now: dict[str, Any], then: dict[str, Any], reason: str) -> None:
+    decision = decide(replace(CURRENT, **now), replace(PARENT, **then).to_binding(), MARKS)
+    assert isinstance(decision, Compare)
+    assert reason in decision.reason
+
+
+def test_volume_without_the_parents_mark_has_another_history() -> None:
+    decision = decide(CURRENT, PARENT.to_binding(), {"run0"})
+    assert isinstance(decision, Compare)
+    assert "mark" in decision.reason
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(ThinIdentity)])
+@pytest.mark.parametrize("value", [None, "missing", -1, "", True, 1.5, [], {"a": 1}])
+def test_malformed_binding_is_never_trusted(name: str, value: Any) -> None:
+    binding = PARENT.to_binding()
+    if value == "missing":
+        del binding[name]
+    else:
+        binding[name] = value
+    assert isinstance(decide(CURRENT, binding, MARKS), Compare)
+
+
+def test_binding_of_another_source_is_never_trusted() -> None:
+    for binding in ({}, {"source": "file"}, {**PARENT.to_binding(), "source": "cow"}):
+        decision = decide(CURRENT, binding, MARKS)
+        assert isinstance(decision, Compare)
+        assert "does not say" in decision.reason
+
+
+def test_binding_survives_json() -> None:
+    import json
+
+    assert ThinIdentity.from_binding(json.loads(json.dumps(PARENT.to_binding()))) == PARENT
+
+
+@given(
+    st.sampled_from([each.name for each in fields(ThinIdentity)]),
+    st.one_of(st.integers(-2, 1 << 25), st.text(max_size=4)),
+)
+def test_whatever_is_inherited_is_since_a_past_snapshot(name: str, value: Any) -> None:
+    decision = decide(CURRENT, {**PARENT.to_binding(), name: value}, MARKS)
+    if isinstance(decision, Inherit):
+        assert 0 <= decision.since < CURRENT.snapshot_time
+
+
+class Pool:
+    """A pretended pool: chunk number to mapping time."""
+
+    def __init__(self, mappings: dict[int, int], created: int = 14) -> None:
+        self.mappings = mappings
+        self.created = created
+        self.root = 5
+        self.trouble: list[Exception] = []
+        self.moves = 0
+
+    def thin_device(self, _fd: int, device: int) -> tuple[int, ...]:
+        if self.moves:
+            self.moves -= 1
+            self.root += 1
+        return (15, 30, 0, 0, UNIT, 2048, 1, 2, self.root, len(self.mappings), 29, self.created)
+
+    def thin_scan(self, _fd: int, device: int, since: int, nr_chunks: int) -> tuple[bytes, bytes, int]:
+        if self.trouble:
+            raise self.trouble.pop()
+        assert device == CURRENT.snapshot_id
+        below = {chunk: time for chunk, time in self.mappings.items() if chunk < nr_chunks}
+        changed = ExtentList.of((chunk * UNIT, UNIT) for chunk, time in below.items() if time >= since)
+        bitmap = sum(1 << chunk for chunk in below).to_bytes(-(-nr_chunks // 8), "little")
+        return changed.packed, bitmap, 3
+
+
+def bits(*chunks: int, count: int = 16) -> bytes:
+    return sum(1 << chunk for chunk in chunks).to_bytes(-(-count // 8), "little")
+
+
+def parent(*mapped: int, size: int = 16 * UNIT, identity: ThinIdentity = PARENT) -> Parent:
+    return Parent(size, identity.to_binding(), lambda: MappedSet(UNIT, bits(*mapped, count=-(-size // UNIT))))
+
+
+def chunks(*numbers: int) -> ExtentList:
+    return ExtentList.of((number * UNIT, UNIT) for number in numbers)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from blocksnap import _native
+
+    def install(pool: Pool) -> Pool:
+        monkeypatch.setattr(_native, "thin_device", pool.thin_device)
+        monkeypatch.setattr(_native, "thin_scan", pool.thin_scan)
+        monkeypatch.setattr(thin.time, "sleep", lambda _: None)
+        return pool
+
+    return install
+
+
+def find(size: int, of: Parent | None, marks: set[str] = MARKS, *, external_origin: bool = False) -> Any:
+    return thin.find_thin_changes(0, CURRENT, size, of, marks=marks, external_origin=external_origin)
+
+
+def test_first_backup_reads_what_is_mapped(use: Any) -> None:
+    use(Pool({0: 1, 1: 12, 9: 3}))
+    changes = find(16 * UNIT, None)
+    assert (changes.method, changes.inherits) == ("compare", False)
+    assert changes.allocated == changes.changed == chunks(0, 1, 9)
+    assert changes.mapped == MappedSet(UNIT, bits(0, 1, 9))
+
+
+def test_increment_reads_what_was_mapped_since_and_drops_what_is_gone(use: Any) -> None:
+    use(Pool({0: 9, 1: 10, 2: 14, 9: 3}))
+    changes = find(16 * UNIT, parent(0, 1, 5, 9))
+    assert (changes.method, changes.inherits) == ("thin-time", True)
+    assert changes.changed == chunks(1, 2)
+    assert changes.discarded == chunks(5)
+    assert changes.allocated == chunks(0, 1, 2, 9)
+
+
+def test_last_chunk_is_clipped_to_the_size(use: Any) -> None:
+    use(Pool({3: 12, 2: 1}))
+    size = 3 * UNIT + 512
+    changes = find(size, parent(2, size=size))
+    assert changes.changed == ExtentList.of([(3 * UNIT, 512)])
+    assert changes.allocated == ExtentList.of([(2 * UNIT, UNIT + 512)])
+
+
+def test_growth_after_a_shrink_reads_the_old_mappings_that_show_again(use: Any) -> None:
+    use(Pool(dict.fromkeys(range(10), 1)))
+    changes = find(10 * UNIT, parent(0, 1, 2, 3, size=3 * UNIT + 512))
+    # The chunk at the parent's end holds bytes that the parent never saw.
+    assert changes.changed == ExtentList.of([(3 * UNIT, 7 * UNIT)])
+    assert changes.discarded == ExtentList()
+
+
+def test_shrinking_drops_what_is_beyond_the_end(use: Any) -> None:
+    use(Pool({0: 1, 3: 1, 9: 1}))
+    changes = find(3 * UNIT + 512, parent(0, 2, 3, 8, size=10 * UNIT))
+    assert changes.discarded == chunks(2)
+    assert changes.changed == ExtentList.of([(3 * UNIT, 512)])
+
+
+def test_forgotten_or_unfitting_mapped_sets_compare(use: Any) -> None:
+    use(Pool({0: 1}))
+    for mapped in (None, MappedSet(UNIT * 2, bits(0)), MappedSet(UNIT, b"")):
+        changes = find(16 * UNIT, Parent(16 * UNIT, PARENT.to_binding(), lambda mapped=mapped: mapped))
+        assert (changes.method, changes.inherits) == ("compare", False)
+        assert "which chunks were mapped" in changes.reason
+        assert changes.changed == changes.allocated == chunks(0)
+
+
+def test_mapped_set_is_not_fetched_in_vain(use: Any) -> None:
+    use(Pool({0: 1}))
+
+    def fail() -> None:
+        raise AssertionError
+
+    changes = find(16 * UNIT, Parent(16 * UNIT, PARENT.to_binding(), fail), set())
+    assert "mark" in changes.reason
+
+
+def test_external_origin_shows_everywhere(use: Any) -> None:
+    use(Pool({0: 1}))
+    changes = find(16 * UNIT, parent(0), external_origin=True)
+    assert (changes.method, changes.inherits, changes.mapped) == ("compare", False, None)
+    assert changes.allocated == ExtentList.whole(16 * UNIT)
+
+
+def test_torn_reads_are_tried_again(use: Any) -> None:
+    pool = use(Pool({0: 12}))
+    pool.trouble = [ValueError("checksum of block 7"), KeyError(7)]
+    pool.moves = 3
+    assert find(16 * UNIT, parent()).changed == chunks(0)
+
+
+def test_metadata_that_never_settles_is_an_error(use: Any) -> None:
+    pool = use(Pool({0: 12}))
+    pool.moves = 1000
+    with pytest.raises(VolumeError, match="cannot read the mappings"):
+        find(16 * UNIT, parent())
+    pool.moves = 0
+    pool.trouble = [ValueError("checksum of block 7")] * 1000
+    with pytest.raises(VolumeError, match="checksum of block 7"):
+        find(16 * UNIT, parent())
+
+
+def test_replaced_snapshot_is_an_error(use: Any) -> None:
+    use(Pool({0: 12}, created=99))
+    with pytest.raises(VolumeError, match="replaced"):
+        find(16 * UNIT, parent())
+
+
+def test_more_mappings_than_the_pool_counts_are_an_error(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blocksnap import _native
+
+    pool = use(Pool({0: 12, 1: 12}))
+    monkeypatch.setattr(_native, "thin_device", lambda *_: (*pool.thin_device(0, 0)[:9], 1, 29, 14))
+    with pytest.raises(VolumeError, match="2 chunks in the tree and 1"):
+        find(16 * UNIT, parent())
+
+
+@given(
+    before=st.dictionaries(st.integers(0, 40), st.integers(1, 9), max_size=30),
+    after=st.dictionaries(st.integers(0, 40), st.integers(10, 15), max_size=30),
+    discarded=st.sets(st.integers(0, 40), max_size=10),
+    sizes=st.tuples(st.integers(1, 40 * UNIT), st.integers(1, 40 * UNIT)),
+)
+def test_nothing_is_missed(
+    before: dict[int, int], after: dict[int, int], discarded: set[int], sizes: tuple[int, int]
+) -> None:
+    """A byte that is neither changed nor discarded had the same mapping, within the parent's size, at the parent."""
+    from unittest.mock import patch
+
+    from blocksnap import _native
+
+    then, now = sizes
+    mappings = {chunk: time for chunk, time in {**before, **after}.items() if chunk not in discarded}
+    pool = Pool(mappings)
+    remembered = parent(*(chunk for chunk in before if chunk < -(-then // UNIT)), size=then)
+    with (
+        patch.object(_native, "thin_device", pool.thin_device),
+        patch.object(_native, "thin_scan", pool.thin_scan),
+    ):
+        changes = find(now, remembered)
+    assert changes.inherits
+    touched = changes.changed.union(changes.discarded)
+    for extent in (*touched, *changes.allocated):
+        assert extent.end <= now
+    assert not changes.changed.intersect(changes.discarded)
+    for chunk in range(-(-now // UNIT)):
+        begin, end = chunk * UNIT, min((chunk + 1) * UNIT, now)
+        if touched.intersect(ExtentList.of([(begin, end - begin)])):
+            continue
+        if chunk in mappings:
+            assert mappings[chunk] == before.get(chunk)
+            assert end <= then
+        else:
+            assert chunk not in before or begin >= then

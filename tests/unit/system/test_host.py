@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from blocksnap.system import host
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    host.host_id.cache_clear()
+
+
+def test_id_is_stable_and_does_not_show_the_machine_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "machine-id"
+    source.write_text("0123456789abcdef0123456789abcdef\n")
+    monkeypatch.setattr(host, "_SOURCES", (tmp_path / "none", source))
+    first = host.host_id()
+    assert len(first) == 32
+    assert "0123456789abcdef" not in first
+    host.host_id.cache_clear()
+    assert host.host_id() == first
+    source.write_text("1123456789abcdef0123456789abcdef\n")
+    host.host_id.cache_clear()
+    assert host.host_id() != first
+
+
+@pytest.mark.parametrize("content", [None, "uninitialized\n", ""])
+def test_host_without_machine_id_is_known_by_its_name(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "machine-id"
+    if content is not None:
+        source.write_text(content)
+    monkeypatch.setattr(host, "_SOURCES", (source,))
+    first = host.host_id()
+    monkeypatch.setattr(host, "host_name", lambda: "other")
+    host.host_id.cache_clear()
+    assert host.host_id() != first
+
+
+def test_a_process_is_told_from_its_remains() -> None:
+    assert host.process_start(os.getpid()) is not None
+    child = subprocess.Popen(["true"])
+    deadline = time.monotonic() + 5
+    while host.process_start(child.pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert host.process_start(child.pid) is None
+    child.wait()
+    assert host.process_start(child.pid) is None
+
+
+def test_boot() -> None:
+    assert len(host.boot_id()) == 36
+    assert 0 < host.boot_time() < time.time()
