@@ -44,9 +44,10 @@ class Changes:
     """The answer of a source for one snapshot.
 
     ``allocated`` are the extents that hold data; everything else reads as zeros. ``changed`` are
-    those of them that may differ from the parent, and ``discarded`` the extents that held data in the parent and do not any
-    more (both empty of meaning when ``inherits`` is False: then nothing of the parent is taken over unread and
-    ``changed`` equals ``allocated``). All are within ``[0, size)``.
+    those of them that may differ from the parent, and ``discarded`` the extents that held data in
+    the parent and do not any more (both empty of meaning when ``inherits`` is False: then nothing
+    of the parent is taken over unread and ``changed`` equals ``allocated``). All are within ``[0,
+    size)``.
     """
 
     method: Method

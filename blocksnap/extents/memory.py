@@ -1,7 +1,8 @@
 """Keep the allocator from giving memory back between chunks.
 
 What decides throughput on ordinary servers is page faults on fresh allocations, not the algorithms
-(docs/benchmarks.md): zstd's result for a chunk of 128 KiB is just large enough for glibc to map and unmap it each time.
+(docs/benchmarks.md): zstd's result for a chunk of 128 KiB is just large enough for glibc to map and
+unmap it each time.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_a_full_target(tmp_path: Path, small_place: Path) -> None:
 
 
 def test_kill_at_any_moment(blocksnap: CommandLine, tmp_path: Path) -> None:
-    """Twelve runs, each killed a little later; nothing that was reported done is lost, and the next run works."""
+    """Twelve runs, each killed a little later: what was reported done stays, and the next run works."""
     volume = tmp_path / "volume.img"
     volume.write_bytes(noise(5, 48 * MIB))
     dice = random.Random(6)

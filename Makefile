@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# What can be done with a checkout. Each target first makes sure that what it needs is there, so a
+# fresh Debian machine with root, git and make is enough; `make help` lists them.
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+PACKAGES := vagrant/packages.txt
+
+# Folders that run on this machine's own kernel. A new folder under tests/ is one of them, unless
+# it is named here: it would be worse to leave it out unnoticed.
+ELSEWHERE := unit lvm bench demo support
+HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$(wildcard tests/*/)))),tests/$(path))
+
+.DEFAULT_GOAL := bootstrap
+.NOTPARALLEL:
+.PHONY: help bootstrap format check test demo bench vagrant-test clean
+.PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+bootstrap: ## install what is missing, build the C core, make .venv (the default)
+	@vagrant/bootstrap.sh $(PACKAGES)
+
+demo: bootstrap ## a live database backed up, destroyed and restored, on real LVM
+	vagrant/lab --timeout 900 -- $(BIN)/python tests/demo/run.py
+
+check: bootstrap lint unit ## what needs neither root nor the lab, in under a minute
+
+test: bootstrap-vagrant lint unit vagrant-validate native-test host-test lab-test ## everything, cheap things first
+
+bench: bootstrap ## measure against the peers on this machine
+	$(BIN)/python tests/bench/run.py
+
+vagrant-test: bootstrap-vagrant ## bring a Vagrant VM up, run the LVM and btrfs tests in it, destroy it
+	vagrant/vagrant-test.sh
+
+format: bootstrap ## lay out the sources, Python and C
+	$(BIN)/ruff format . vagrant/lab
+	$(BIN)/ruff check --fix . vagrant/lab
+	find native -name '*.[ch]' -exec clang-format -i {} +
+
+clean: ## remove what was built, .venv included
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- the parts of check and test ---
+
+bootstrap-vagrant:
+	@vagrant/bootstrap.sh $(PACKAGES) vagrant/packages-vagrant.txt
+
+lint:
+	$(BIN)/ruff check --output-format concise . vagrant/lab
+	$(BIN)/ruff format --check . vagrant/lab
+	find native -name '*.[ch]' -exec clang-format --dry-run -Werror {} +
+	$(BIN)/mypy
+	$(BIN)/mypy vagrant/lab
+
+unit:
+	$(PYTEST) -n 2 tests/unit
+
+vagrant-validate:
+	cd vagrant && vagrant validate
+
+native-test:
+	cmake -S native -B build/native-test -G Ninja -DBLOCKSNAP_SANITIZE=ON
+	cmake --build build/native-test -j 2
+	ctest --test-dir build/native-test --output-on-failure
+
+host-test:
+	$(PYTEST) -n 2 $(HOST_TESTS)
+
+lab-test:
+	vagrant/lab --timeout 1800 -- $(PYTEST) tests/lvm
