@@ -62,7 +62,7 @@ def configuration_path() -> str:
 def configuration_exists() -> bool:
     """Tell whether there is anything to load."""
     path = Path(configuration_path())
-    return path.exists() or (path.parent / "conf.d").is_dir()
+    return any(os.access(place, os.F_OK) for place in (path, path.parent / "conf.d"))
 
 
 def load_configuration() -> Configuration:

@@ -19,9 +19,14 @@ Buffer = bytes | bytearray | memoryview
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*(/[a-z0-9][a-z0-9.-]*)*")
 
 
+def is_name(name: str) -> bool:
+    """Tell whether an object may have this name."""
+    return len(name) <= 255 and _NAME.fullmatch(name) is not None
+
+
 def validate_name(name: str) -> str:
     """Return ``name`` if it is one an object may have, else raise ValueError."""
-    if len(name) > 255 or not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ValueError(f"not an object name: {name!r}")
     return name
 

@@ -20,7 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from blocksnap.backends.base import Backend, Buffer, ObjectInfo, ObjectWriter, validate_name
+from blocksnap.backends.base import Backend, Buffer, ObjectInfo, ObjectWriter, is_name, validate_name
 from blocksnap.backends.errors import (
     BackendFailedError,
     NoSuchPlaceError,
@@ -121,7 +121,7 @@ class LocalBackend(Backend):
             os.close(fd)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Walk the folder; a missing one has no objects."""
+        """Walk the folder; a missing one has no objects, and what others put there is passed over."""
         folder = validate_name(prefix.rstrip("/")) if prefix else ""
         yield from self._walk(folder)
 
@@ -216,7 +216,7 @@ class LocalBackend(Backend):
             if stat.S_ISDIR(status.st_mode):
                 if path != _TEMPORARY:
                     yield from self._walk(path)
-            elif stat.S_ISREG(status.st_mode):
+            elif stat.S_ISREG(status.st_mode) and is_name(path):
                 yield ObjectInfo(path, status.st_size)
 
     def _open_temporary(self) -> tuple[int, str | None]:
@@ -245,16 +245,9 @@ class LocalBackend(Backend):
         folder = os.open(_TEMPORARY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
         try:
             for name in os.listdir(folder):
-                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-                try:
-                    # A file that was never locked is younger than its creator's next statement.
-                    if os.fstat(fd).st_size:
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        os.unlink(name, dir_fd=folder)
-                except BlockingIOError:
-                    continue
-                finally:
-                    os.close(fd)
+                # Another host may be publishing it, or removing it too: then it is not ours to sweep.
+                with contextlib.suppress(OSError):
+                    _remove_unlocked(name, folder)
         finally:
             os.close(folder)
 
@@ -308,6 +301,18 @@ class LocalBackend(Backend):
             if err.errno in _NO_LINKS:
                 failed.resolution = "use a filesystem with hard links, such as ext4, XFS, btrfs or NFS"
             raise failed from err
+
+
+def _remove_unlocked(name: str, folder: int) -> None:
+    # NFS locks like fcntl does, which wants a descriptor that can write.
+    fd = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        # An empty file may be younger than its creator's next statement, which locks it.
+        if os.fstat(fd).st_size:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(fd)
 
 
 def _sync_directory(path: str) -> None:

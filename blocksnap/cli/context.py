@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 DEFAULT_STATE_DIRECTORY = "/var/lib/blocksnap"
+EXIT_WARNINGS = 3
 _CREDENTIAL = "blocksnap.passphrase"
 
 
@@ -31,6 +32,7 @@ class Settings:
     passphrase_file: str | None
     json: bool
     verbosity: int
+    opened: list[Repository] = field(default_factory=list)
 
     @functools.cached_property
     def configuration(self) -> Configuration | None:
@@ -66,9 +68,22 @@ class Settings:
         from blocksnap.backends import open_backend
         from blocksnap.repository.repository import Repository
 
-        return Repository.open(open_backend(self.repository_url), self.passphrase)
+        backend = open_backend(self.repository_url)
+        click.get_current_context().call_on_close(backend.close)
+        repository = Repository.open(backend, self.passphrase)
+        self.opened.append(repository)
+        return repository
 
-    def passphrase(self) -> bytes | None:
+    def warn_of_damage(self) -> bool:
+        """Tell on standard error what was found damaged and passed over, and whether there was any."""
+        damage = [err for repository in self.opened for err in repository.damage]
+        for err in damage:
+            click.echo(f"warning: {err.brief}", err=True)
+            if err.resolution:
+                click.echo(f"fix:     {err.resolution}", err=True)
+        return bool(damage)
+
+    def passphrase(self, *, confirm: bool = False) -> bytes | None:
         """Return the passphrase from the first place that has one, or None.
 
         --passphrase-file, BLOCKSNAP_PASSPHRASE, BLOCKSNAP_PASSPHRASE_FILE,
@@ -78,7 +93,7 @@ class Settings:
         if self.passphrase_file:
             return _read_secret(self.passphrase_file)
         if "BLOCKSNAP_PASSPHRASE" in os.environ:
-            return os.environ["BLOCKSNAP_PASSPHRASE"].encode()
+            return _not_empty(os.environb[b"BLOCKSNAP_PASSPHRASE"], "BLOCKSNAP_PASSPHRASE")
         if path := os.environ.get("BLOCKSNAP_PASSPHRASE_FILE"):
             return _read_secret(path)
         if command := os.environ.get("BLOCKSNAP_PASSPHRASE_COMMAND"):
@@ -90,8 +105,8 @@ class Settings:
         if self.configuration and self.configuration.passphrase_file:
             return _read_secret(self.configuration.passphrase_file)
         if sys.stdin.isatty():
-            asked: str = click.prompt("Passphrase", hide_input=True, err=True)
-            return asked.encode()
+            asked: str = click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True)
+            return _not_empty(asked.encode(), "the passphrase")
         return None
 
 
@@ -109,7 +124,10 @@ def common_options(command: _Command) -> _Command:
         **arguments: object,
     ) -> object:
         settings = Settings(repo, passphrase_file, json, -1 if quiet else verbose)
-        return command(settings=settings, **arguments)
+        result = command(settings=settings, **arguments)
+        if settings.warn_of_damage():
+            click.get_current_context().exit(EXIT_WARNINGS)
+        return result
 
     options = [
         click.option(
@@ -139,8 +157,12 @@ def _read_secret(path: str) -> bytes:
             secret = file.readline().rstrip(b"\r\n")
     except OSError as err:
         raise PassphraseError(f"cannot read the passphrase from {path}: {err.strerror}") from err
+    return _not_empty(secret, f"the passphrase file {path}")
+
+
+def _not_empty(secret: bytes, source: str) -> bytes:
     if not secret:
-        raise PassphraseError(f"the passphrase file {path} is empty")
+        raise PassphraseError(f"{source} is empty", resolution="give a passphrase that nobody guesses")
     return secret
 
 
@@ -149,7 +171,13 @@ def _ask_command(command: str) -> bytes:
 
     from blocksnap.system.command import run
 
-    answer = run(*shlex.split(command)).split("\n", 1)[0].rstrip("\r")
-    if not answer:
-        raise PassphraseError("BLOCKSNAP_PASSPHRASE_COMMAND printed nothing")
-    return answer.encode()
+    try:
+        words = shlex.split(command)
+    except ValueError as err:
+        raise PassphraseError(f"BLOCKSNAP_PASSPHRASE_COMMAND is no command: {err}") from err
+    if not words:
+        raise PassphraseError(
+            "BLOCKSNAP_PASSPHRASE_COMMAND is blank", resolution="unset it, or name a command"
+        )
+    answer = run(*words).split("\n", 1)[0].rstrip("\r")
+    return _not_empty(answer.encode(errors="surrogateescape"), "what BLOCKSNAP_PASSPHRASE_COMMAND printed")

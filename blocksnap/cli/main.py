@@ -5,6 +5,7 @@ Commands are loaded when they are named, so that ``blocksnap --version`` loads n
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -28,8 +29,6 @@ _COMMANDS = {
     "check": "repository_commands",
 }
 EXIT_WARNINGS = 3
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 _EXIT_CODES = """\
 \b
@@ -43,8 +42,27 @@ Exit codes:
 Any other code means failure."""
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C does, so that snapshots are removed."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(BaseException):
+    """A signal arrived; unwinds like Ctrl-C does, so that snapshots are removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+        words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+        self.word = words.get(signal.Signals(number), "hung up")
+
+
+class UnforeseenError(BlocksnapError):
+    """The system refused something in a place that nobody thought of."""
+
+    def __init__(self, err: OSError | UnicodeError) -> None:
+        self.err = err
+        super().__init__(
+            str(err), resolution="if the reason is not plain, please report this with the command"
+        )
 
 
 class _Commands(click.Group):
@@ -82,7 +100,7 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _end) for number in _SIGNALS}
     try:
         code = cli.main(args=arguments, prog_name="blocksnap", standalone_mode=False)
         sys.stdout.flush()
@@ -90,17 +108,22 @@ def run(arguments: list[str]) -> int:
         return _fail(err, arguments)
     except click.ClickException as err:
         err.show()
+        _tell_json(arguments, "UsageError", err.format_message(), exit_code=err.exit_code)
         return err.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was committed", err=True)
-        return EXIT_INTERRUPTED
-    except Terminated:
-        click.echo("terminated; nothing was committed", err=True)
-        return EXIT_TERMINATED
+    except (Ended, KeyboardInterrupt, click.Abort) as err:
+        ended = err if isinstance(err, Ended) else Ended(signal.SIGINT)
+        click.echo(f"{ended.word}: what was not reported as done was not committed", err=True)
+        _tell_json(arguments, "Ended", ended.word, exit_code=ended.exit_code)
+        return ended.exit_code
     except BrokenPipeError:
         # Whoever read our output has gone; Python must not try to flush to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except (OSError, UnicodeError) as err:
+        return _fail(UnforeseenError(err), arguments)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code if isinstance(code, int) else 0
 
 
@@ -110,23 +133,28 @@ def _fail(err: BlocksnapError, arguments: list[str]) -> int:
         click.echo(err.details, err=True)
     if err.resolution:
         click.echo(f"fix:   {err.resolution}", err=True)
-    if "--json" in arguments:
-        from blocksnap.cli.output import print_json_line
-
-        print_json_line(
-            {
-                "event": "error",
-                "error": type(err).__name__,
-                "message": err.brief,
-                "details": err.details,
-                "resolution": err.resolution,
-                "exit_code": err.exit_code,
-            }
-        )
+    _tell_json(
+        arguments,
+        type(err).__name__,
+        err.brief,
+        details=err.details,
+        resolution=err.resolution,
+        exit_code=err.exit_code,
+    )
     return err.exit_code
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
+def _tell_json(arguments: list[str], error: str, message: str, **facts: object) -> None:
+    if "--json" in arguments:
+        from blocksnap.cli.output import print_json_line
+
+        # Standard output itself may be what failed.
+        with contextlib.suppress(OSError):
+            print_json_line({"event": "error", "error": error, "message": message, **facts})
+
+
+def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     # A second signal while cleaning up must not stop the cleaning.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Ended(number)

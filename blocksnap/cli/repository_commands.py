@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import click
 
@@ -44,15 +43,15 @@ def init_command(settings: Settings, *, chunk_size: str, no_encryption: bool) ->
         raise UsageError(f"a chunk cannot have {chunk_size}", resolution="give a power of two from 16K to 4M")
     passphrase = None
     if not no_encryption:
-        passphrase = settings.passphrase()
+        passphrase = settings.passphrase(confirm=True)
         if passphrase is None:
             raise PassphraseError(
                 "a repository is encrypted, and no passphrase was given",
                 resolution="give --passphrase-file FILE or BLOCKSNAP_PASSPHRASE, or say --no-encryption",
             )
-    repository = Repository.create(
-        open_backend(settings.repository_url), chunk_size=size, passphrase=passphrase
-    )
+    backend = open_backend(settings.repository_url)
+    click.get_current_context().call_on_close(backend.close)
+    repository = Repository.create(backend, chunk_size=size, passphrase=passphrase)
     config = repository.config
     if settings.json:
         print_json(
@@ -168,7 +167,11 @@ def check_command(settings: Settings, *, read_data: bool) -> None:
                 ],
             }
         )
-    elif settings.verbosity >= 0:
+    elif settings.verbosity < 0:
+        for finding in result.findings:
+            if finding.severity == "damage":
+                click.echo(f"damage: {finding.object}: {finding.message}", err=True)
+    else:
         looked = (
             f"{result.backups} backups, {result.nodes} nodes, {result.chunks} chunks, {result.packs} packs"
         )
@@ -176,4 +179,3 @@ def check_command(settings: Settings, *, read_data: bool) -> None:
         click.echo(f"{'DAMAGED' if result.damaged else 'sound'}: {looked}{read}")
     if result.damaged:
         click.get_current_context().exit(EXIT_DAMAGE)
-    sys.stdout.flush()

@@ -29,6 +29,8 @@ class TagType(click.ParamType[tuple[str, str]]):
         key, found, text = str(value).partition("=")
         if not found or not key:
             self.fail(f"{value!r} is not of the form K=V", param, ctx)
+        if not str(value).isprintable():
+            self.fail(f"{value!r} is not printable text", param, ctx)
         return key, text
 
 
@@ -89,6 +91,7 @@ def backup_command(
     VOLUME is VG/LV, a device, a mount point or directory (the volume under it), or a file. The first backup
     of a volume is full, every later one reads only what has changed.
     """
+    from blocksnap.cli.trust import require_same_encryption
     from blocksnap.extents import memory
     from blocksnap.operations.backup import back_up, plan_backups
     from blocksnap.operations.storing import BackupOptions
@@ -97,6 +100,7 @@ def backup_command(
     memory.retain()
     names, job_tags = _names_of(settings, volumes, job)
     repository = settings.open_repository()
+    require_same_encryption(repository, settings.state_directory)
     resolved = [resolve_volume(name) for name in names]
     if len({volume.key for volume in resolved}) != len(resolved):
         raise UsageError("a volume is named twice")

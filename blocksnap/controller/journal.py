@@ -15,6 +15,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -101,29 +102,28 @@ class Journal:
         self.run = run
         folder = _folder(state_directory)
         self._path = folder / (run + _SUFFIX)
-        # It appears under its name when it is locked and says whose it is: others take it for dead otherwise.
-        unnamed = folder / f".{run}.new"
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._fd = os.open(
-                unnamed, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600
-            )
+            with _hold_folder(folder, fcntl.LOCK_EX):
+                self._create(folder)
+        except FileExistsError as err:
+            raise UsageError(f"there is a run {run} already", resolution="run it again") from err
         except OSError as err:
             raise StateError(str(folder), err) from err
+
+    def _create(self, folder: Path) -> None:
+        """Make the file; nobody reads the folder meanwhile and takes it for that of a dead run."""
+        self._fd = os.open(
+            self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
-            owner = Owner.current()
-            self.append("begin", run=run, **asdict(owner))
-            os.link(unnamed, self._path)
-        except FileExistsError as err:
-            os.close(self._fd)
-            raise UsageError(f"there is a run {run} already", resolution="run blocksnap doctor") from err
+            self.append("begin", run=self.run, **asdict(Owner.current()))
+            _sync_folder(folder)
         except BaseException:
+            self._path.unlink()
             os.close(self._fd)
             raise
-        finally:
-            unnamed.unlink()
-        _sync_folder(folder)
 
     @property
     def path(self) -> Path:
@@ -231,6 +231,17 @@ def _try_lock(fd: int) -> bool:
 
 def _folder(state_directory: str | Path) -> Path:
     return Path(state_directory) / "journal"
+
+
+@contextlib.contextmanager
+def _hold_folder(folder: Path, how: int) -> Iterator[None]:
+    """Lock the folder of journals for a moment."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, how)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _sync_folder(folder: Path) -> None:

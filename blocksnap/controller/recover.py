@@ -8,7 +8,7 @@ A snapshot whose run no journal here knows is a puzzle: the state directory was 
 another state directory made it, in a container for example, and may still be reading it. Other
 hosts cannot be meant, because volume groups that are shared are refused. It is removed only if it is
 older than this boot, since then no process that made it can be alive; else it is reported, and removed
-only by ``doctor --fix`` (``force``).
+only where the caller says so (``force``).
 
 A run that died between its journal and ``lvcreate`` left nothing, and its journal is closed. One that
 died within ``lvcreate`` left the volume with its tags, or nothing: LVM commits both at once.
@@ -134,7 +134,7 @@ def _remove(
         kept.add(leftover.run)
         warnings.append(
             f"{name}, a snapshot of {leftover.origin}, is of run {leftover.run}, which this state directory "
-            "does not know; blocksnap doctor --fix removes it"
+            "does not know; if no other run is using it, remove it with lvremove"
         )
         return
     try:

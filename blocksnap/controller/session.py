@@ -7,10 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from blocksnap.controller.history import History
 from blocksnap.controller.journal import Journal, Step
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.recover import recover, remove_trace
-from blocksnap.errors import BlocksnapError, UsageError
+from blocksnap.errors import UsageError
 from blocksnap.volumes.base import Snapshot, Volume
 
 
@@ -23,10 +24,7 @@ class SnapshotSession:
     by the journal.
     """
 
-    def __init__(
-        self, volumes: Sequence[Volume], run: str, state_directory: str | Path, *, group: str = ""
-    ) -> None:
-        """Prepare; ``group`` tells the repository's backups from those in others (``Snapshot.anchor``)."""
+    def __init__(self, volumes: Sequence[Volume], run: str, state_directory: str | Path) -> None:
         keys = [volume.key for volume in volumes]
         twice = {volume.name for volume in volumes if keys.count(volume.key) > 1}
         if twice:
@@ -37,7 +35,6 @@ class SnapshotSession:
         self.run = run
         self.recovered: list[str] = []
         self.warnings: list[str] = []
-        self._group = group
         self._state_directory = state_directory
         self._taken: list[tuple[Volume, Snapshot]] = []
         self._locks = VolumeLocks(state_directory, [(volume.key, volume.name) for volume in volumes], run)
@@ -73,19 +70,24 @@ class SnapshotSession:
         self._leave()
 
     def committing(self) -> None:
-        """Call right before the commit: mark the volumes, so that the backup can be a parent.
+        """Call right before the commit: write the run down, so that the backup can be a parent.
 
-        A volume that cannot be marked is backed up nevertheless; the next backup reads all of it.
+        Where that fails the backup is taken nevertheless; the next one reads the whole volume.
         """
         if self._journal:
             self._journal.append("commit")
-        for volume, snapshot in self._taken:
+        for volume in self.volumes:
             try:
-                snapshot.anchor(self._group)
-            except BlocksnapError as err:
+                History(self._state_directory, volume.key).add(self.run)
+            except OSError as err:
                 self.warnings.append(
-                    f"{volume.name} cannot be marked, so the next backup reads all of it: {err}"
+                    f"the run cannot be written down ({err.strerror}): the next backup of {volume.name} "
+                    "reads all of it"
                 )
+
+    def remembers(self, volume: Volume, run: str) -> bool:
+        """Tell whether this host has written a run of this volume down."""
+        return History(self._state_directory, volume.key).knows(run)
 
     def _recover(self) -> None:
         keys = [volume.key for volume in self.volumes]

@@ -30,12 +30,15 @@ class MappedSet:
 class Parent:
     """What the parent backup remembers of its source.
 
+    ``known_here`` tells that this host wrote the parent's run down when it was committed.
+
     ``load_mapped`` fetches the mapped set from the repository, or None when none was stored; it is
     called only where it is needed.
     """
 
     size: int
     binding: Binding
+    known_here: bool
     load_mapped: Callable[[], MappedSet | None]
 
 

@@ -1,11 +1,15 @@
 """Extents of a volume as values: packed as the C core returns them, or one by one.
 
-An extent list is sorted, disjoint and merged; every offset and length is in bytes.
+An extent list is sorted, disjoint and merged; every offset and length is in bytes. A volume can have millions
+of them, so a list is walked and never unpacked: an operation needs the 16 bytes of each extent of its result.
 """
 
 from __future__ import annotations
 
+import heapq
+import io
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -41,16 +45,11 @@ class ExtentList:
 
     @classmethod
     def of(cls, extents: Iterable[tuple[int, int]]) -> ExtentList:
-        """Build a list from (offset, length) pairs in any order, overlapping or not."""
-        merged: list[list[int]] = []
-        for offset, length in sorted(extents):
-            if length <= 0:
-                continue
-            if merged and offset <= merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], offset + length)
-            else:
-                merged.append([offset, offset + length])
-        return cls(b"".join(_PAIR.pack(begin, end - begin) for begin, end in merged))
+        """Build a list from (offset, length) pairs in any order, overlapping or not.
+
+        For a few: the pairs are sorted in memory.
+        """
+        return _collect((offset, offset + length) for offset, length in sorted(extents))
 
     @classmethod
     def whole(cls, length: int) -> ExtentList:
@@ -65,7 +64,11 @@ class ExtentList:
     @property
     def total(self) -> int:
         """Sum of the lengths in bytes."""
-        return sum(length for _, length in _PAIR.iter_unpack(self._packed))
+        return sum(length for _, length in self.pairs())
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Return the extents as (offset, length) pairs, which is faster than ``Extent`` for long lists."""
+        return _PAIR.iter_unpack(self._packed)
 
     def __len__(self) -> int:
         return len(self._packed) // _PAIR.size
@@ -74,7 +77,7 @@ class ExtentList:
         return bool(self._packed)
 
     def __iter__(self) -> Iterator[Extent]:
-        for offset, length in _PAIR.iter_unpack(self._packed):
+        for offset, length in self.pairs():
             yield Extent(offset, length)
 
     def __eq__(self, other: object) -> bool:
@@ -84,7 +87,7 @@ class ExtentList:
         return hash(self._packed)
 
     def __repr__(self) -> str:
-        return f"ExtentList.of({[(e.offset, e.length) for e in self]})"
+        return f"ExtentList.of({list(self.pairs())})"
 
     def union(self, other: ExtentList) -> ExtentList:
         """Return the bytes that are in either list."""
@@ -92,32 +95,60 @@ class ExtentList:
             return self
         if not self:
             return other
-        return ExtentList.of((e.offset, e.length) for each in (self, other) for e in each)
+        return _collect(heapq.merge(self._ranges(), other._ranges()))
 
     def intersect(self, other: ExtentList) -> ExtentList:
         """Return the bytes that are in both lists."""
-        found: list[tuple[int, int]] = []
-        mine, theirs = list(self), list(other)
-        i = j = 0
-        while i < len(mine) and j < len(theirs):
-            begin = max(mine[i].offset, theirs[j].offset)
-            end = min(mine[i].end, theirs[j].end)
-            if begin < end:
-                found.append((begin, end - begin))
-            if mine[i].end <= theirs[j].end:
-                i += 1
-            else:
-                j += 1
-        return ExtentList.of(found)
+        return _collect(_shared(self._ranges(), other._ranges()))
 
     def clip(self, length: int) -> ExtentList:
         """Return the part below ``length``."""
-        return ExtentList.of((e.offset, min(e.end, length) - e.offset) for e in self if e.offset < length)
+        count = bisect_left(range(len(self)), length, key=lambda index: self._at(index)[0])
+        if not count:
+            return ExtentList()
+        offset, last = self._at(count - 1)
+        if count == len(self) and offset + last <= length:
+            return self
+        head = memoryview(self._packed)[: (count - 1) * _PAIR.size]
+        return ExtentList(b"".join((head, _PAIR.pack(offset, min(last, length - offset)))))
 
     def align(self, unit: int, *, limit: int) -> ExtentList:
         """Return the list widened to multiples of ``unit``, not beyond ``limit``."""
-        return ExtentList.of(
-            (begin, min(-(-e.end // unit) * unit, limit) - begin)
-            for e in self
-            for begin in (e.offset // unit * unit,)
+        return _collect(
+            (begin // unit * unit, min(-(-end // unit) * unit, limit)) for begin, end in self._ranges()
         )
+
+    def _at(self, index: int) -> tuple[int, int]:
+        offset, length = _PAIR.unpack_from(self._packed, index * _PAIR.size)
+        return offset, length
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        return ((offset, offset + length) for offset, length in self.pairs())
+
+
+def _collect(ranges: Iterable[tuple[int, int]]) -> ExtentList:
+    """Merge ranges ``[begin, end)`` that come sorted by their beginning, and leave out empty ones."""
+    # BytesIO gives its buffer away without a copy.
+    packed = io.BytesIO()
+    first = last = 0
+    for begin, end in ranges:
+        if begin >= end:
+            continue
+        if begin > last:
+            if first < last:
+                packed.write(_PAIR.pack(first, last - first))
+            first = begin
+        last = max(last, end)
+    if first < last:
+        packed.write(_PAIR.pack(first, last - first))
+    return ExtentList(packed.getvalue())
+
+
+def _shared(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    mine, theirs = next(one, None), next(other, None)
+    while mine is not None and theirs is not None:
+        yield max(mine[0], theirs[0]), min(mine[1], theirs[1])
+        if mine[1] <= theirs[1]:
+            mine = next(one, None)
+        else:
+            theirs = next(other, None)

@@ -14,8 +14,10 @@ could tell of another history, and answers with a full compare whenever in doubt
 * The history: pool time and transaction count must not have run backwards, and the new snapshot must
   be younger than the parent's. Counters alone are no proof: when the disk under the pool is rolled
   back (a hypervisor's or an array's snapshot) or cloned, they go on and soon look right again. So
-  each backup leaves a mark of its run on the volume (an LVM tag), inside what would be rolled back or
-  cloned with it; a volume without the mark of the parent's run has another history.
+  each run is written down in the host's own history before it commits (controller.history); a host
+  that does not know the parent's run was rolled back or cloned with its disks, or is another one.
+  Where only the disks were rolled back, a device of the pool that is older than the parent but
+  unknown to it gives that away.
 * The metadata: ``lvconvert --repair`` puts a copy, which may lack the newest mappings, under the same
   name, UUID and creation time, but in another place on the disks.
 """
@@ -23,7 +25,6 @@ could tell of another history, and answers with a full compare whenever in doubt
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 
 from blocksnap.errors import VolumeError
@@ -39,7 +40,10 @@ _NEEDS_CHECK = 1
 
 @dataclass(frozen=True, slots=True)
 class ThinIdentity:
-    """What tells one snapshot of one thin volume, and the history it belongs to, from all others."""
+    """What tells one snapshot of one thin volume, and the history it belongs to, from all others.
+
+    ``devices`` are those of the pool, as ``id@transaction`` of their making, without our snapshots.
+    """
 
     vg_uuid: str
     lv_uuid: str
@@ -54,6 +58,7 @@ class ThinIdentity:
     pool_time: int
     pool_transaction: int
     chunk_size: int
+    devices: str
     run: str
 
     def to_binding(self) -> dict[str, JsonValue]:
@@ -111,19 +116,17 @@ class Compare:
     reason: str
 
 
-def decide(current: ThinIdentity, parent: Binding, marks: Collection[str]) -> Inherit | Compare:
+def decide(current: ThinIdentity, parent: Binding, *, known_here: bool) -> Inherit | Compare:
     """Decide whether the pool's times can be trusted to tell what changed since the parent.
 
-    ``marks`` are the runs whose marks the volume carries.
+    ``known_here`` tells that this host wrote the parent's run down when it was committed.
     """
     known = ThinIdentity.from_binding(parent)
     if known is None:
         return Compare("the parent backup does not say what thin volume it was taken of")
-    doubt = (
-        _doubt_about_device(current, known)
-        or _doubt_about_history(current, known)
-        or _doubt_about_marks(known, marks)
-    )
+    doubt = _doubt_about_device(current, known) or _doubt_about_history(current, known)
+    if doubt is None and not known_here:
+        doubt = "this host has no record of the parent backup: its state was lost, rolled back or cloned"
     if doubt:
         return Compare(doubt)
     return Inherit(
@@ -155,6 +158,7 @@ def _doubt_about_device(current: ThinIdentity, known: ThinIdentity) -> str | Non
 
 
 def _doubt_about_history(current: ThinIdentity, known: ThinIdentity) -> str | None:
+    stranger = _device_of_another_history(current, known)
     doubts = (
         (
             max(current.pool_time, known.pool_time, current.snapshot_time) >= _TIME_LIMIT,
@@ -170,14 +174,24 @@ def _doubt_about_history(current: ThinIdentity, known: ThinIdentity) -> str | No
             current.snapshot_time <= known.snapshot_time,
             "the snapshot is not younger than that of the parent backup: the pool was rolled back",
         ),
+        (
+            stranger is not None,
+            f"device {stranger} of the pool is older than the parent backup, which does not know it",
+        ),
     )
     return next((reason for found, reason in doubts if found), None)
 
 
-def _doubt_about_marks(known: ThinIdentity, marks: Collection[str]) -> str | None:
-    if known.run in marks:
-        return None
-    return "the volume lacks the mark of the parent backup: rolled back, cloned, or the mark was removed"
+def _device_of_another_history(current: ThinIdentity, known: ThinIdentity) -> str | None:
+    """Return a device that the pool made before the parent's snapshot, but that was not there then.
+
+    Counters that were rolled back look right again once others have taken snapshots: this finds those.
+    """
+    for device in sorted(set(current.devices.split()) - set(known.devices.split())):
+        _, _, transaction = device.partition("@")
+        if not transaction.isdecimal() or int(transaction) < known.pool_transaction:
+            return device.partition("@")[0]
+    return None
 
 
 def find_thin_changes(
@@ -186,7 +200,6 @@ def find_thin_changes(
     size: int,
     parent: Parent | None,
     *,
-    marks: Collection[str],
     external_origin: bool,
 ) -> Changes:
     """Say what of a snapshot to read.
@@ -202,7 +215,9 @@ def find_thin_changes(
         return Changes(
             "compare", reason, inherits=False, allocated=whole, changed=whole, discarded=ExtentList()
         )
-    decision = decide(identity, parent.binding, marks) if parent else Compare("first backup of this volume")
+    decision: Inherit | Compare = Compare("first backup of this volume")
+    if parent:
+        decision = decide(identity, parent.binding, known_here=parent.known_here)
     remembered = parent.load_mapped() if parent and isinstance(decision, Inherit) else None
     if isinstance(decision, Inherit) and (remembered is None or not _fits(remembered, identity, parent)):
         decision = Compare("the parent backup does not remember which chunks were mapped")
@@ -262,7 +277,7 @@ def read_facts(fd: int, thin_id: int) -> DeviceFacts:
             )
     raise VolumeError(
         f"the metadata of the thin pool makes no sense: {problem}",
-        resolution="check the pool: blocksnap doctor; dmsetup status",
+        resolution="look at the pool: dmsetup status, and the kernel log",
     )
 
 
@@ -295,7 +310,7 @@ def _scan(fd: int, identity: ThinIdentity, *, since: int, size: int) -> tuple[Ex
         return ExtentList(changed).clip(size), bitmap
     raise VolumeError(
         f"cannot read the mappings of the snapshot: {problem}",
-        resolution="try again; if it stays so, check the pool: blocksnap doctor",
+        resolution="run it again; if it stays so, look at the pool: dmsetup status, and the kernel log",
     )
 
 

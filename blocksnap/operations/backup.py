@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from blake3 import blake3
 
 import blocksnap
 from blocksnap.controller.session import SnapshotSession
+from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import newest_of
 from blocksnap.operations.reporting import Reporter
 from blocksnap.operations.storing import BackupOptions, BackupPlan, Draft, plan_backup, store_volume
-from blocksnap.repository.documents import Manifest
+from blocksnap.repository.documents import Backup, Manifest
 from blocksnap.repository.repository import Repository, StoredBackup
 from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.system.host import host_id, host_name
-from blocksnap.volumes.base import Volume
+from blocksnap.volumes.base import Snapshot, Volume
 
 
 def back_up(
@@ -31,23 +35,33 @@ def back_up(
 
     Raises BusyError, VolumeError, StorageError; the snapshots are gone whatever happens.
     """
-    known = repository.backups()
-    # The run announces itself first: a repository that cannot be written to costs no snapshot.
+    # The run announces itself first: a repository that cannot be written to costs no snapshot, and
+    # whoever collects garbage knows of the run before it relies on what is stored.
     with RepositoryWriter(repository, host=host_id(), hostname=host_name()) as writer:
-        run = writer.id.hex()
-        with SnapshotSession(volumes, run, state_directory) as session:
-            for message in session.recovered:
-                report.event("recovered", message=message)
+        known = repository.backups()
+        with open_session(volumes, writer.id.hex(), state_directory, report) as session:
             began = time.monotonic()
             try:
-                results = _store(repository, writer, session, known, options, report, began)
-            except BaseException:
-                # Removing snapshots starts programs, and that goes before no thread of ours.
+                return _store(repository, writer, session, known, options, report, began)
+            finally:
+                # Nothing of ours runs beside the programs that remove the snapshots.
                 writer.stop()
-                raise
+
+
+@contextmanager
+def open_session(
+    volumes: Sequence[Volume], run: str, state_directory: str, report: Reporter
+) -> Iterator[SnapshotSession]:
+    """Hold snapshots of volumes, and tell what was cleaned up and what could not be, however it ends."""
+    session = SnapshotSession(volumes, run, state_directory)
+    try:
+        with session:
+            for message in session.recovered:
+                report.event("recovered", message=message)
+            yield session
+    finally:
         for warning in session.warnings:
-            report.warn(warning, resolution="run: blocksnap doctor --fix, or back up the volume again")
-    return results
+            report.warn(warning, resolution="the next backup of the volume tries again")
 
 
 def plan_backups(
@@ -59,11 +73,16 @@ def plan_backups(
 ) -> list[BackupPlan]:
     """Take the snapshots, say what a backup would read and why, remove them, and store nothing."""
     known = repository.backups()
-    with SnapshotSession(
-        volumes, blake3(str(time.time_ns()).encode()).hexdigest()[:32], state_directory
-    ) as session:
+    with open_session(volumes, secrets.token_hex(16), state_directory, report) as session:
         plans = [
-            plan_backup(repository, volume, snapshot, newest_of(known, volume.key), full=options.full)
+            plan_backup(
+                repository,
+                volume,
+                snapshot,
+                newest_of(known, volume.key),
+                session.remembers,
+                full=options.full,
+            )
             for volume, snapshot in zip(volumes, session.snapshots, strict=True)
         ]
     for plan in plans:
@@ -82,10 +101,11 @@ def _store(
 ) -> list[StoredBackup]:
     drafts: list[Draft] = []
     for volume, snapshot in zip(session.volumes, session.snapshots, strict=True):
-        plan = plan_backup(repository, volume, snapshot, newest_of(known, volume.key), full=options.full)
-        report.event("plan", **plan.facts())
+        parent = newest_of(known, volume.key)
         before = writer.stored.since(Stored()) if drafts else Stored()
-        drafts.append(store_volume(repository, writer, plan, before, options, report))
+        drafts.append(
+            _store_one(repository, writer, session, volume, snapshot, parent, before, options, report)
+        )
     for snapshot in session.snapshots:
         snapshot.check()
     session.committing()
@@ -111,6 +131,35 @@ def _store(
     manifest, size = writer.commit(compose)
     writer.stop()
     return [StoredBackup(backup, manifest, size) for backup in manifest.backups]
+
+
+def _store_one(
+    repository: Repository,
+    writer: RepositoryWriter,
+    session: SnapshotSession,
+    volume: Volume,
+    snapshot: Snapshot,
+    parent: Backup | None,
+    before: Stored,
+    options: BackupOptions,
+    report: Reporter,
+) -> Draft:
+    """Store one volume; a parent that turns out to be damaged is done without."""
+    try:
+        plan = plan_backup(repository, volume, snapshot, parent, session.remembers, full=options.full)
+        report.event("plan", **plan.facts())
+        return store_volume(repository, writer, plan, before, options, report)
+    except DamageError as err:
+        if parent is None:
+            raise
+        report.warn(
+            f"backup {parent.id[:8]}, the parent, is damaged: {err.brief}",
+            resolution="everything is read instead; run: blocksnap check --read-data",
+        )
+    plan = plan_backup(repository, volume, snapshot, None, session.remembers, full=True)
+    plan = replace(plan, changes=replace(plan.changes, reason="the parent backup is damaged"))
+    report.event("plan", **plan.facts())
+    return store_volume(repository, writer, plan, before, options, report)
 
 
 def _backup_id(writer: bytes, number: int) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-from blocksnap.errors import UsageError
+from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.repository.blockmap import HOLE, ZERO, MapRoot
 from blocksnap.repository.documents import Backup, Root
 from blocksnap.repository.errors import NoSuchBackupError
 from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.system.host import host_id
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{4,32}")
 _EMPTY = {"hole": HOLE, "zero": ZERO}
@@ -37,6 +38,20 @@ def of_volume(backups: list[StoredBackup], volume: str) -> list[StoredBackup]:
     ]
 
 
+def _of_one_host(backups: list[StoredBackup], volume: str) -> list[StoredBackup]:
+    """Of volumes with the same name on several hosts, mean this host's; raise where that cannot be told."""
+    hosts = {stored.manifest.host: stored.manifest.hostname for stored in backups}
+    if len(hosts) < 2:
+        return backups
+    mine = [stored for stored in backups if stored.manifest.host == host_id()]
+    if not mine:
+        raise UsageError(
+            f"{volume} is a volume of several hosts: {', '.join(sorted(hosts.values()))}",
+            resolution="give the backup's id; see: blocksnap list",
+        )
+    return mine
+
+
 def newest_of(backups: list[StoredBackup], key: str) -> Backup | None:
     """Return the newest backup of the volume with this key."""
     found = [stored.backup for stored in backups if stored.backup.volume.key == key]
@@ -52,22 +67,29 @@ def find_backup(repository: Repository, name: str) -> StoredBackup:
     backups = repository.backups()
     volume, at, when = name.rpartition("@")
     if at:
-        backups = of_volume(backups, volume)
+        backups = _of_one_host(of_volume(backups, volume), volume)
         if when != "latest":
             limit = _parse_time(when)
             backups = [stored for stored in backups if stored.backup.time <= limit]
     if at or name == "latest":
         if not backups:
-            raise NoSuchBackupError(name)
+            raise _missing(repository, name)
         return backups[-1]
     found = (
         [stored for stored in backups if stored.backup.id.startswith(name)]
         if _ID_PREFIX.fullmatch(name)
         else []
     )
-    if len(found) != 1:
+    if not found:
+        raise _missing(repository, name)
+    if len(found) > 1:
         raise NoSuchBackupError(name, len(found))
     return found[0]
+
+
+def _missing(repository: Repository, name: str) -> BlocksnapError:
+    """What is not found may be in a manifest that cannot be read."""
+    return repository.damage[0] if repository.damage else NoSuchBackupError(name)
 
 
 def _parse_time(text: str) -> datetime:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blocksnap.operations.catalogue import map_root
-from blocksnap.operations.reporting import Reporter
+from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.repository.check import Checker, CheckResult
 from blocksnap.repository.repository import Repository
 
@@ -13,9 +13,8 @@ def check_repository(repository: Repository, report: Reporter, *, read_data: boo
     checker = Checker(repository, map_root, report.advance)
     checker.check_structure()
     if read_data:
-        report.begin("reading packs", checker.total_bytes)
-        checker.check_data()
-        report.end()
+        with phase(report, "reading packs", checker.total_bytes):
+            checker.check_data()
         checker.result.read_bytes = checker.total_bytes
     checker.name_losses()
     for finding in checker.result.findings:

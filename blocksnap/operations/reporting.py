@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -27,6 +29,16 @@ class Reporter(Protocol):
     def end(self) -> None:
         """Tell that the phase is over."""
         ...
+
+
+@contextmanager
+def phase(report: Reporter, name: str, total_bytes: int) -> Iterator[None]:
+    """Begin a phase and end it whatever happens: a bar left on a terminal would swallow the error."""
+    try:
+        report.begin(name, total_bytes)
+        yield
+    finally:
+        report.end()
 
 
 class Quiet:

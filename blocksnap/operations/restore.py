@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal
 from blocksnap.errors import DamageError, TargetError, UsageError
 from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.compare import find_differences
-from blocksnap.operations.reporting import Reporter
+from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry, MapReader
 from blocksnap.repository.documents import Backup
@@ -29,12 +29,11 @@ _LV_NAME = re.compile(r"(?:/dev/)?([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)/([A-Za-z0-9+_
 class RestoreDiffersError(DamageError):
     """What was written reads back differently."""
 
-    def __init__(self, target: str, differing: list[tuple[int, int]]) -> None:
+    def __init__(self, target: str, offset: int, length: int, total_bytes: int) -> None:
         self.target = target
-        self.differing = differing
-        offset, length = differing[0]
+        self.offset, self.length, self.total_bytes = offset, length, total_bytes
         super().__init__(
-            f"{target} does not hold what was written: {sum(n for _, n in differing)} bytes differ, "
+            f"{target} does not hold what was written: {total_bytes} bytes differ, "
             f"the first at {offset} to {offset + length}",
             resolution="do not use this target; look for I/O errors in the kernel log (dmesg)",
         )
@@ -58,6 +57,7 @@ class RestorePlan:
     volume_group: str = ""
     volume_name: str = ""
     pool: str | None = None
+    pool_uuid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,10 @@ def plan_restore(backup: Backup, target: str, *, create: bool, pool: str | None)
     if create:
         if name is None:
             raise UsageError(f"{target!r} is not the name of a volume", resolution="write it as VG/NAME")
-        return RestorePlan(
-            backup, f"{name[1]}/{name[2]}", "volume", name[1], name[2], pool or _pool_of(backup, name[1])
-        )
+        # The pool the backup came from, if it still is there, is where the volume belongs.
+        known = backup.source.get("pool_uuid")
+        uuid = known if isinstance(known, str) else None
+        return RestorePlan(backup, f"{name[1]}/{name[2]}", "volume", name[1], name[2], pool, uuid)
     if pool:
         raise UsageError("--pool goes with --create")
     return RestorePlan(backup, *_existing(target, name))
@@ -92,6 +93,9 @@ def _existing(target: str, name: re.Match[str] | None) -> tuple[str, TargetKind]
         mode = os.stat(target).st_mode
     except FileNotFoundError:
         mode = 0
+    except OSError as err:
+        reason = (os.strerror(err.errno) if err.errno else str(err)).lower()
+        raise UnknownTargetError(target, reason, "name another place") from err
     if stat.S_ISBLK(mode):
         return target, "device"
     if stat.S_ISDIR(mode):
@@ -115,13 +119,6 @@ def _existing(target: str, name: re.Match[str] | None) -> tuple[str, TargetKind]
     return target, "file"
 
 
-def _pool_of(backup: Backup, group: str) -> str | None:
-    source = backup.source
-    if source.get("vg_name") == group and isinstance(source.get("pool_name"), str):
-        return str(source["pool_name"])
-    return None
-
-
 def execute_restore(
     repository: Repository, plan: RestorePlan, stdout: BinaryIO, report: Reporter, *, verify: bool
 ) -> RestoreResult:
@@ -133,17 +130,18 @@ def execute_restore(
     began = time.monotonic()
     backup = plan.backup
     geometry = Geometry(backup.size, backup.chunk_size)
-    report.begin(f"restoring {backup.volume.name}", backup.size)
+    runs = _runs(repository, backup, geometry)
+    doing = f"restoring {backup.volume.name}"
     if plan.kind == "stream":
-        restore_to_stream(repository, geometry, _runs(repository, backup, geometry), stdout, report.advance)
-        stdout.flush()
-        report.end()
+        with phase(report, doing, backup.size):
+            restore_to_stream(repository, geometry, runs, stdout, report.advance)
+            stdout.flush()
         return RestoreResult(plan, time.monotonic() - began, verified=False)
     with ExitStack() as stack:
         target = _open_target(plan, stack)
         stack.callback(target.close)
-        restore_to_target(repository, geometry, _runs(repository, backup, geometry), target, report.advance)
-        report.end()
+        with phase(report, doing, backup.size):
+            restore_to_target(repository, geometry, runs, target, report.advance)
         if verify:
             _verify(repository, backup, target, report)
         target.finish()
@@ -161,11 +159,21 @@ def _open_target(plan: RestorePlan, stack: ExitStack) -> Target:
         return DeviceTarget(plan.target, plan.backup.size)
     from blocksnap.restore.new_volume import NewVolume
 
-    volume = stack.enter_context(NewVolume(plan.volume_group, plan.volume_name, plan.pool, plan.backup.size))
+    volume = stack.enter_context(
+        NewVolume(
+            plan.volume_group,
+            plan.volume_name,
+            plan.backup.size,
+            pool=plan.pool,
+            pool_uuid=plan.pool_uuid,
+        )
+    )
     return volume.target
 
 
 def _verify(repository: Repository, backup: Backup, target: Target, report: Reporter) -> None:
     differing = find_differences(repository, backup, target.reader(), [(0, backup.size)], report)
     if differing:
-        raise RestoreDiffersError(target.name, differing)
+        geometry = Geometry(backup.size, backup.chunk_size)
+        offset, length = next(differing.extents(geometry))
+        raise RestoreDiffersError(target.name, offset, length, differing.total_bytes(geometry))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
 from blocksnap.extents.changes import Changes, Parent
+from blocksnap.extents.model import ExtentList
 from blocksnap.operations.catalogue import map_root, root_document
 from blocksnap.operations.mapped import load_mapped, store_mapped
-from blocksnap.operations.reporting import Reporter
+from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.sink import DataSink
 from blocksnap.pipeline.flow import Flow, Geometry
 from blocksnap.pipeline.selection import Selection, select_all, select_changed
@@ -51,7 +52,7 @@ class BackupPlan:
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read."""
-        return sum(length for _, length in self.selection.extents(self.geometry))
+        return self.selection.read.total_bytes(self.geometry)
 
     def facts(self) -> dict[str, object]:
         """Return the decision for the log."""
@@ -109,28 +110,41 @@ class Draft:
 
 
 def plan_backup(
-    repository: Repository, volume: Volume, snapshot: Snapshot, parent: Backup | None, *, full: bool
+    repository: Repository,
+    volume: Volume,
+    snapshot: Snapshot,
+    parent: Backup | None,
+    knows: Callable[[Volume, str], bool],
+    *,
+    full: bool,
 ) -> BackupPlan:
-    """Ask the source what has changed and choose the chunks to read."""
+    """Ask the source what has changed and choose the chunks to read.
+
+    ``knows`` tells whether this host has a record of a run of a volume.
+    """
     geometry = Geometry(snapshot.size, repository.chunk_size)
     if full or (parent is not None and parent.chunk_size != repository.chunk_size):
         parent = None
     remembered = None
     if parent is not None:
         mapped = parent.mapped
-        remembered = Parent(parent.size, parent.source, lambda: load_mapped(repository, mapped))
+        run = parent.source.get("run")
+        known_here = isinstance(run, str) and knows(volume, run)
+        remembered = Parent(parent.size, parent.source, known_here, lambda: load_mapped(repository, mapped))
     changes = snapshot.find_changes(remembered)
-    allocated = [(extent.offset, extent.length) for extent in changes.allocated]
     if parent is None or not changes.inherits:
-        selection = select_all(geometry, allocated)
+        selection = select_all(geometry, changes.allocated)
     else:
         selection = select_changed(
             geometry,
-            allocated=allocated,
-            changed=((extent.offset, extent.length) for extent in changes.changed),
-            discarded=((extent.offset, extent.length) for extent in changes.discarded),
+            allocated=changes.allocated,
+            changed=changes.changed,
+            discarded=changes.discarded,
             parent_size=parent.size,
         )
+    # What the selection was made of can be large, and nobody asks for it again.
+    nothing = ExtentList()
+    changes = replace(changes, allocated=nothing, changed=nothing, discarded=nothing)
     return BackupPlan(volume, snapshot, parent, changes, selection, geometry)
 
 
@@ -150,32 +164,30 @@ def store_volume(
     parent_map = map_root(plan.parent.map) if plan.parent else None
     builder = MapWriter(reader, parent_map, plan.geometry.count, writer.store_node)
     changed = read = 0
-    report.begin(plan.volume.name, plan.read_bytes)
     holes = _HoleFiller(builder, plan.selection)
-    if plan.selection.read:
-        sink = DataSink(writer, options.level)
-        with (
-            plan.snapshot.open_reader() as fd,
-            Flow(
-                fd, plan.geometry, plan.selection.extents(plan.geometry), sink, workers=options.workers
-            ) as flow,
-        ):
-            for result in flow.results():
-                holes.fill_before(result.number)
-                if builder.set(result.number, ZERO if result.id is None else result.id):
-                    changed += result.length
-                read += result.length
-                report.advance(result.length)
-    holes.fill_before(plan.geometry.count)
-    root = builder.finish()
-    if plan.parent is not None and plan.changes.inherits:
-        changed += _total(plan.selection.holes, plan.geometry)
-    mapped = None
-    if plan.changes.mapped is not None:
-        mapped = store_mapped(
-            repository, writer, plan.changes.mapped, plan.parent.mapped if plan.parent else None
-        )
-    report.end()
+    with phase(report, plan.volume.name, plan.read_bytes):
+        if plan.selection.read:
+            sink = DataSink(writer, options.level)
+            extents = plan.selection.extents(plan.geometry)
+            with (
+                plan.snapshot.open_reader() as fd,
+                Flow(fd, plan.geometry, extents, sink, workers=options.workers) as flow,
+            ):
+                for result in flow.results():
+                    holes.fill_before(result.number)
+                    if builder.set(result.number, ZERO if result.id is None else result.id):
+                        changed += result.length
+                    read += result.length
+                    report.advance(result.length)
+        holes.fill_before(plan.geometry.count)
+        root = builder.finish()
+        if plan.parent is not None and plan.changes.inherits:
+            changed += plan.selection.holes.total_bytes(plan.geometry)
+        mapped = None
+        if plan.changes.mapped is not None:
+            mapped = store_mapped(
+                repository, writer, plan.changes.mapped, plan.parent.mapped if plan.parent else None
+            )
     return Draft(plan, root, mapped, changed, read, before, writer.stored.since(before))
 
 
@@ -184,15 +196,11 @@ class _HoleFiller:
 
     def __init__(self, builder: MapWriter, selection: Selection) -> None:
         self._builder = builder
-        self._ranges = list(reversed(selection.holes))
+        self._ranges = iter(selection.holes)
+        self._next = next(self._ranges, None)
 
     def fill_before(self, number: int) -> None:
         """Set all ranges below a chunk number."""
-        while self._ranges and self._ranges[-1][0] < number:
-            begin, end = self._ranges.pop()
-            self._builder.fill(begin, end, HOLE)
-
-
-def _total(ranges: tuple[tuple[int, int], ...], geometry: Geometry) -> int:
-    size = geometry.chunk_size
-    return sum(min(end * size, geometry.size) - begin * size for begin, end in ranges)
+        while self._next is not None and self._next[0] < number:
+            self._builder.fill(*self._next, HOLE)
+            self._next = next(self._ranges, None)

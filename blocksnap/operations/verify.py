@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from itertools import islice
 
-from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import BlocksnapError
+from blocksnap.operations.backup import open_session
 from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.compare import find_differences
-from blocksnap.operations.reporting import Reporter
+from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import UnreadableChunkError, verify_chunks
 from blocksnap.volumes.base import Volume
+
+_MOST_TOLD = 1000
 
 
 class VolumeDiffersError(BlocksnapError):
@@ -25,21 +28,27 @@ class VolumeDiffersError(BlocksnapError):
         super().__init__(f"{volume} differs from the backup in bytes {offset} to {offset + length}")
 
 
+class MoreDifferencesError(BlocksnapError):
+    """A live volume differs in more places than anybody wants to read."""
+
+    def __init__(self, volume: str, places: int) -> None:
+        self.volume, self.places = volume, places
+        super().__init__(f"{volume} differs from the backup in {places} more places")
+
+
 def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> list[UnreadableChunkError]:
     """Read every chunk of a backup; return what cannot be read."""
     geometry = Geometry(backup.size, backup.chunk_size)
     runs = MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count)
-    report.begin(f"verifying {backup.volume.name}", backup.size)
-    damage = verify_chunks(repository, geometry, runs, report.advance)
-    report.end()
-    return damage
+    with phase(report, f"verifying {backup.volume.name}", backup.size):
+        return verify_chunks(repository, geometry, runs, report.advance)
 
 
 def verify_volume(
     repository: Repository, backup: Backup, volume: Volume, state_directory: str, report: Reporter
 ) -> list[BlocksnapError]:
     """Compare a backup with a snapshot that is taken now and removed again; return the ranges that differ."""
-    with SnapshotSession([volume], secrets.token_hex(16), state_directory) as session:
+    with open_session([volume], secrets.token_hex(16), state_directory, report) as session:
         snapshot = session.snapshots[0]
         changes = snapshot.find_changes(None)
         problems: list[BlocksnapError] = []
@@ -48,8 +57,11 @@ def verify_volume(
             problems.append(VolumeDiffersError(volume.name, low, high - low))
         if snapshot.size >= backup.size:
             with snapshot.open_reader() as fd:
-                allocated = [(extent.offset, extent.length) for extent in changes.allocated.clip(backup.size)]
+                allocated = changes.allocated.clip(backup.size).pairs()
                 differing = find_differences(repository, backup, fd, allocated, report)
-            problems += [VolumeDiffersError(volume.name, offset, length) for offset, length in differing]
+            extents = differing.extents(Geometry(backup.size, backup.chunk_size))
+            problems += [VolumeDiffersError(volume.name, *extent) for extent in islice(extents, _MOST_TOLD)]
+            if len(differing) > _MOST_TOLD:
+                problems.append(MoreDifferencesError(volume.name, len(differing) - _MOST_TOLD))
         snapshot.check()
     return problems

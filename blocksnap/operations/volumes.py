@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from blocksnap.operations.catalogue import of_volume
 from blocksnap.repository.repository import Repository
+from blocksnap.system.host import host_id
 from blocksnap.volumes.discover import discover
 
 
@@ -30,7 +31,10 @@ class SurveyedVolume:
 
 def survey(repository: Repository | None) -> list[SurveyedVolume]:
     """Return everything on the host that is a volume or could be one."""
-    backups = repository.backups() if repository else []
+    here = host_id()
+    backups = (
+        [stored for stored in repository.backups() if stored.manifest.host == here] if repository else []
+    )
     surveyed = []
     for found in discover():
         mine = of_volume(backups, found.name)

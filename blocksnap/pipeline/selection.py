@@ -1,37 +1,88 @@
-"""From what a source says has changed to which chunks are read and which become holes: pure arithmetic."""
+"""From what a source says has changed to which chunks are read and which become holes: pure arithmetic.
+
+A volume can be in millions of pieces. Extents and ranges are walked side by side and only the result is
+kept, 16 bytes a range.
+"""
 
 from __future__ import annotations
 
+import heapq
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
 
 from blocksnap.pipeline.flow import Geometry
 
-Pairs = Iterable[tuple[int, int]]
+Pair = tuple[int, int]
+
+
+class Extents(Protocol):
+    """Sorted, disjoint extents that can be walked more than once."""
+
+    def pairs(self) -> Iterator[Pair]:
+        """Return them as (offset, length) pairs."""
+        ...
+
+
+class Ranges:
+    """Ranges ``[begin, end)`` of chunk numbers, sorted, disjoint and merged; iterates over (begin, end)."""
+
+    __slots__ = ("_flat",)
+
+    def __init__(self, ranges: Iterable[Pair] = ()) -> None:
+        """Keep what comes sorted by its beginning, overlapping or not."""
+        self._flat = array("Q", chain.from_iterable(_merged(ranges)))
+
+    def __iter__(self) -> Iterator[Pair]:
+        flat = iter(self._flat)
+        return zip(flat, flat, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._flat) // 2
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranges) and self._flat == other._flat
+
+    def __hash__(self) -> int:
+        return hash(self._flat.tobytes())
+
+    def __repr__(self) -> str:
+        return f"Ranges({list(self)})"
+
+    def extents(self, geometry: Geometry) -> Iterator[Pair]:
+        """Yield the ranges as (offset, length) pairs, up to the end of the volume."""
+        size, chunk_size = geometry.size, geometry.chunk_size
+        for begin, end in self:
+            offset = begin * chunk_size
+            yield offset, min(end * chunk_size, size) - offset
+
+    def total_bytes(self, geometry: Geometry) -> int:
+        """Return the sum of the lengths."""
+        return sum(length for _, length in self.extents(geometry))
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Ranges of chunk numbers ``[begin, end)``, sorted and disjoint; every other chunk is inherited."""
+    """Chunks that are read and chunks that become holes; every other chunk is inherited."""
 
-    read: tuple[tuple[int, int], ...]
-    holes: tuple[tuple[int, int], ...]
+    read: Ranges
+    holes: Ranges
 
-    def extents(self, geometry: Geometry) -> Iterator[tuple[int, int]]:
+    def extents(self, geometry: Geometry) -> Iterator[Pair]:
         """Yield what is read as (offset, length) pairs."""
-        for begin, end in self.read:
-            offset = begin * geometry.chunk_size
-            yield offset, min(end * geometry.chunk_size, geometry.size) - offset
+        return self.read.extents(geometry)
 
 
-def select_all(geometry: Geometry, allocated: Pairs) -> Selection:
+def select_all(geometry: Geometry, allocated: Extents) -> Selection:
     """Read every chunk that holds data; all others are holes."""
-    read = _chunks(geometry, allocated)
-    return Selection(tuple(read), tuple(_subtract([(0, geometry.count)], read)))
+    read = Ranges(chunks_of(geometry, allocated.pairs()))
+    return Selection(read, Ranges(_subtract(iter([(0, geometry.count)]), iter(read))))
 
 
 def select_changed(
-    geometry: Geometry, *, allocated: Pairs, changed: Pairs, discarded: Pairs, parent_size: int
+    geometry: Geometry, *, allocated: Extents, changed: Extents, discarded: Extents, parent_size: int
 ) -> Selection:
     """Read the chunks that may have changed.
 
@@ -39,71 +90,82 @@ def select_changed(
     last chunk, the parent's or this one's, is read when the size has changed, because its id covers
     another length.
     """
-    kept = _chunks(geometry, allocated)
-    lost = _chunks(geometry, discarded)
-    read = _union(_chunks(geometry, changed), _intersect(lost, kept))
-    if parent_size != geometry.size:
-        tails = [
-            (size // geometry.chunk_size,) * 2
-            for size in (parent_size, geometry.size)
-            if size % geometry.chunk_size and size <= geometry.size
-        ]
-        read = _union(read, _intersect([(number, number + 1) for number, _ in sorted(tails)], kept))
-    return Selection(tuple(read), tuple(_subtract(lost, kept)))
+
+    def kept() -> Iterator[Pair]:
+        return _merged(chunks_of(geometry, allocated.pairs()))
+
+    def lost() -> Iterator[Pair]:
+        return _merged(chunks_of(geometry, discarded.pairs()))
+
+    tails = _tails(geometry, parent_size)
+    read = heapq.merge(
+        chunks_of(geometry, changed.pairs()), _intersect(lost(), kept()), _intersect(iter(tails), kept())
+    )
+    return Selection(Ranges(read), Ranges(_subtract(lost(), kept())))
 
 
-def _chunks(geometry: Geometry, extents: Pairs) -> list[tuple[int, int]]:
-    """Return the chunk ranges that sorted extents touch, merged."""
-    ranges: list[tuple[int, int]] = []
+def select_either(one: Iterable[Pair], other: Iterable[Pair]) -> Ranges:
+    """Return the chunks that are in either of two sequences of ranges, each sorted by its beginnings."""
+    return Ranges(heapq.merge(one, other))
+
+
+def chunks_of(geometry: Geometry, extents: Iterable[Pair]) -> Iterator[Pair]:
+    """Yield, for each of some sorted extents, the range of chunks that it touches."""
+    size, count = geometry.chunk_size, geometry.count
     for offset, length in extents:
-        begin, end = geometry.numbers(offset, length)
-        end = min(end, geometry.count)
-        if begin >= end:
-            continue
-        if ranges and begin <= ranges[-1][1]:
-            ranges[-1] = (ranges[-1][0], max(ranges[-1][1], end))
-        else:
-            ranges.append((begin, end))
-    return ranges
-
-
-def _union(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for begin, end in sorted(one + other):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def _intersect(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    i = j = 0
-    while i < len(one) and j < len(other):
-        begin, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        begin, end = offset // size, min(-(-(offset + length) // size), count)
         if begin < end:
-            found.append((begin, end))
-        if one[i][1] <= other[j][1]:
-            i += 1
+            yield begin, end
+
+
+def _tails(geometry: Geometry, parent_size: int) -> list[Pair]:
+    if parent_size == geometry.size:
+        return []
+    short = {
+        size // geometry.chunk_size
+        for size in (parent_size, geometry.size)
+        if size % geometry.chunk_size and size <= geometry.size
+    }
+    return [(number, number + 1) for number in sorted(short)]
+
+
+def _merged(ranges: Iterable[Pair]) -> Iterator[Pair]:
+    """Merge ranges that come sorted by their beginnings."""
+    first = last = -1
+    for begin, end in ranges:
+        if begin > last:
+            if first >= 0:
+                yield first, last
+            first, last = begin, end
+        elif end > last:
+            last = end
+    if first >= 0:
+        yield first, last
+
+
+def _intersect(one: Iterator[Pair], other: Iterator[Pair]) -> Iterator[Pair]:
+    mine, theirs = next(one, None), next(other, None)
+    while mine is not None and theirs is not None:
+        begin, end = max(mine[0], theirs[0]), min(mine[1], theirs[1])
+        if begin < end:
+            yield begin, end
+        if mine[1] <= theirs[1]:
+            mine = next(one, None)
         else:
-            j += 1
-    return found
+            theirs = next(other, None)
 
 
-def _subtract(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    left: list[tuple[int, int]] = []
-    j = 0
+def _subtract(one: Iterator[Pair], other: Iterator[Pair]) -> Iterator[Pair]:
+    """Yield what of ``one`` is not in ``other``; both are merged."""
+    cut = next(other, None)
     for begin, end in one:
         at = begin
-        while j < len(other) and other[j][1] <= at:
-            j += 1
-        k = j
-        while k < len(other) and other[k][0] < end:
-            if other[k][0] > at:
-                left.append((at, other[k][0]))
-            at = max(at, other[k][1])
-            k += 1
+        while cut is not None and cut[0] < end:
+            if cut[0] > at:
+                yield at, cut[0]
+            at = max(at, cut[1])
+            if at >= end:
+                break
+            cut = next(other, None)
         if at < end:
-            left.append((at, end))
-    return left
+            yield at, end

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
+from blocksnap.errors import DamageError
 from blocksnap.repository.errors import DamagedObjectError
 
 FANOUT = 64
@@ -147,11 +148,13 @@ class MapReader:
         for slot, child in enumerate(self.node(entry, level - 1)):
             yield from self._runs(child, level - 1, at + slot * below, begin, end)
 
-    def walk(self, root: MapRoot, seen: set[bytes]) -> Iterator[tuple[bytes, int]]:
+    def walk(
+        self, root: MapRoot, seen: set[bytes], on_damage: Callable[[bytes, DamageError], None]
+    ) -> Iterator[tuple[bytes, int]]:
         """Yield ``(id, level)`` of every node, and of every chunk (level -1) below nodes not in ``seen``.
 
         Nodes are added to ``seen``; a subtree whose root is in it is not entered, so a walk over many backups
-        visits each node once. Every node is yielded before it is loaded.
+        visits each node once. A node that cannot be loaded is told to ``on_damage``, and the walk goes on.
         """
         stack = [(root.entry, root.levels - 1)]
         while stack:
@@ -161,7 +164,33 @@ class MapReader:
             yield entry, level
             if level >= 0:
                 seen.add(entry)
-                stack.extend((child, level - 1) for child in reversed(self.node(entry, level)))
+                try:
+                    stack.extend((child, level - 1) for child in reversed(self.node(entry, level)))
+                except DamageError as err:
+                    on_damage(entry, err)
+
+    def losses(self, root: MapRoot, count: int, bad: Container[bytes]) -> Iterator[tuple[int, int]]:
+        """Yield the chunk ranges below ``count`` that are ``bad``, or below a node that is or is unreadable."""
+        yield from self._losses(root.entry, root.levels, 0, count, bad)
+
+    def _losses(
+        self, entry: Entry, level: int, at: int, end: int, bad: Container[bytes]
+    ) -> Iterator[tuple[int, int]]:
+        if at >= end or len(entry) != _ID:
+            return
+        last = min(at + FANOUT**level, end)
+        if entry in bad:
+            yield at, last
+            return
+        if level == 0:
+            return
+        try:
+            children = self.node(entry, level - 1)
+        except DamageError:
+            yield at, last
+            return
+        for slot, child in enumerate(children):
+            yield from self._losses(child, level - 1, at + slot * FANOUT ** (level - 1), end, bad)
 
 
 @dataclass(slots=True)

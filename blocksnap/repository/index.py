@@ -14,7 +14,7 @@ and needs a few probes of the mapped segment, whatever its size.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -85,6 +85,7 @@ class Segment:
             raise DamagedObjectError(name, "its checksum is wrong")
         self._rows: memoryview = data[HEADER.size : HEADER.size + rows * ROW.size]
         self._count: int = rows
+        self._absent: frozenset[int] = frozenset()
         self.packs = [
             (PackId(writer, digest), size)
             for writer, digest, size in PACK.iter_unpack(data[HEADER.size + rows * ROW.size : end])
@@ -92,6 +93,12 @@ class Segment:
 
     def __len__(self) -> int:
         return self._count
+
+    def pass_over_missing(self, sizes: Mapping[str, int]) -> None:
+        """Find nothing any more in packs that are not among ``sizes``, or have another size there."""
+        self._absent = frozenset(
+            ordinal for ordinal, (pack, size) in enumerate(self.packs) if sizes.get(pack.name) != size
+        )
 
     def find(self, id_: bytes) -> Location | None:
         """Return where a blob lies, or None."""
@@ -115,14 +122,10 @@ class Segment:
                 return self._location(number)
         return None
 
-    def locations(self) -> Iterator[tuple[bytes, Location]]:
-        """Yield every row."""
-        for number in range(self._count):
-            at = number * ROW.size
-            yield bytes(self._rows[at : at + 32]), self._location(number)
-
-    def _location(self, number: int) -> Location:
+    def _location(self, number: int) -> Location | None:
         _, ordinal, offset, packed = ROW.unpack_from(self._rows, number * ROW.size)
+        if ordinal in self._absent:
+            return None
         try:
             return Location(self.packs[ordinal][0], offset, packed & MAX_FRAME, FrameType(packed >> 24))
         except (IndexError, ValueError) as err:
@@ -137,7 +140,7 @@ class Index:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments, newest last."""
+        """The segments that were loaded."""
         return tuple(self._segments)
 
     @property
@@ -150,9 +153,12 @@ class Index:
         self._segments.append(segment)
 
     def find(self, id_: bytes) -> Location | None:
-        """Return where a blob lies, or None; newer segments are asked first."""
+        """Return where a blob lies, or None."""
+        return next(self.find_all(id_), None)
+
+    def find_all(self, id_: bytes) -> Iterator[Location]:
+        """Yield every place where a blob lies."""
         for segment in reversed(self._segments):
             found = segment.find(id_)
             if found is not None:
-                return found
-        return None
+                yield found

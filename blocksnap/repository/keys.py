@@ -9,7 +9,7 @@ the nonce is zero and no writer keeps state (docs/design.md, "Keys").
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -28,9 +28,10 @@ class KeyRing:
     """What a process needs to name, seal and open the frames of one repository."""
 
     repository_id: bytes
-    id_key: bytes
-    data_key: bytes
-    meta_key: bytes
+    # Never in a traceback.
+    id_key: bytes = field(repr=False)
+    data_key: bytes = field(repr=False)
+    meta_key: bytes = field(repr=False)
     encrypted: bool
 
     @classmethod

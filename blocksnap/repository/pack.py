@@ -163,6 +163,8 @@ def _read(backend: Backend, name: str, offset: int, buffer: memoryview) -> None:
 
 def check_header(header: bytes, pack: PackId, repository_id: bytes) -> None:
     """Raise DamagedObjectError unless these 64 bytes begin this pack of this repository."""
+    if len(header) < HEADER.size:
+        raise DamagedObjectError(pack.name, "cut short")
     magic, version, zero, repository, writer, _ = HEADER.unpack(header)
     if (magic, version, zero, repository, writer) != (MAGIC, 1, 0, repository_id, pack.writer):
         raise DamagedObjectError(pack.name, "its header is not that of this pack")

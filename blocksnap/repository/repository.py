@@ -6,8 +6,10 @@ index they then load (docs/design.md, "Order of writes").
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +33,7 @@ from blocksnap.repository.errors import (
     WrongPassphraseError,
 )
 from blocksnap.repository.frame import NO_REPOSITORY, FrameHeader, FrameType, Opener, Sealer
-from blocksnap.repository.index import Index, Location, Segment
+from blocksnap.repository.index import Index, Location, Segment, encode_segment
 from blocksnap.repository.keys import (
     DEFAULT_COST,
     MAXIMUM_COST,
@@ -43,7 +45,10 @@ from blocksnap.repository.keys import (
     unwrap,
     wrap,
 )
+from blocksnap.repository.pack import PackId, SealedPack, read_footer
 
+_REFRESH_SECONDS = 2.0
+_SALVAGED = "salvaged from the packs"
 _Model = TypeVar("_Model", bound=BaseModel)
 _PUBLIC = KeyRing.plain(NO_REPOSITORY)
 ASKED = Callable[[], bytes | None]
@@ -67,6 +72,11 @@ class Repository:
         self.config = config
         self.keys = keys
         self._index: Index | None = None
+        self._refreshed = 0.0
+        self.damage: list[DamageError] = []
+        """What was found damaged and could be passed over; commands warn of it."""
+        self.bad_ids: set[bytes] = set()
+        """Blobs that could not be read; a writer stores them anew when it meets their content."""
         self._thread = threading.local()
 
     @classmethod
@@ -143,12 +153,41 @@ class Repository:
         return self._index
 
     def refresh_index(self) -> None:
-        """Add segments that were stored since the index was loaded."""
+        """Add segments that were stored since the index was loaded.
+
+        A damaged segment is passed over, and what it listed is read from the packs' own tables.
+        """
         index = self._index = self._index or Index()
+        self._refreshed = time.monotonic()
         known = {segment.name for segment in index.segments}
+        damaged = False
         for info in sorted(self.backend.list("index/"), key=lambda info: info.name):
             if info.name not in known:
-                index.add(self.open_segment(info.name))
+                try:
+                    index.add(self.open_segment(info.name))
+                except DamagedObjectError as err:
+                    damaged = True
+                    self._note(err)
+        if damaged and _SALVAGED not in known:
+            self._salvage(index)
+
+    def _salvage(self, index: Index) -> None:
+        listed = {pack.name for segment in index.segments for pack, _ in segment.packs}
+        packs = []
+        for info in self.backend.list("packs/"):
+            if info.name in listed:
+                continue
+            try:
+                rows = read_footer(self.backend, self.keys, info.name, info.size)
+                packs.append(SealedPack(PackId.parse(info.name), info.size, rows))
+            except (DamagedObjectError, ValueError):
+                continue
+        key = self.keys.index_key
+        index.add(Segment(memoryview(encode_segment(packs, key)), name=_SALVAGED, index_key=key))
+
+    def _note(self, err: DamageError) -> None:
+        if all(str(known) != str(err) for known in self.damage):
+            self.damage.append(err)
 
     def open_segment(self, name: str) -> Segment:
         """Map one segment of the index and check it."""
@@ -164,7 +203,7 @@ class Repository:
     def locate(self, kind: FrameType, id_: bytes) -> Location:
         """Return where a blob lies; raises MissingChunkError."""
         found = self.index.find(id_)
-        if found is None:
+        if found is None and time.monotonic() - self._refreshed > _REFRESH_SECONDS:
             # A run that finished meanwhile may have stored it.
             self.refresh_index()
             found = self.index.find(id_)
@@ -173,8 +212,18 @@ class Repository:
         return found
 
     def load(self, kind: FrameType, id_: bytes) -> bytes:
-        """Return a blob; raises DamageError."""
-        location = self.locate(kind, id_)
+        """Return a blob, from any place that has it unharmed; raises DamageError."""
+        self.locate(kind, id_)
+        problem: DamageError | None = None
+        for location in self.index.find_all(id_):
+            try:
+                return self._load_from(location, kind, id_)
+            except DamageError as err:
+                problem = err
+        self.bad_ids.add(id_)
+        raise problem or MissingChunkError("blob", id_)
+
+    def _load_from(self, location: Location, kind: FrameType, id_: bytes) -> bytes:
         name = location.pack.name
         frame = bytearray(location.length)
         self.read_range(name, location.offset, memoryview(frame))
@@ -195,9 +244,16 @@ class Repository:
         return self.load(FrameType.NODE, id_)
 
     def manifests(self) -> Iterator[tuple[Manifest, int]]:
-        """Yield every manifest with the size of its object; shut-out writers' places are passed over."""
+        """Yield every manifest with the size of its object.
+
+        Shut-out writers' places are passed over, and so are damaged ones (``damage``).
+        """
         for info in self.backend.list("manifests/"):
-            manifest = self.load_manifest(info.name)
+            try:
+                manifest = self.load_manifest(info.name)
+            except DamageError as err:
+                self._note(err)
+                continue
             if manifest is not None:
                 yield manifest, info.size
 
@@ -205,6 +261,7 @@ class Repository:
         """Return one manifest, or None for a fence; raises DamagedObjectError."""
         plain = self._open_plain(name, FrameType.MANIFEST)
         writer = name.removeprefix("manifests/")
+        _require_format(plain, name)
         try:
             manifest = Manifest.model_validate_json(bytes(plain))
         except ValidationError as err:
@@ -261,7 +318,19 @@ def _open_frame(opener: Opener, stored: bytes, name: str, kind: FrameType) -> by
     return plain
 
 
+def _require_format(plain: bytes | memoryview, name: str) -> None:
+    """A document of a later format is not damage, whatever else it says."""
+    try:
+        document = json.loads(bytes(plain))
+    except ValueError as err:
+        raise DamagedObjectError(name, "it is no document") from err
+    version = document.get("format") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > documents.FORMAT_VERSION:
+        raise NewerFormatError(name, f"format {version}")
+
+
 def _validate(plain: bytes | memoryview, name: str, model: type[_Model]) -> _Model:
+    _require_format(plain, name)
     try:
         return model.model_validate_json(bytes(plain))
     except ValidationError as err:

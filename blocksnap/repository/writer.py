@@ -7,8 +7,9 @@ that ends anywhere before leaves blobs that nobody refers to, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Self
 
 from blocksnap.backends.errors import ObjectExistsError
+from blocksnap.errors import BlocksnapError
 from blocksnap.repository.documents import Manifest, WriterRecord
 from blocksnap.repository.errors import FencedError, NewerFormatError
 from blocksnap.repository.frame import OVERHEAD, FrameType, Sealer
@@ -83,12 +85,18 @@ class RepositoryWriter:
         self._unreported: list[str] = []
         self._segments = 0
         self._sequence = 0
-        self._announced = 0.0
         self._announce()
         if next(iter(repository.backend.list("gc/")), None) is not None:
             raise NewerFormatError(repository.backend.place, "garbage collection was begun there")
         repository.refresh_index()
-        self._packs = repository.index.packs
+        # A lost pack's chunks have to be stored again, so its rows must not be believed.
+        sizes = {info.name: info.size for info in repository.backend.list("packs/")}
+        for segment in repository.index.segments:
+            segment.pass_over_missing(sizes)
+        self._packs = len(sizes)
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="blocksnap-heartbeat", daemon=True)
+        self._heart.start()
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +110,8 @@ class RepositoryWriter:
             if flow.open:
                 flow.open.abort()
                 flow.open = None
+        self._ended.set()
+        self._heart.join()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def identify(self, kind: FrameType, plain: bytes | memoryview) -> bytes:
@@ -110,7 +120,9 @@ class RepositoryWriter:
 
     def claim(self, id_: bytes) -> bool:
         """Tell whether the caller has to store this blob; says so once for each id."""
-        if id_ in self._claimed or self._repository.index.find(id_) is not None:
+        if id_ in self._claimed:
+            return False
+        if self._repository.index.find(id_) is not None and id_ not in self._repository.bad_ids:
             return False
         token = object()
         return self._claimed.setdefault(id_, token) is token
@@ -186,8 +198,7 @@ class RepositoryWriter:
         self._repository.backend.put(f"writers/{self.id.hex()}.{self._sequence}", sealed)
         self.stored.metadata_bytes += len(sealed)
         self._sequence += 1
-        self._unreported.clear()
-        self._announced = time.monotonic()
+        del self._unreported[: len(record.packs)]
 
     def _publish(self, flow: _Flow) -> None:
         pack, flow.open = flow.open, None
@@ -206,8 +217,13 @@ class RepositoryWriter:
             self.stored.metadata_bytes += pack.size - sum(row.length for row in pack.rows)
         if sum(len(pack.rows) for pack in self._durable) >= SEGMENT_ROWS:
             self._write_segment()
-        if self._unreported and time.monotonic() - self._announced > HEARTBEAT_SECONDS:
-            self._announce()
+
+    def _beat(self) -> None:
+        """Say now and then that the run is alive, and what it has stored, whatever it is busy with."""
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            # Storage that fails for a while may work again; if not, the run itself will notice.
+            with contextlib.suppress(BlocksnapError):
+                self._announce()
 
     def _write_segment(self) -> None:
         if not self._durable:

@@ -19,7 +19,7 @@ from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Location
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.plan import RangeFetch, Window, plan_windows
+from blocksnap.restore.plan import FrameFetch, RangeFetch, Window, plan_windows
 from blocksnap.restore.targets import Target, write_stream
 
 _Item = TypeVar("_Item")
@@ -27,7 +27,8 @@ _Result = TypeVar("_Result")
 
 WORKERS = 2
 _PENDING = WORKERS * 2
-_STREAM_CHUNKS = 32
+_STREAM_BYTES = 4 << 20
+"""What a stream's window holds at most, or one chunk; ``_PENDING`` windows are fetched ahead."""
 
 
 class UnreadableChunkError(DamageError):
@@ -64,30 +65,37 @@ class ChunkFetcher:
 
         The content is valid until the next one is asked for.
         """
-        numbers = [number for frame in fetch.frames for number in frame.numbers]
         try:
             buffer = self._read(fetch)
-        except DamageError as err:
-            raise UnreadableChunkError(numbers, self._geometry, err) from err
+        except DamageError:
+            for frame in fetch.frames:
+                yield frame.numbers, self._load_elsewhere(frame)
+            return
         opener = self._repository.opener()
         for frame in fetch.frames:
             at = frame.offset - fetch.offset
+            where = f"frame at {frame.offset} of {fetch.pack}"
             try:
                 plain = opener.open(
-                    buffer[at : at + frame.length],
-                    where=f"frame at {frame.offset} of {fetch.pack}",
-                    kind=FrameType.DATA,
-                    id_=frame.id,
+                    buffer[at : at + frame.length], where=where, kind=FrameType.DATA, id_=frame.id
                 )
-                self._require_length(frame.numbers, plain)
-            except DamageError as err:
-                raise UnreadableChunkError(frame.numbers, self._geometry, err) from err
+            except DamageError:
+                plain = self._load_elsewhere(frame)
+            self._require_length(frame.numbers, plain)
             yield frame.numbers, plain
+
+    def _load_elsewhere(self, frame: FrameFetch) -> bytes:
+        """A later run may have stored the chunk again."""
+        try:
+            return self._repository.load(FrameType.DATA, frame.id)
+        except DamageError as err:
+            raise UnreadableChunkError(frame.numbers, self._geometry, err) from err
 
     def _require_length(self, numbers: tuple[int, ...], plain: bytes | memoryview) -> None:
         for number in numbers:
             if len(plain) != self._geometry.length(number):
-                raise DamageError(f"chunk {number} has {len(plain)} bytes")
+                err = DamageError(f"chunk {number} has {len(plain)} bytes")
+                raise UnreadableChunkError(numbers, self._geometry, err)
 
     def _read(self, fetch: RangeFetch) -> memoryview:
         buffer: bytearray | None = getattr(self._buffers, "range", None)
@@ -156,7 +164,8 @@ def restore_to_stream(
             for number in numbers
         }
 
-    windows = plan_windows(runs, _locator(repository), window=_STREAM_CHUNKS)
+    chunks = max(_STREAM_BYTES // geometry.chunk_size, 1)
+    windows = plan_windows(runs, _locator(repository), window=chunks)
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
         try:
             for window, found in _ahead(pool, bring, windows):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from types import TracebackType
 from typing import Self
 
+from blocksnap.errors import BlocksnapError, TargetError
 from blocksnap.restore.targets import DeviceTarget
 from blocksnap.system import lvm
 
@@ -12,12 +15,44 @@ TAG = "blocksnap.restoring"
 """On the volume until it is complete: ``lvs -o +tags`` tells an unfinished one after a crash."""
 
 
-class NewVolume:
-    """A context manager; ``target`` writes to the new volume."""
+class VolumeExistsError(TargetError):
+    """The volume that is to be made is there already."""
 
-    def __init__(self, group: str, name: str, pool: str | None, size: int) -> None:
-        self._group, self._name, self._pool, self._size = group, name, pool, size
+    def __init__(self, group: str, name: str) -> None:
+        self.group, self.name = group, name
+        super().__init__(
+            f"the volume {group}/{name} exists already",
+            resolution="name another one, or restore over it by leaving out --create; "
+            f"if it carries the tag {TAG}, it is an unfinished restore: remove it with lvremove",
+        )
+
+
+class NoPoolError(TargetError):
+    """There is no such thin pool."""
+
+    def __init__(self, group: str, pool: str) -> None:
+        self.group, self.pool = group, pool
+        super().__init__(
+            f"there is no thin pool {pool} in {group}",
+            resolution="name one that `lvs` shows, or leave out --pool",
+        )
+
+
+class NewVolume:
+    """A context manager; ``target`` writes to the new volume.
+
+    ``pool`` is the thin pool it has to be in; ``pool_uuid`` tells one to use if it is there.
+    Without a pool the volume is a classic one.
+    """
+
+    def __init__(
+        self, group: str, name: str, size: int, *, pool: str | None, pool_uuid: str | None = None
+    ) -> None:
+        self._group, self._name, self._size = group, name, size
+        self._pool, self._pool_uuid = pool, pool_uuid
         self._target: DeviceTarget | None = None
+        # Two restores may want one name at a time; the one that loses must not remove the other's volume.
+        self._own_tag = f"{TAG}.{secrets.token_hex(8)}"
 
     @property
     def target(self) -> DeviceTarget:
@@ -27,22 +62,39 @@ class NewVolume:
         return self._target
 
     def __enter__(self) -> Self:
-        if self._pool is None:
-            lvm.create_thick(self._group, self._name, size_bytes=self._size, tags=(TAG,))
-        else:
-            lvm.create_thin(self._group, self._pool, self._name, size_bytes=self._size, tags=(TAG,))
+        pool = self._choose_pool()
+        tags = (TAG, self._own_tag)
         try:
-            self._target = DeviceTarget(f"/dev/{self._group}/{self._name}", self._size)
+            if pool is None:
+                node = lvm.create_thick(self._group, self._name, size_bytes=self._size, tags=tags)
+            else:
+                node = lvm.create_thin(self._group, pool, self._name, size_bytes=self._size, tags=tags)
+            self._target = DeviceTarget(node, self._size)
         except BaseException:
-            lvm.remove_volume(self._group, self._name)
+            # An interrupted lvcreate has run to its end. Why there is no volume matters more than what
+            # keeps it from being removed; the tag tells what it is.
+            with contextlib.suppress(BlocksnapError):
+                lvm.remove_volume(self._group, self._name, tag=self._own_tag)
             raise
         return self
+
+    def _choose_pool(self) -> str | None:
+        report = lvm.report(self._group)
+        if report.find(self._group, self._name) is not None:
+            raise VolumeExistsError(self._group, self._name)
+        if self._pool is not None:
+            if report.find(self._group, self._pool) is None:
+                raise NoPoolError(self._group, self._pool)
+            return self._pool
+        found = report.find_uuid(self._pool_uuid) if self._pool_uuid else None
+        return found.name if found is not None else None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.target.close()
         if kind is None:
+            lvm.delete_tag(self._group, self._name, self._own_tag)
             lvm.delete_tag(self._group, self._name, TAG)
         else:
-            lvm.remove_volume(self._group, self._name)
+            lvm.remove_volume(self._group, self._name, tag=self._own_tag)

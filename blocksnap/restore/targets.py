@@ -1,11 +1,13 @@
 """Where a backup is written to, and what each place can do with a hole.
 
 A target is never left looking whole when it is not: a file gets its name when it is complete; a device is
-refused before the first byte is written if anything uses it.
+refused before the first byte is written if anything uses it. Nor is a whole file thrown away because its name
+cannot be had.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -16,6 +18,13 @@ from blocksnap.errors import TargetError
 from blocksnap.restore.flushing import Flusher
 from blocksnap.system import blockdev
 
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_NAME_BYTES = 255
+# link(2) on FAT and exFAT, on SMB, and on FUSE: there are no hard links.
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NO_FLAGS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+
 
 class TargetExistsError(TargetError):
     """A file stands where the restored one would go."""
@@ -23,6 +32,27 @@ class TargetExistsError(TargetError):
     def __init__(self, path: str) -> None:
         self.path = path
         super().__init__(f"{path} exists already", resolution="name another file, or remove this one first")
+
+
+class NameTakenError(TargetExistsError):
+    """A file has appeared where the restored one was to go."""
+
+    def __init__(self, path: str, complete: str) -> None:
+        super().__init__(path)
+        self.complete = complete
+        self.resolution = f"the restored file is complete: it is {complete}; give it another name"
+
+
+class NameFailedError(TargetError):
+    """The restored file is complete and cannot be given its name."""
+
+    def __init__(self, path: str, complete: str, err: OSError) -> None:
+        self.path, self.complete = path, complete
+        self.errno = err.errno
+        super().__init__(
+            f"cannot give the restored file the name {path}: {_reason(err)}",
+            resolution=f"it is complete: rename {complete}",
+        )
 
 
 class TargetTooSmallError(TargetError):
@@ -42,9 +72,8 @@ class TargetFailedError(TargetError):
     def __init__(self, path: str, err: OSError) -> None:
         self.path = path
         self.errno = err.errno
-        reason = os.strerror(err.errno) if err.errno else str(err)
         super().__init__(
-            f"cannot write {path}: {reason}",
+            f"cannot write {path}: {_reason(err)}",
             resolution="make room and restore again" if err.errno == errno.ENOSPC else None,
         )
 
@@ -83,10 +112,8 @@ class FileTarget:
 
     def __init__(self, path: str, size: int) -> None:
         self._path = os.path.abspath(path)
-        if os.path.lexists(self._path):
-            raise TargetExistsError(self._path)
-        folder, name = os.path.split(self._path)
-        self._temporary: str | None = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.partial")
+        _require_free(self._path)
+        self._temporary: str | None = _hidden(self._path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             self._fd = os.open(self._temporary, flags, 0o600)
@@ -118,21 +145,29 @@ class FileTarget:
         """Leave it: what was never written of a new file reads as zeros."""
 
     def finish(self) -> None:
-        """Flush and link, which fails if the name was taken meanwhile."""
+        """Flush and give the file its name.
+
+        When only the naming fails, as when the name was taken meanwhile, the complete file stays under the
+        hidden name that the error tells.
+        """
         if self._temporary is None:
             return
         try:
             self._flusher.finish()
-            os.link(self._temporary, self._path)
-            os.unlink(self._temporary)
-            self._temporary = None
-            folder = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        except OSError as err:
+            raise TargetFailedError(self._path, err) from err
+        complete = self._temporary
+        try:
+            _give_name(complete, self._path)
         except FileExistsError as err:
-            raise TargetExistsError(self._path) from err
+            self._temporary = None
+            raise NameTakenError(self._path, complete) from err
+        except OSError as err:
+            self._temporary = None
+            raise NameFailedError(self._path, complete, err) from err
+        self._temporary = None
+        try:
+            _flush_folder(os.path.dirname(self._path))
         except OSError as err:
             raise TargetFailedError(self._path, err) from err
 
@@ -153,7 +188,9 @@ class FileTarget:
         os.close(self._fd)
         self._fd = -1
         if self._temporary is not None:
-            os.unlink(self._temporary)
+            # A failure here must not hide what led to it.
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
             self._temporary = None
 
 
@@ -199,7 +236,10 @@ class DeviceTarget:
     def reader(self) -> int:
         """Flush, and drop the device's page cache so that it is really read."""
         self.finish()
-        blockdev.drop_cache(self._fd)
+        try:
+            blockdev.drop_cache(self._fd)
+        except OSError as err:
+            raise TargetFailedError(self._path, err) from err
         return self._fd
 
     def close(self) -> None:
@@ -216,6 +256,79 @@ def write_stream(stream: BinaryIO, data: bytes | memoryview) -> None:
         stream.write(data)
     except OSError as err:
         raise TargetFailedError("standard output", err) from err
+
+
+def _reason(err: OSError) -> str:
+    return os.strerror(err.errno) if err.errno else str(err)
+
+
+def _require_free(path: str) -> None:
+    """Raise TargetError unless a file can have this name: a name too long has to show now, not at the end."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as err:
+        raise TargetFailedError(path, err) from err
+    raise TargetExistsError(path)
+
+
+def _hidden(path: str) -> str:
+    """Return a name beside ``path`` for what is not complete, no longer than a name may be."""
+    folder, name = os.path.split(path)
+    end = f".{secrets.token_hex(4)}.partial"
+    while len(os.fsencode(name)) > _NAME_BYTES - len(end) - 1:
+        name = name[:-1]
+    return os.path.join(folder, f".{name}{end}")
+
+
+def _give_name(hidden: str, path: str) -> None:
+    """Rename a file without ever replacing another; raises FileExistsError, OSError."""
+    try:
+        os.link(hidden, path)
+    except OSError as err:
+        if err.errno not in _NO_LINKS:
+            raise
+    else:
+        # The file has its name; a second, hidden one is no reason to call the restore failed.
+        with contextlib.suppress(OSError):
+            os.unlink(hidden)
+        return
+    try:
+        _rename_new(hidden, path)
+    except OSError as err:
+        if err.errno not in _NO_FLAGS:
+            raise
+    else:
+        return
+    # Neither of the calls that look and rename in one step is there, so a file that comes in between is lost.
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    os.rename(hidden, path)
+
+
+def _rename_new(old: str, new: str) -> None:
+    """Call renameat2(2) with RENAME_NOREPLACE, which Python does not have."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), new)
+
+
+def _flush_folder(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    except OSError as err:
+        # SMB and FUSE may have no fsync for a directory.
+        if err.errno not in _NO_FLAGS:
+            raise
+    finally:
+        os.close(folder)
 
 
 def _write_all(fd: int, name: str, offset: int, data: bytes | memoryview) -> None:

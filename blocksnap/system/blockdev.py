@@ -177,7 +177,22 @@ def discard_range(fd: int, offset: int, length: int) -> bool:
 
 
 def clear(fd: int, offset: int, length: int, *, discard: bool) -> None:
-    """Make a range of a device read as zeros; unallocated if ``discard`` asks for it and the device can."""
+    """Make a range of a device read as zeros; unallocated if ``discard`` asks for it and the device can.
+
+    The parts of blocks at both ends, which the device's commands do not reach, are written: there ``fd``
+    must not be open with O_DIRECT.
+    """
+    block = logical_block_size(fd)
+    begin, end = -(-offset // block) * block, (offset + length) // block * block
+    if begin >= end:
+        _write_zeros(fd, offset, offset + length)
+        return
+    _clear_blocks(fd, begin, end - begin, discard=discard)
+    _write_zeros(fd, offset, begin)
+    _write_zeros(fd, end, offset + length)
+
+
+def _clear_blocks(fd: int, offset: int, length: int, *, discard: bool) -> None:
     if discard and _punch_hole(fd, offset, length):
         return
     done = _unmap_thin(fd, offset, length) if discard else (offset, offset)
@@ -213,6 +228,11 @@ def slaves(number: int) -> list[int]:
 def aligned_buffer(length: int) -> mmap.mmap:
     """Return a buffer of whole pages, as O_DIRECT wants it."""
     return mmap.mmap(-1, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+
+def _write_zeros(fd: int, begin: int, end: int) -> None:
+    while begin < end:
+        begin += os.pwrite(fd, bytes(end - begin), begin)
 
 
 def _punch_hole(fd: int, offset: int, length: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -82,7 +83,7 @@ class CommandTimeoutError(BlocksnapError):
         super().__init__(
             f"{program} has not finished after {seconds:g} s; process {pid} was left running",
             details="killing a storage command halfway can leave a suspended device behind",
-            resolution=f"see what it waits for (/proc/{pid}/stack, dmsetup info), then run blocksnap doctor",
+            resolution=f"see what it waits for (/proc/{pid}/stack, dmsetup info), then run it again",
         )
 
 
@@ -96,6 +97,10 @@ def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_
 
     Raises CommandError when it fails, MissingProgramError, CommandTimeoutError.
     """
+    if threading.active_count() > 1:
+        # sh forks, and a fork copies locks that other threads hold at that moment.
+        argv = (program, *arguments)
+        return run_observed(argv, _ignore, interval_seconds=0.01, timeout_seconds=timeout_seconds)
     # Importing sh costs more than a small backup may take, so those who need no program do not pay.
     import sh
 
@@ -170,6 +175,10 @@ def run_observed(
         return out.read().decode(errors="surrogateescape")
 
 
+def _ignore() -> None:
+    """Observe nothing."""
+
+
 def _left_running(process: subprocess.Popen[bytes], program: str, seconds: float) -> CommandTimeoutError:
     # Popen warns about a child that nobody waited for; that is what is meant here.
     process.returncode = 0
@@ -202,7 +211,9 @@ def _let_finish(is_alive: Callable[[], bool]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    # The passphrase is nobody's business but ours.
+    kept_back = ("LC_", "BLOCKSNAP_PASSPHRASE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(kept_back)}
     environment |= {"LC_ALL": "C", "PATH": _search_path(), "LVM_SUPPRESS_FD_WARNINGS": "1"}
     return environment
 

@@ -148,18 +148,10 @@ def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
     return "successfully removed" in said
 
 
-def change_tags(vg: str, name: str, *, add: Sequence[str] = (), delete: Sequence[str] = ()) -> None:
-    """Add tags to a volume and take others away."""
-    words = [word for tag in add for word in ("--addtag", tag)] + [
-        word for tag in delete for word in ("--deltag", tag)
-    ]
-    if words:
-        run("lvchange", *_config(), "--autobackup", "n", *words, f"{check_name(vg)}/{check_name(name)}")
-
-
 def delete_tag(vg: str, name: str, tag: str) -> None:
     """Take a tag away from a volume."""
-    change_tags(vg, name, delete=[tag])
+    target = f"{check_name(vg)}/{check_name(name)}"
+    run("lvchange", *_config(), "--autobackup", "n", "--deltag", tag, target)
 
 
 def create_thin(vg: str, pool: str, name: str, size_bytes: int, tags: Sequence[str] = ()) -> str:

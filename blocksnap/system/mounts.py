@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blocksnap.system import blockdev
+from blocksnap.system.command import run
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _SWAPS = Path("/proc/swaps")
@@ -61,6 +62,12 @@ def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
     """Return the mounts of the file system on a device."""
     mounts = read_mounts() if mounts is None else mounts
     return [mount for mount in mounts if mount.device == number or _source_number(mount) == number]
+
+
+def flush_filesystem(number: int) -> None:
+    """Write out what is dirty in the filesystem that is mounted from a device, if there is one (syncfs)."""
+    for mount in mounts_of(number)[:1]:
+        run("sync", "--file-system", mount.point)
 
 
 def users_of_device(number: int) -> list[str]:

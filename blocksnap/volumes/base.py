@@ -66,14 +66,6 @@ class Snapshot(Protocol):
         """Raise VolumeError when the snapshot cannot be trusted; called at first and before the commit."""
         ...
 
-    def anchor(self, group: str) -> None:
-        """Leave on the volume what the next run needs to trust this backup as a parent, before the commit.
-
-        ``group`` tells the backups of one repository from those of another; what earlier ones left is
-        thinned out within it. Does nothing for kinds that track no changes.
-        """
-        ...
-
     def remove(self) -> None:
         """Remove the snapshot from the host; a second call does nothing."""
         ...

@@ -105,9 +105,6 @@ class FileSnapshot:
             )
             raise VolumeChangedError(self._path, what)
 
-    def anchor(self, group: str) -> None:
-        """Nothing is tracked."""
-
     def remove(self) -> None:
         """Close the file."""
         if self._fd >= 0:
@@ -202,9 +199,6 @@ class DeviceSnapshot:
             raise VolumeChangedError(self._path, f"it is mounted for writing on {writable[0]}")
         if blockdev.size_of(self._fd) != self._size:
             raise VolumeChangedError(self._path, "its size")
-
-    def anchor(self, group: str) -> None:
-        """Nothing is tracked."""
 
     def remove(self) -> None:
         """Let the device go."""

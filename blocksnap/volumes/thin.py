@@ -1,7 +1,6 @@
 """LVM thin volumes: a read-only snapshot in an instant, and the pool tells what changed.
 
-Nothing of size is kept on the host between backups. What stays is a mark, an LVM tag on the volume
-naming the run, by which the next run knows that the volume has lived on from that backup (``extents.thin``).
+Nothing is kept on the pool between backups (``extents.thin`` has the reason why that is enough).
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 from blocksnap.errors import BlocksnapError
 from blocksnap.extents.changes import Binding, Changes, Parent
 from blocksnap.extents.thin import ThinIdentity, find_thin_changes, read_facts
-from blocksnap.system import blockdev, devmapper
+from blocksnap.system import blockdev, devmapper, mounts
 from blocksnap.system.command import CommandError
 from blocksnap.volumes.base import SnapshotTiming, Trace, VolumeKind
 from blocksnap.volumes.errors import (
@@ -30,10 +29,6 @@ from blocksnap.volumes.errors import (
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport, ThinRecord
-
-_MARK = "blocksnap-mark"
-_MARKS_KEPT_PER_GROUP = 4
-_MARKS_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +79,9 @@ class ThinVolume:
     def prepare(self) -> None:
         """Look at the pool before it is given work."""
         check_pool(self._thin.pool, self._limits)
+        # The freeze flushes what is dirty; what is flushed before does not stretch it.
+        if self._thin.lv.number is not None:
+            mounts.flush_filesystem(self._thin.lv.number)
 
     def take_snapshot(self, run: str) -> ThinSnapshot:
         """Take a snapshot and measure how long LVM kept the volume suspended."""
@@ -135,7 +133,6 @@ class ThinSnapshot:
                 known.identity,
                 self.size,
                 parent,
-                marks=known.marks,
                 external_origin=known.snapshot.external_origin is not None,
             )
 
@@ -167,15 +164,6 @@ class ThinSnapshot:
         if thin.metadata.lv_uuid != known.identity.metadata_uuid:
             raise SnapshotLostError(self._origin.lv.full_name, "the pool's metadata was replaced")
         check_pool(thin.pool, PoolLimits(data_percent=100.0, metadata_percent=100.0))
-
-    def anchor(self, group: str) -> None:
-        """Mark the volume with this run."""
-        from blocksnap.system import lvm
-
-        origin = self._known().origin
-        word = "".join(letter for letter in group if letter.isalnum())[:16] or "0"
-        mark = f"{_MARK}.{word}.{int(self._timing.taken_at):010d}.{self._run}"
-        lvm.change_tags(origin.vg_name, origin.name, add=[mark], delete=stale_marks(origin.lv_tags, word))
 
     def remove(self) -> None:
         """Remove the snapshot."""
@@ -224,11 +212,12 @@ class ThinSnapshot:
             pool_time=mine.pool_time,
             pool_transaction=mine.pool_transaction,
             chunk_size=mine.chunk_size,
+            devices=_devices_of(report, thin.pool.lv_uuid),
             run=self._run,
         )
         external = report.thin(origin).external_origin
         snapshot = type(thin)(lv=lv, pool=thin.pool, metadata=thin.metadata, external_origin=external)
-        return _Found(snapshot, origin, identity, marks_of(origin.lv_tags))
+        return _Found(snapshot, origin, identity)
 
     @contextmanager
     def _metadata(self, thin: ThinRecord) -> Iterator[int]:
@@ -268,18 +257,33 @@ class _Found:
     snapshot: ThinRecord
     origin: LvRecord
     identity: ThinIdentity
-    marks: frozenset[str]
+
+
+def _devices_of(report: LvReport, pool_uuid: str) -> str:
+    """Return the devices of a pool and the transactions that made them, but for our own snapshots."""
+    from blocksnap.system import lvm
+
+    return " ".join(
+        f"{lv.thin_id}@{lv.transaction_id}"
+        for lv in sorted(report, key=lambda lv: lv.thin_id or 0)
+        if lv.is_thin and lv.pool_lv_uuid == pool_uuid and lvm.run_of(lv.lv_tags) is None
+    )
 
 
 class _FreezeWatch:
-    """Measures, by looking, how long a device is suspended."""
+    """Measures, by looking, how long a device is suspended.
+
+    A suspension too short to be seen is counted with the longest time between two looks, and the snapshot
+    then dated to before it: rather too long, and rather too early.
+    """
 
     def __init__(self, number: int | None) -> None:
         self._path = (
             f"/sys/dev/block/{blockdev.number_text(number)}/dm/suspended" if number is not None else None
         )
         self._fd = -1
-        self._last_running = self._taken = 0.0
+        self._last_running = self._last_look = self._longest_gap = 0.0
+        self._began = self._taken = 0.0
         self._suspended = False
         self._frozen = 0.0
 
@@ -287,19 +291,24 @@ class _FreezeWatch:
         if self._path is not None:
             with contextlib.suppress(OSError):
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        self._last_running = time.monotonic()
+        self._last_running = self._last_look = time.monotonic()
+        self._began = time.time()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._fd >= 0:
             os.close(self._fd)
         if not self._taken:
-            # It was not seen suspended: it is inactive, or stood still for less than a look takes.
-            self._taken = time.time()
+            self._taken = self._began
+            if self._fd >= 0:
+                self._frozen = max(self._longest_gap, time.monotonic() - self._last_look)
+        self._fd = -1
 
     def observe(self) -> None:
         """Look once."""
         now = time.monotonic()
+        self._longest_gap = max(self._longest_gap, now - self._last_look)
+        self._last_look = now
         if self._fd >= 0 and _reads_one(self._fd):
             if not self._suspended:
                 self._taken = time.time()
@@ -352,27 +361,3 @@ def check_pool(pool: LvRecord, limits: PoolLimits) -> None:
         raise PoolFullError(pool.full_name, "data", status.data_percent, limits.data_percent)
     if status.metadata_percent > limits.metadata_percent:
         raise PoolFullError(pool.full_name, "metadata", status.metadata_percent, limits.metadata_percent)
-
-
-def marks_of(tags: Collection[str]) -> frozenset[str]:
-    """Return the runs whose marks a volume's tags hold."""
-    return frozenset(mark[3] for mark in _parsed_marks(tags))
-
-
-def stale_marks(tags: Collection[str], group: str) -> Sequence[str]:
-    """Return the marks that make room for one more of ``group``: the oldest beyond those that are kept."""
-    marks = sorted(_parsed_marks(tags), key=lambda mark: mark[2], reverse=True)
-    same = [mark for mark in marks if mark[1] == group]
-    stale = {mark[0] for mark in same[_MARKS_KEPT_PER_GROUP - 1 :]}
-    kept = [mark for mark in marks if mark[0] not in stale]
-    return sorted(stale | {mark[0] for mark in kept[_MARKS_KEPT - 1 :]})
-
-
-def _parsed_marks(tags: Collection[str]) -> list[tuple[str, str, str, str]]:
-    """Split marks into themselves, group, time and run."""
-    found = []
-    for tag in tags:
-        head, *parts = tag.split(".", 3)
-        if head == _MARK and len(parts) == 3:
-            found.append((tag, parts[0], parts[1], parts[2]))
-    return found

@@ -38,8 +38,8 @@ def test_the_main_job(blocksnap: CommandLine, volume: Path, tmp_path: Path) -> N
     assert created["encryption"] == "aes-256-gcm"
     first = blocksnap.done("backup", volume, "--json", "--tag", "purpose=test").backups[0]
     wanted = {
-        "id", "volume", "kind", "method", "reason", "volume_bytes", "changed_bytes", "read_bytes", "new_bytes",
-        "stored_bytes", "metadata_bytes", "freeze_ms", "skew_ms", "seconds",
+        "id", "volume", "kind", "method", "reason", "volume_bytes", "changed_bytes", "read_bytes",
+        "new_bytes", "stored_bytes", "metadata_bytes", "freeze_ms", "skew_ms", "seconds",
     }  # fmt: skip
     assert wanted <= first.keys()
     assert (first["kind"], first["method"], first["volume"]) == ("full", "compare", str(volume))
@@ -279,7 +279,7 @@ def test_flipped_bits_are_never_restored(blocksnap: CommandLine, volume: Path, t
         if path.parent.name != "keys":
             assert checked.code == 13, (path, checked)
         restored = blocksnap("restore", "latest", tmp_path / "out")
-        if restored.code == 0:
+        if restored.code in (0, 3):
             assert (tmp_path / "out").read_bytes() == volume.read_bytes()
             (tmp_path / "out").unlink()
         assert not (tmp_path / "out").exists()

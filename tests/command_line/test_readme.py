@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from support.commands import CommandLine
 
 ROOT = Path(__file__).parents[2]

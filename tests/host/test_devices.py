@@ -65,6 +65,25 @@ def test_restoring_to_a_device(blocksnap: CommandLine, tmp_path: Path) -> None:
     assert (tmp_path / "target.img").stat().st_blocks * 512 < 7 * MIB
 
 
+@pytest.mark.parametrize("ending", [MIB + 100, 100, 612])
+def test_a_file_of_no_whole_blocks_that_ends_in_a_hole(
+    blocksnap: CommandLine, tmp_path: Path, ending: int
+) -> None:
+    content = noise(6, 4 * MIB) + bytes(ending)
+    source, before = tmp_path / "source.img", noise(7, 9 * MIB)
+    with source.open("wb") as file:
+        file.write(content[: 4 * MIB])
+        file.truncate(len(content))
+    blocksnap.done("backup", source)
+    with loop_device(tmp_path / "target.img", size=9 * MIB) as device:
+        Path(device).write_bytes(before)
+        blocksnap.done("restore", "latest", device, "--verify")
+        restored = Path(device).read_bytes()
+    assert restored[: len(content)] == content
+    # What lies behind the backup's end belongs to somebody, even in the same block.
+    assert restored[len(content) :] == before[len(content) :]
+
+
 def test_targets_that_are_refused_by_name(blocksnap: CommandLine, tmp_path: Path) -> None:
     source = tmp_path / "source.img"
     source.write_bytes(noise(5, 64 * MIB))

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 def test_pip_install_into_a_new_environment(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     pip = [tmp_path / "venv" / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"--config-settings=build-dir={tmp_path / 'build'}", ROOT], check=True, cwd=tmp_path)
+    subprocess.run(
+        [*pip, f"--config-settings=build-dir={tmp_path / 'build'}", ROOT], check=True, cwd=tmp_path
+    )
     blocksnap = tmp_path / "venv" / "bin" / "blocksnap"
     shown = subprocess.run([blocksnap, "--version"], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert shown.stdout.startswith("blocksnap ")

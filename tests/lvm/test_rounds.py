@@ -46,6 +46,7 @@ class Disturber:
         self.dice = random.Random(seed)
         self.touched: list[tuple[int, int]] = []
         self.foreign: list[str] = []
+        self.snapshots = 0
 
     @property
     def node(self) -> str:
@@ -76,7 +77,8 @@ class Disturber:
         tool("lvextend", "-L", "+4M", f"{self.pool.group}/{self.name}")
 
     def snapshot_by_others(self) -> None:
-        name = f"other{len(self.foreign)}"
+        self.snapshots += 1
+        name = f"other{self.snapshots}"
         tool("lvcreate", "-s", "-n", name, f"{self.pool.group}/{self.name}")
         self.foreign.append(name)
 

@@ -30,21 +30,21 @@ PARENT = ThinIdentity(
     pool_time=10,
     pool_transaction=20,
     chunk_size=UNIT,
+    devices="3@2 4@19",
     run="run1",
 )
 CURRENT = replace(PARENT, snapshot_time=14, pool_time=15, pool_transaction=30, run="run2")
-MARKS = {"run0", "run1"}
 
 
 def test_same_history_inherits_since_the_time_of_the_parents_snapshot() -> None:
-    decision = decide(CURRENT, PARENT.to_binding(), MARKS)
+    decision = decide(CURRENT, PARENT.to_binding(), known_here=True)
     assert isinstance(decision, Inherit)
     assert decision.since == 10
 
 
 def test_id_of_the_removed_snapshot_may_be_used_again() -> None:
-    assert isinstance(decide(replace(CURRENT, snapshot_id=7), PARENT.to_binding(), MARKS), Inherit)
-    assert isinstance(decide(replace(CURRENT, snapshot_id=8), PARENT.to_binding(), MARKS), Inherit)
+    assert isinstance(decide(replace(CURRENT, snapshot_id=7), PARENT.to_binding(), known_here=True), Inherit)
+    assert isinstance(decide(replace(CURRENT, snapshot_id=8), PARENT.to_binding(), known_here=True), Inherit)
 
 
 DOUBTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -64,20 +64,23 @@ DOUBTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"pool_transaction": 19}, {}, "transaction count went backwards"),
     ({"snapshot_time": 10}, {}, "not younger"),
     ({"snapshot_time": 9}, {}, "not younger"),
+    ({"devices": "3@2 4@19 5@19"}, {}, "device 5 of the pool is older"),
+    ({"devices": "3@2 4@18"}, {}, "device 4 of the pool is older"),
+    ({"devices": "3@2 nonsense"}, {}, "device nonsense of the pool"),
 ]
 
 
 @pytest.mark.parametrize(("now", "then", "reason"), DOUBTS)
 def test_every_doubt_has_its_own_reason(now: dict[str, Any], then: dict[str, Any], reason: str) -> None:
-    decision = decide(replace(CURRENT, **now), replace(PARENT, **then).to_binding(), MARKS)
+    decision = decide(replace(CURRENT, **now), replace(PARENT, **then).to_binding(), known_here=True)
     assert isinstance(decision, Compare)
     assert reason in decision.reason
 
 
-def test_volume_without_the_parents_mark_has_another_history() -> None:
-    decision = decide(CURRENT, PARENT.to_binding(), {"run0"})
+def test_host_that_does_not_know_the_parents_run_has_another_history() -> None:
+    decision = decide(CURRENT, PARENT.to_binding(), known_here=False)
     assert isinstance(decision, Compare)
-    assert "mark" in decision.reason
+    assert "no record of the parent backup" in decision.reason
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(ThinIdentity)])
@@ -88,12 +91,12 @@ def test_malformed_binding_is_never_trusted(name: str, value: Any) -> None:
         del binding[name]
     else:
         binding[name] = value
-    assert isinstance(decide(CURRENT, binding, MARKS), Compare)
+    assert isinstance(decide(CURRENT, binding, known_here=True), Compare)
 
 
 def test_binding_of_another_source_is_never_trusted() -> None:
     for binding in ({}, {"source": "file"}, {**PARENT.to_binding(), "source": "cow"}):
-        decision = decide(CURRENT, binding, MARKS)
+        decision = decide(CURRENT, binding, known_here=True)
         assert isinstance(decision, Compare)
         assert "does not say" in decision.reason
 
@@ -109,7 +112,7 @@ def test_binding_survives_json() -> None:
     st.one_of(st.integers(-2, 1 << 25), st.text(max_size=4)),
 )
 def test_whatever_is_inherited_is_since_a_past_snapshot(name: str, value: Any) -> None:
-    decision = decide(CURRENT, {**PARENT.to_binding(), name: value}, MARKS)
+    decision = decide(CURRENT, {**PARENT.to_binding(), name: value}, known_here=True)
     if isinstance(decision, Inherit):
         assert 0 <= decision.since < CURRENT.snapshot_time
 
@@ -145,7 +148,12 @@ def bits(*chunks: int, count: int = 16) -> bytes:
 
 
 def parent(*mapped: int, size: int = 16 * UNIT, identity: ThinIdentity = PARENT) -> Parent:
-    return Parent(size, identity.to_binding(), lambda: MappedSet(UNIT, bits(*mapped, count=-(-size // UNIT))))
+    return Parent(
+        size,
+        identity.to_binding(),
+        known_here=True,
+        load_mapped=lambda: MappedSet(UNIT, bits(*mapped, count=-(-size // UNIT))),
+    )
 
 
 def chunks(*numbers: int) -> ExtentList:
@@ -165,8 +173,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     return install
 
 
-def find(size: int, of: Parent | None, marks: set[str] = MARKS, *, external_origin: bool = False) -> Any:
-    return thin.find_thin_changes(0, CURRENT, size, of, marks=marks, external_origin=external_origin)
+def find(size: int, of: Parent | None, *, external_origin: bool = False) -> Any:
+    return thin.find_thin_changes(0, CURRENT, size, of, external_origin=external_origin)
 
 
 def test_first_backup_reads_what_is_mapped(use: Any) -> None:
@@ -212,7 +220,10 @@ def test_shrinking_drops_what_is_beyond_the_end(use: Any) -> None:
 def test_forgotten_or_unfitting_mapped_sets_compare(use: Any) -> None:
     use(Pool({0: 1}))
     for mapped in (None, MappedSet(UNIT * 2, bits(0)), MappedSet(UNIT, b"")):
-        changes = find(16 * UNIT, Parent(16 * UNIT, PARENT.to_binding(), lambda mapped=mapped: mapped))
+        changes = find(
+            16 * UNIT,
+            Parent(16 * UNIT, PARENT.to_binding(), known_here=True, load_mapped=lambda mapped=mapped: mapped),
+        )
         assert (changes.method, changes.inherits) == ("compare", False)
         assert "which chunks were mapped" in changes.reason
         assert changes.changed == changes.allocated == chunks(0)
@@ -224,8 +235,8 @@ def test_mapped_set_is_not_fetched_in_vain(use: Any) -> None:
     def fail() -> None:
         raise AssertionError
 
-    changes = find(16 * UNIT, Parent(16 * UNIT, PARENT.to_binding(), fail), set())
-    assert "mark" in changes.reason
+    changes = find(16 * UNIT, Parent(16 * UNIT, PARENT.to_binding(), known_here=False, load_mapped=fail))
+    assert "no record" in changes.reason
 
 
 def test_external_origin_shows_everywhere(use: Any) -> None:
@@ -277,7 +288,7 @@ def test_more_mappings_than_the_pool_counts_are_an_error(use: Any, monkeypatch: 
 def test_nothing_is_missed(
     before: dict[int, int], after: dict[int, int], discarded: set[int], sizes: tuple[int, int]
 ) -> None:
-    """A byte that is neither changed nor discarded had the same mapping, within the parent's size, at the parent."""
+    """What is neither changed nor discarded had the same mapping at the parent, within its size."""
     from unittest.mock import patch
 
     from blocksnap import _native

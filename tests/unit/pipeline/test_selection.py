@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blocksnap.extents.model import ExtentList
 from blocksnap.pipeline.flow import Geometry
-from blocksnap.pipeline.selection import Selection, select_all, select_changed
+from blocksnap.pipeline.selection import Ranges, chunks_of, select_all, select_changed, select_either
 
 UNIT = 4
 CHUNK = 10
 
 
-def extents(units: set[int], size: int) -> list[tuple[int, int]]:
+def extents(units: set[int], size: int) -> ExtentList:
     """Return the merged extents of 4-byte units, clipped to a size."""
-    found: list[tuple[int, int]] = []
-    for unit in sorted(units):
-        begin, end = unit * UNIT, min(unit * UNIT + UNIT, size)
-        if begin >= end:
-            continue
-        if found and sum(found[-1]) == begin:
-            found[-1] = (found[-1][0], found[-1][1] + end - begin)
-        else:
-            found.append((begin, end - begin))
-    return found
+    return ExtentList.of((unit * UNIT, min(UNIT, size - unit * UNIT)) for unit in units)
 
 
-def touched(listed: list[tuple[int, int]]) -> set[int]:
-    return {byte // CHUNK for offset, length in listed for byte in range(offset, offset + length)}
+def touched(listed: ExtentList) -> set[int]:
+    return {byte // CHUNK for offset, length in listed.pairs() for byte in range(offset, offset + length)}
 
 
-def members(ranges: tuple[tuple[int, int], ...]) -> set[int]:
-    chunks = [number for begin, end in ranges for number in range(begin, end)]
-    assert chunks == sorted(set(chunks))
-    return set(chunks)
+def members(ranges: Ranges) -> set[int]:
+    """Return the chunks of ranges, having made sure that they are sorted, disjoint and merged."""
+    assert all(begin < end for begin, end in ranges)
+    edges = [edge for pair in ranges for edge in pair]
+    assert edges == sorted(set(edges))
+    assert (len(ranges), bool(ranges)) == (len(edges) // 2, bool(edges))
+    return {number for begin, end in ranges for number in range(begin, end)}
 
 
 sets = st.sets(st.integers(0, 60), max_size=25)
@@ -73,4 +70,34 @@ def test_changed_chunks(
 
 def test_extents_are_clipped_to_the_volume() -> None:
     geometry = Geometry(95, CHUNK)
-    assert list(Selection(((0, 2), (8, 10)), ()).extents(geometry)) == [(0, 20), (80, 15)]
+    ranges = Ranges([(0, 2), (8, 10)])
+    assert list(ranges.extents(geometry)) == [(0, 20), (80, 15)]
+    assert ranges.total_bytes(geometry) == 35
+
+
+@given(st.integers(1, 200), sets, sets)
+def test_chunks_that_either_has(size: int, one: set[int], other: set[int]) -> None:
+    geometry = Geometry(size, CHUNK)
+    first, second = extents(one, size), extents(other, size)
+    either = select_either(chunks_of(geometry, first.pairs()), chunks_of(geometry, second.pairs()))
+    assert members(either) == touched(first) | touched(second)
+    assert either == Ranges(sorted(either))
+
+
+def test_a_fragmented_volume_costs_what_its_result_takes() -> None:
+    count = 20_000
+    geometry = Geometry(2 * count * CHUNK, CHUNK)
+    even = ExtentList.of((2 * number * CHUNK, CHUNK) for number in range(count))
+    odd = ExtentList.of((2 * number * CHUNK + CHUNK, CHUNK) for number in range(count))
+    tracemalloc.start()
+    try:
+        full = select_all(geometry, even)
+        changed = select_changed(
+            geometry, allocated=even, changed=even, discarded=odd, parent_size=geometry.size
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(full.read), len(full.holes)) == (len(changed.read), len(changed.holes)) == (count, count)
+    # Two selections of two lists, with what their growth left over.
+    assert peak < 4 * count * 16 * 1.3

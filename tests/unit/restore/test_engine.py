@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,10 @@ from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import HOLE, ZERO, Entry, MapReader, MapRoot, MapWriter
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.repository import Repository
+from blocksnap.restore import engine, targets
 from blocksnap.restore.engine import UnreadableChunkError, restore_to_stream, restore_to_target, verify_chunks
-from blocksnap.restore.plan import plan_windows
-from blocksnap.restore.targets import FileTarget
+from blocksnap.restore.plan import Window, plan_windows
+from blocksnap.restore.targets import FileTarget, TargetExistsError
 from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
 
 GEOMETRY = Geometry(CHUNK * 600 + 123, CHUNK)
@@ -147,5 +150,82 @@ def test_a_file_that_exists_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="exists already"):
         target.finish()
     target.close()
-    assert sorted(os.listdir(tmp_path)) == ["late", "out"]
     assert (tmp_path / "late").read_text() == "mine"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_streaming_holds_bytes_and_not_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = 1 << 20
+    repository = make_repository(tmp_path / "r", chunk_size=large)
+    content = random.Random(3).randbytes(24 * large)
+    with open_writer(repository) as writer:
+        ids = store_bytes(writer, content, tmp_path, large)
+        writer.flush()
+    asked = []
+
+    def plan(*arguments: Any, window: int) -> Iterator[Window]:
+        asked.append(window)
+        return plan_windows(*arguments, window=window)
+
+    monkeypatch.setattr(engine, "plan_windows", plan)
+    repository, stream = open_repository(tmp_path / "r"), io.BytesIO()
+    every: Iterator[tuple[int, int, Entry]] = ((number, 1, id_ or ZERO) for number, id_ in enumerate(ids))
+    restore_to_stream(repository, Geometry(len(content), large), every, stream, Counter())
+    assert stream.getvalue() == content
+    restore_to_stream(repository, Geometry(0, 8 << 20), iter([]), stream, Counter())
+    assert asked == [4, 1]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, module: object, name: str, code: int) -> None:
+    def call(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize("flags", [True, False])
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, flags: bool
+) -> None:
+    refuse(monkeypatch, os, "link", code)
+    if not flags:
+        refuse(monkeypatch, targets, "_rename_new", errno.EINVAL)
+    target = FileTarget(str(tmp_path / "out"), 3)
+    target.write(0, b"abc")
+    target.finish()
+    target.close()
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out", b"abc")]
+    late = FileTarget(str(tmp_path / "late"), 3)
+    late.write(0, b"abc")
+    (tmp_path / "late").write_text("mine")
+    with pytest.raises(TargetExistsError) as caught:
+        late.finish()
+    late.close()
+    assert (tmp_path / "late").read_text() == "mine"
+    (kept,) = tmp_path.glob(".late.*.partial")
+    assert kept.read_bytes() == b"abc"
+    assert str(kept) in str(caught.value.resolution)
+
+
+def test_a_whole_file_that_gets_no_name_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = FileTarget(str(tmp_path / "out"), 3)
+    target.write(0, b"abc")
+    refuse(monkeypatch, os, "link", errno.EIO)
+    with pytest.raises(TargetError, match="cannot give the restored file the name") as caught:
+        target.finish()
+    target.close()
+    (kept,) = tmp_path.iterdir()
+    assert kept.read_bytes() == b"abc"
+    assert str(kept) in str(caught.value.resolution)
+
+
+def test_long_names(tmp_path: Path) -> None:
+    longest = tmp_path / ("ü" * 127)
+    target = FileTarget(str(longest), 3)
+    target.finish()
+    target.close()
+    assert list(tmp_path.iterdir()) == [longest]
+    for wrong in (tmp_path / ("n" * 256), longest / "below"):
+        with pytest.raises(TargetError, match="cannot write"):
+            FileTarget(str(wrong), 3)

@@ -135,5 +135,8 @@ def test_sh_is_imported_only_when_something_is_run() -> None:
     import subprocess
     import sys
 
-    code = "import sys, blocksnap.system.command, blocksnap.volumes.resolve; print([m for m in ('sh', 'pyudev', 'pydantic') if m in sys.modules])"
+    code = (
+        "import sys, blocksnap.system.command, blocksnap.volumes.resolve, blocksnap.controller.session\n"
+        "print([name for name in ('sh', 'pyudev', 'pydantic') if name in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

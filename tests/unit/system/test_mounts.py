@@ -25,7 +25,7 @@ def test_mountinfo_is_unescaped_and_optional_fields_are_skipped() -> None:
 
 def test_mounts_of_a_device_includes_file_systems_that_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = mounts.parse_mountinfo(TEXT)
-    monkeypatch.setattr(mounts, "_node_number", lambda path: {"/dev/sdc": 77}.get(path))
+    monkeypatch.setattr(mounts, "_node_number", {"/dev/sdc": 77}.get)
     assert [mount.point for mount in mounts.mounts_of(77, found)] == ["/home"]
     assert [mount.point for mount in mounts.mounts_of(os.makedev(254, 3), found)] == ["/srv/my data"]
 

@@ -1,0 +1,147 @@
+"""Real loop devices, asked for and never named; they are gone when a test ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blocksnap.extents.model import ExtentList
+from blocksnap.system import blockdev, mounts
+from blocksnap.volumes.device import DeviceVolume
+from blocksnap.volumes.errors import VolumeChangedError, VolumeInUseError
+from blocksnap.volumes.resolve import resolve_volume
+from support.require import require
+
+SIZE = 16 << 20
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[str]:
+    available = os.geteuid() == 0 and Path("/dev/loop-control").exists()
+    require("loop", available, "loop devices need root")
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom(SIZE))
+    made = subprocess.run(
+        ["losetup", "-f", "--show", str(image)], capture_output=True, text=True, check=False
+    )
+    require("loop", made.returncode == 0, made.stderr)
+    node = made.stdout.strip()
+    try:
+        yield node
+    finally:
+        subprocess.run(["umount", "-q", node], check=False)
+        # The flag would stay with the node, for whoever gets it next.
+        subprocess.run(["blockdev", "--setrw", node], check=True)
+        subprocess.run(["losetup", "-d", node], check=True)
+
+
+@pytest.fixture
+def mounted(loop: str, tmp_path: Path) -> Callable[[str], Path]:
+    subprocess.run(["mkfs.ext4", "-q", loop], check=True)
+    point = tmp_path / "mnt"
+    point.mkdir()
+
+    def mount(options: str) -> Path:
+        subprocess.run(["mount", "-o", options, loop, str(point)], check=True)
+        return point
+
+    return mount
+
+
+def test_device_by_number(loop: str) -> None:
+    number = os.stat(loop).st_rdev
+    fd = blockdev.open_by_number(number)
+    try:
+        assert blockdev.device_number(fd) == number
+        assert blockdev.size_of(fd) == SIZE
+        assert blockdev.logical_block_size(fd) == 512
+        assert blockdev.physical_block_size(fd) >= 512
+        assert not blockdev.is_read_only(fd)
+        buffer = blockdev.aligned_buffer(4096)
+        assert os.preadv(fd, [buffer], 4096) == 4096
+    finally:
+        os.close(fd)
+    assert blockdev.node_of(number) == loop
+    assert blockdev.holders(number) == blockdev.partitions(number) == blockdev.slaves(number) == []
+
+
+def test_device_that_is_not_there() -> None:
+    with pytest.raises(blockdev.NoDeviceError):
+        blockdev.open_by_number(os.makedev(4095, 7))
+    with pytest.raises(blockdev.NoDeviceError):
+        blockdev.open_exclusive("/nowhere")
+    with pytest.raises(blockdev.NoDeviceError):
+        blockdev.open_exclusive(__file__)
+
+
+@pytest.mark.parametrize("discard", [False, True])
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [(512, 3 << 20), (1 << 20, (2 << 20) + 100), (700, 5000), (100, 300), (500, 600), (0, 7)],
+)
+def test_cleared_ranges_read_as_zeros_and_only_they(loop: str, discard: bool, begin: int, end: int) -> None:
+    fd = blockdev.open_exclusive(loop)
+    try:
+        before = os.pread(fd, SIZE, 0)
+        blockdev.clear(fd, begin, end - begin, discard=discard)
+        blockdev.drop_cache(fd)
+        assert os.pread(fd, SIZE, 0) == before[:begin] + bytes(end - begin) + before[end:]
+    finally:
+        os.close(fd)
+
+
+def test_exclusive_is_exclusive_and_says_who_uses_it(loop: str, mounted: Callable[[str], Path]) -> None:
+    point = mounted("rw")
+    with pytest.raises(blockdev.DeviceBusyError, match=f"mounted on {point}"):
+        blockdev.open_exclusive(loop)
+    assert mounts.users_of_device(os.stat(loop).st_rdev) == [f"mounted on {point}"]
+    with pytest.raises(VolumeInUseError, match=f"mounted on {point}") as caught:
+        resolve_volume(loop)
+    assert caught.value.exit_code == 14
+
+
+def test_read_only_device_is_no_target(loop: str) -> None:
+    subprocess.run(["blockdev", "--setro", loop], check=True)
+    with pytest.raises(blockdev.DeviceError, match="read-only"):
+        blockdev.open_exclusive(loop)
+    os.close(blockdev.open_exclusive(loop, writable=False))
+
+
+def test_unused_device_is_held_while_it_is_read(loop: str) -> None:
+    volume = resolve_volume(loop)
+    assert (volume.name, volume.kind, volume.size) == (loop, "device", SIZE)
+    snapshot = volume.take_snapshot("r")
+    try:
+        with pytest.raises(blockdev.DeviceBusyError):
+            blockdev.open_exclusive(loop)
+        changes = snapshot.find_changes(None)
+        assert (changes.method, changes.allocated) == ("compare", ExtentList.whole(SIZE))
+        with snapshot.open_reader() as fd:
+            assert os.preadv(fd, [blockdev.aligned_buffer(4096)], 0) == 4096
+        snapshot.check()
+    finally:
+        snapshot.remove()
+    os.close(blockdev.open_exclusive(loop))
+
+
+def test_device_that_is_mounted_read_only_is_read_but_watched(
+    loop: str, mounted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    mounted("ro,noload")
+    snapshot = DeviceVolume(loop).take_snapshot("r")
+    try:
+        snapshot.check()
+        subprocess.run(["mount", "-o", "remount,rw", str(tmp_path / "mnt")], check=True)
+        with pytest.raises(VolumeChangedError, match="mounted for writing"):
+            snapshot.check()
+    finally:
+        snapshot.remove()
+
+
+def test_loop_devices_of_a_file(loop: str, tmp_path: Path) -> None:
+    assert mounts.loop_devices_of(str(tmp_path / "disk.img")) == [loop]
+    assert mounts.loop_devices_of(__file__) == []

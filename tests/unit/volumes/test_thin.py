@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from blocksnap.system import devmapper
+from blocksnap.system.devmapper import PoolStatus, decode_name, encode_name
+from blocksnap.system.lvm_report import parse_report
+from blocksnap.volumes import thin
+from blocksnap.volumes.errors import PoolFullError, PoolHealthError
+from blocksnap.volumes.thin import PoolLimits, check_pool, snapshot_name
+from support.lvm_lab import report_text, thin_rows
+
+UUID = "4zm1NG-BjNf-KLNp-7M3I-jxEI-qFop-X0R8bQ"
+
+
+def test_snapshot_names_are_short_and_differ_by_run_and_volume() -> None:
+    runs = ["20261122T103000Z-aaaa", "20261122T103000Z-bbbb", "f" * 100, "a.b-c_d", "x"]
+    names = {snapshot_name(run, uuid) for run in runs for uuid in (UUID, UUID[::-1])}
+    assert len(names) == 10
+    for name in names:
+        assert len(encode_name("v" * 80, name)) <= 127
+        assert decode_name(encode_name("my-vg", name)) == ("my-vg", name)
+        assert not any(word in name for word in ("_tmeta", "_tdata", "_cdata", "pvmove", "snapshot"))
+
+
+def pool(**fields: str) -> object:
+    rows = thin_rows("data")
+    rows[0].update({"lv_kernel_major": "254", "lv_kernel_minor": "2", **fields})
+    found = parse_report(report_text(*rows)).find("vg0", "pool")
+    assert found is not None
+    return found
+
+
+HEALTHY = {"mode": "rw", "needs_check": False, "metadata_total": 1000, "data_total": 1000}
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        ({}, None, ""),
+        ({"data_used": 950, "metadata_used": 900}, None, ""),
+        ({"data_used": 951}, PoolFullError, "data of thin pool vg0/pool is 95.1 % full"),
+        ({"metadata_used": 901}, PoolFullError, "metadata of thin pool vg0/pool is 90.1 % full"),
+        ({"mode": "ro"}, PoolHealthError, "read-only"),
+        ({"mode": "out_of_data_space"}, PoolHealthError, "out of data space"),
+        ({"mode": "fail"}, PoolHealthError, "failed"),
+        ({"needs_check": True}, PoolHealthError, "needs a check"),
+    ],
+)
+def test_pool_is_looked_at_before_it_gets_a_snapshot(
+    status: dict[str, object], error: type[Exception] | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devmapper, "pool_status", lambda _: PoolStatus(**{**HEALTHY, **status}))  # type: ignore[arg-type]
+    if error is None:
+        check_pool(pool(), PoolLimits())  # type: ignore[arg-type]
+        return
+    with pytest.raises(error, match=message):
+        check_pool(pool(), PoolLimits())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fields", [{"lv_check_needed": "1"}, {"lv_health_status": "metadata_read_only"}])
+def test_what_lvm_says_about_the_pool_counts_too(fields: dict[str, str]) -> None:
+    with pytest.raises(PoolHealthError):
+        check_pool(pool(**fields), PoolLimits())  # type: ignore[arg-type]
+
+
+def test_inactive_pool_has_no_status() -> None:
+    check_pool(pool(lv_kernel_major="-1", lv_kernel_minor="-1"), PoolLimits())  # type: ignore[arg-type]
+
+
+def test_freeze_is_measured_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "suspended"
+    state.write_text("0\n")
+    watch = thin._FreezeWatch(None)
+    watch._path = str(state)
+    with watch:
+        watch.observe()
+        state.write_text("1\n")
+        watch.observe()
+        time.sleep(0.05)
+        watch.observe()
+        state.write_text("0\n")
+        watch.observe()
+        time.sleep(0.05)
+        watch.observe()
+    assert 0.05 <= watch.timing().freeze_seconds < 0.1
+    assert abs(watch.timing().taken_at - time.time() + 0.1) < 0.1
+
+
+def test_freeze_of_an_inactive_volume_is_none(tmp_path: Path) -> None:
+    for number in (None, os.makedev(4095, 1)):
+        watch = thin._FreezeWatch(number)
+        with watch:
+            watch.observe()
+        assert watch.timing().freeze_seconds == 0
+        assert abs(watch.timing().taken_at - time.time()) < 1
