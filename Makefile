@@ -13,7 +13,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-map vagrant-test clean
+.PHONY: help bootstrap format check test demo bench bench-map bench-tracked vagrant-test clean
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -34,6 +34,9 @@ bench: bootstrap ## measure against the peers on this machine
 
 bench-map: bootstrap ## count the metadata that an incremental backup of 1 TiB writes
 	$(BIN)/python tests/bench/metadata.py
+
+bench-tracked: bootstrap ## incrementals beside full compares of a thin volume, in the lab
+	vagrant/lab --timeout 1800 --disk 3G --disk 3G -- $(BIN)/python tests/bench/tracked.py
 
 vagrant-test: bootstrap-vagrant ## bring a Vagrant VM up, run the LVM and btrfs tests in it, destroy it
 	vagrant/vagrant-test.sh
@@ -60,7 +63,7 @@ lint:
 	$(BIN)/mypy vagrant/lab
 
 unit:
-	$(PYTEST) -n 2 tests/unit
+	$(PYTEST) -n 2 tests/unit tests/demo
 
 vagrant-validate:
 	cd vagrant && vagrant validate

@@ -170,7 +170,7 @@ class MapReader:
                     on_damage(entry, err)
 
     def losses(self, root: MapRoot, count: int, bad: Container[bytes]) -> Iterator[tuple[int, int]]:
-        """Yield the chunk ranges below ``count`` that are ``bad``, or below a node that is or is unreadable."""
+        """Yield the chunk ranges below ``count`` that are ``bad`` or below a bad or unreadable node."""
         yield from self._losses(root.entry, root.levels, 0, count, bad)
 
     def _losses(

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from blocksnap.system.blockdev import sysfs_folder
+from blocksnap.system.blockdev import holders, sysfs_folder
 from blocksnap.system.command import run
 
 PoolMode = Literal["rw", "ro", "out_of_data_space", "fail"]
@@ -86,6 +86,18 @@ def lvm_identity(number: int) -> LvmIdentity | None:
 def is_suspended(number: int) -> bool:
     """Tell whether a device is suspended; False when it is gone."""
     return _read(sysfs_folder(number) / "dm/suspended") == "1"
+
+
+def pool_above(metadata: int) -> int | None:
+    """Return the thin-pool device that lies on a metadata device; None when the pool is not active.
+
+    LVM reports a pool as inactive, and without a number, when it runs only because a volume in it does.
+    """
+    for holder in holders(metadata):
+        identity = lvm_identity(holder)
+        if identity is not None and identity.layer == "tpool":
+            return holder
+    return None
 
 
 def pool_status(number: int) -> PoolStatus:

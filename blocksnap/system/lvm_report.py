@@ -96,7 +96,7 @@ class LvRecord(BaseModel):
 
     @property
     def number(self) -> int | None:
-        """Device number, None when it is not active; for a pool that of its ``-tpool`` device."""
+        """Device number, None when it is not active; of pools see ``devmapper.pool_above``."""
         if self.lv_kernel_major is None or self.lv_kernel_minor is None:
             return None
         return os.makedev(self.lv_kernel_major, self.lv_kernel_minor)

@@ -78,7 +78,7 @@ class ThinVolume:
 
     def prepare(self) -> None:
         """Look at the pool before it is given work."""
-        check_pool(self._thin.pool, self._limits)
+        check_pool(self._thin, self._limits)
         # The freeze flushes what is dirty; what is flushed before does not stretch it.
         if self._thin.lv.number is not None:
             mounts.flush_filesystem(self._thin.lv.number)
@@ -151,7 +151,7 @@ class ThinSnapshot:
         """Make sure that the snapshot is still there and the pool did not fail under it."""
         if self._found is None:
             # Looked up for the first time, and healthy by what that has shown.
-            check_pool(self._known().snapshot.pool, PoolLimits(data_percent=100.0, metadata_percent=100.0))
+            check_pool(self._known().snapshot, PoolLimits(data_percent=100.0, metadata_percent=100.0))
             return
         known = self._found
         current = self._report()
@@ -163,7 +163,7 @@ class ThinSnapshot:
         thin = current.thin(lv)
         if thin.metadata.lv_uuid != known.identity.metadata_uuid:
             raise SnapshotLostError(self._origin.lv.full_name, "the pool's metadata was replaced")
-        check_pool(thin.pool, PoolLimits(data_percent=100.0, metadata_percent=100.0))
+        check_pool(thin, PoolLimits(data_percent=100.0, metadata_percent=100.0))
 
     def remove(self) -> None:
         """Remove the snapshot."""
@@ -339,15 +339,18 @@ def snapshot_name(run: str, lv_uuid: str) -> str:
     return f"blocksnap-{prefix}-{digest}"
 
 
-def check_pool(pool: LvRecord, limits: PoolLimits) -> None:
-    """Raise VolumeError when a pool is damaged or too full for a snapshot."""
+def check_pool(thin: ThinRecord, limits: PoolLimits) -> None:
+    """Raise VolumeError when the pool of a volume is damaged or too full for a snapshot."""
+    pool = thin.pool
     if pool.lv_check_needed:
         raise PoolHealthError(pool.full_name, "its metadata needs a check")
     if pool.lv_health_status not in ("", "out_of_data"):
         raise PoolHealthError(pool.full_name, pool.lv_health_status)
-    if pool.number is None:
+    metadata = thin.metadata.number
+    number = devmapper.pool_above(metadata) if metadata is not None else None
+    if number is None:
         return
-    status = devmapper.pool_status(pool.number)
+    status = devmapper.pool_status(number)
     if status.mode != "rw":
         modes = {
             "ro": "it is read-only",

@@ -8,7 +8,7 @@ import pytest
 
 from blocksnap.system import devmapper
 from blocksnap.system.devmapper import PoolStatus, decode_name, encode_name
-from blocksnap.system.lvm_report import parse_report
+from blocksnap.system.lvm_report import ThinRecord, parse_report
 from blocksnap.volumes import thin
 from blocksnap.volumes.errors import PoolFullError, PoolHealthError
 from blocksnap.volumes.thin import PoolLimits, check_pool, snapshot_name
@@ -27,12 +27,19 @@ def test_snapshot_names_are_short_and_differ_by_run_and_volume() -> None:
         assert not any(word in name for word in ("_tmeta", "_tdata", "_cdata", "pvmove", "snapshot"))
 
 
-def pool(**fields: str) -> object:
+METADATA = os.makedev(254, 0)
+TPOOL = os.makedev(254, 2)
+
+
+def pool(*, active: bool = True, **fields: str) -> ThinRecord:
+    """A volume in a pool that runs because of it: LVM gives no number for the pool itself then."""
     rows = thin_rows("data")
-    rows[0].update({"lv_kernel_major": "254", "lv_kernel_minor": "2", **fields})
-    found = parse_report(report_text(*rows)).find("vg0", "pool")
+    rows[0].update(fields)
+    rows[1].update({"lv_kernel_major": "254", "lv_kernel_minor": "0"} if active else {})
+    report = parse_report(report_text(*rows))
+    found = report.find("vg0", "data")
     assert found is not None
-    return found
+    return report.thin(found)
 
 
 HEALTHY = {"mode": "rw", "needs_check": False, "metadata_total": 1000, "data_total": 1000}
@@ -54,22 +61,24 @@ HEALTHY = {"mode": "rw", "needs_check": False, "metadata_total": 1000, "data_tot
 def test_pool_is_looked_at_before_it_gets_a_snapshot(
     status: dict[str, object], error: type[Exception] | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devmapper, "pool_status", lambda _: PoolStatus(**{**HEALTHY, **status}))  # type: ignore[arg-type]
+    monkeypatch.setattr(devmapper, "pool_above", {METADATA: TPOOL}.get)
+    answers = {TPOOL: PoolStatus(**{**HEALTHY, **status})}  # type: ignore[arg-type]
+    monkeypatch.setattr(devmapper, "pool_status", answers.__getitem__)
     if error is None:
-        check_pool(pool(), PoolLimits())  # type: ignore[arg-type]
+        check_pool(pool(), PoolLimits())
         return
     with pytest.raises(error, match=message):
-        check_pool(pool(), PoolLimits())  # type: ignore[arg-type]
+        check_pool(pool(), PoolLimits())
 
 
 @pytest.mark.parametrize("fields", [{"lv_check_needed": "1"}, {"lv_health_status": "metadata_read_only"}])
 def test_what_lvm_says_about_the_pool_counts_too(fields: dict[str, str]) -> None:
     with pytest.raises(PoolHealthError):
-        check_pool(pool(**fields), PoolLimits())  # type: ignore[arg-type]
+        check_pool(pool(**fields), PoolLimits())
 
 
 def test_inactive_pool_has_no_status() -> None:
-    check_pool(pool(lv_kernel_major="-1", lv_kernel_minor="-1"), PoolLimits())  # type: ignore[arg-type]
+    check_pool(pool(active=False), PoolLimits())
 
 
 def test_freeze_is_measured_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
