@@ -106,16 +106,6 @@ def test_targets_that_are_refused_by_name(blocksnap: CommandLine, tmp_path: Path
         assert (refused.code, len(refused.errors)) == (1, 1)
 
 
-def test_btrfs_and_other_kinds_are_told_plainly(blocksnap: CommandLine, tmp_path: Path) -> None:
-    with loop_device(tmp_path / "btrfs.img", size=256 * MIB) as device:
-        call("mkfs.btrfs", "-q", device)
-        with mounted(device, tmp_path / "mnt"):
-            refused = blocksnap("backup", tmp_path / "mnt")
-    assert refused.code == 14
-    assert "btrfs" in refused.stderr
-    assert "supported" in refused.stderr
-
-
 def test_volumes_lists_devices(blocksnap: CommandLine, tmp_path: Path) -> None:
     with loop_device(tmp_path / "disk.img", size=64 * MIB) as device:
         call("mkfs.ext4", "-q", device)
