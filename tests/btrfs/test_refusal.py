@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted
 from support.require import require
