@@ -86,7 +86,9 @@ def backup_command(
     dry_run: bool,
     tags: tuple[tuple[str, str], ...],
 ) -> None:
-    """Back up volumes while they are in use; several are one group, taken at one instant.
+    """Back up volumes while they are in use; several are one group.
+
+    The volumes of a group are snapshotted back to back and committed together.
 
     VOLUME is VG/LV, a device, a mount point or directory (the volume under it), or a file. The first backup
     of a volume is full, every later one reads only what has changed.
