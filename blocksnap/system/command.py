@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +22,12 @@ from typing import TYPE_CHECKING
 from blocksnap.errors import BlocksnapError
 
 if TYPE_CHECKING:
-    import subprocess
-
     import sh
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 _SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _SHOWN_LINES = 4
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 # How long an interrupt waits for a program that is in the middle of something.
 _GRACE_SECONDS = 30.0
 _PACKAGES = {
@@ -137,52 +137,104 @@ def run_observed(
     Without ``sh`` and its threads: what is observed here is how long writers stand still.
     Raises as ``run`` does.
     """
-    import subprocess
     import tempfile
 
     program = argv[0]
+    path = _locate(program)
     # Files rather than pipes: nobody reads while the program runs, and a full pipe would stop it. In memory,
     # because a file system may be frozen in this very moment.
     with (
         tempfile.TemporaryFile(dir=_memory_folder()) as out,
         tempfile.TemporaryFile(dir=_memory_folder()) as err,
     ):
-        process = subprocess.Popen(
-            [_locate(program), *argv[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            env=_environment(),
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + timeout_seconds
+        child: _Child | None = None
+        # An interrupt between the start and the wait would leave a program running that nobody knows of.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
         try:
-            while process.poll() is None:
-                observe()
-                if time.monotonic() > deadline:
-                    raise _left_running(process, program, timeout_seconds)
-                time.sleep(interval_seconds)
-            observe()
+            child = _Child.start(path, argv, out.fileno(), err.fileno())
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            _watch(child, observe, program, interval_seconds, timeout_seconds)
         except CommandTimeoutError:
             raise
         except BaseException:
-            _let_finish(lambda: process.poll() is None)
+            if child is not None:
+                _let_finish(child.is_alive)
             raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         out.seek(0)
         err.seek(0)
-        if process.returncode:
-            raise CommandError(program, process.returncode, err.read().decode(errors="replace"))
+        if child.status:
+            raise CommandError(program, child.status, err.read().decode(errors="replace"))
         return out.read().decode(errors="surrogateescape")
+
+
+class _Child:
+    """A running program."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.status: int | None = None
+
+    @classmethod
+    def start(cls, path: str, argv: Sequence[str], out: int, err: int) -> _Child:
+        """Start it in a session of its own, with no signal blocked and no descriptor but the three."""
+        actions: list[tuple[int, int, str, int, int] | tuple[int, int, int] | tuple[int, int]] = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, out, 1),
+            (os.POSIX_SPAWN_DUP2, err, 2),
+            *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()),
+        ]
+        try:
+            pid = os.posix_spawn(
+                path,
+                list(argv),
+                _environment(),
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE,),
+            )
+        except OSError as error:
+            raise CommandError(argv[0], 127, f"cannot be started: {error.strerror}") from error
+        return cls(pid)
+
+    def is_alive(self) -> bool:
+        """Tell whether it still runs."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+        return self.status is None
+
+
+def _watch(
+    child: _Child, observe: Callable[[], None], program: str, interval_seconds: float, timeout_seconds: float
+) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while child.is_alive():
+        observe()
+        if time.monotonic() > deadline:
+            raise CommandTimeoutError(program, child.pid, timeout_seconds)
+        time.sleep(interval_seconds)
+    observe()
+
+
+def _inheritable() -> list[int]:
+    """Return the descriptors beyond the standard three that a child would get; ours are none of them."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append(int(name))
+        except OSError:
+            # The one that the listing itself used.
+            continue
+    return found
 
 
 def _ignore() -> None:
     """Observe nothing."""
-
-
-def _left_running(process: subprocess.Popen[bytes], program: str, seconds: float) -> CommandTimeoutError:
-    # Popen warns about a child that nobody waited for; that is what is meant here.
-    process.returncode = 0
-    return CommandTimeoutError(program, process.pid, seconds)
 
 
 def _await(program: str, running: sh.RunningCommand, timeout_seconds: float) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -124,6 +125,28 @@ def test_an_interrupt_waits_until_the_program_is_done(folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_observed(["work"], interrupt)
     assert (folder / "done").exists()
+
+
+def test_an_interrupt_while_a_program_is_started_waits_until_it_is_done(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(folder, "work", f"sleep 0.2; touch {folder}/done")
+    spawn = os.posix_spawn
+
+    def interrupted(*words: object, **named: object) -> int:
+        pid = spawn(*words, **named)  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(os, "posix_spawn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_observed(["work"], lambda: None)
+    assert (folder / "done").exists()
+
+
+def test_child_can_be_interrupted_though_we_hold_signals_back(folder: Path) -> None:
+    script(folder, "look", "grep SigBlk /proc/self/status")
+    assert [text.split()[1] for text in both("look")] == ["0" * 16] * 2
 
 
 def test_long_output_is_whole(folder: Path) -> None:
