@@ -106,7 +106,8 @@ def describe_machine(directory: Path) -> Machine:
         cpu=models[0] if models else platform.machine(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        kernel=platform.release(),
+        # What follows the version names somebody's build, not the kernel.
+        kernel=platform.release().split("-")[0],
         python=platform.python_version(),
         filesystem=_filesystem_type(directory),
         date=datetime.now(UTC).date().isoformat(),
