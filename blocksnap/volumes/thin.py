@@ -273,8 +273,8 @@ def _devices_of(report: LvReport, pool_uuid: str) -> str:
 class _FreezeWatch:
     """Measures, by looking, how long a device is suspended.
 
-    A suspension too short to be seen is counted with the longest time between two looks, and the snapshot
-    then dated to before it: rather too long, and rather too early.
+    One too short to be seen counts as none, and the snapshot is then dated to before ``lvcreate``: rather
+    too early than too late.
     """
 
     def __init__(self, number: int | None) -> None:
@@ -282,7 +282,7 @@ class _FreezeWatch:
             f"/sys/dev/block/{blockdev.number_text(number)}/dm/suspended" if number is not None else None
         )
         self._fd = -1
-        self._last_running = self._last_look = self._longest_gap = 0.0
+        self._last_running = 0.0
         self._began = self._taken = 0.0
         self._suspended = False
         self._frozen = 0.0
@@ -291,7 +291,7 @@ class _FreezeWatch:
         if self._path is not None:
             with contextlib.suppress(OSError):
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        self._last_running = self._last_look = time.monotonic()
+        self._last_running = time.monotonic()
         self._began = time.time()
         return self
 
@@ -300,15 +300,11 @@ class _FreezeWatch:
             os.close(self._fd)
         if not self._taken:
             self._taken = self._began
-            if self._fd >= 0:
-                self._frozen = max(self._longest_gap, time.monotonic() - self._last_look)
         self._fd = -1
 
     def observe(self) -> None:
         """Look once."""
         now = time.monotonic()
-        self._longest_gap = max(self._longest_gap, now - self._last_look)
-        self._last_look = now
         if self._fd >= 0 and _reads_one(self._fd):
             if not self._suspended:
                 self._taken = time.time()
