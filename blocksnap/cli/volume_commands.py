@@ -106,7 +106,7 @@ def backup_command(
     resolved = [resolve_volume(name) for name in names]
     if len({volume.key for volume in resolved}) != len(resolved):
         raise UsageError("a volume is named twice")
-    options = BackupOptions(full=full, dry_run=dry_run, tags={**job_tags, **dict(tags)})
+    options = BackupOptions(full=full, tags={**job_tags, **dict(tags)})
     reporter = settings.reporter
     if dry_run:
         plans = plan_backups(repository, resolved, settings.state_directory, options, reporter)

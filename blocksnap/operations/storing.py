@@ -27,7 +27,6 @@ class BackupOptions:
     """How a backup is to be taken."""
 
     full: bool = False
-    dry_run: bool = False
     tags: Mapping[str, str] | None = None
     level: int = 1
     workers: int = 2
