@@ -18,6 +18,8 @@
 /* How often a scan lets Python look for signals. Taking the GIL can cost 5 ms when others use it. */
 enum { SIGNAL_CHECK_NANOSECONDS = 50000000 };
 
+static const char THIN_METADATA[] = "thin-pool metadata";
+
 static void release_object(PyObject **object)
 {
         Py_XDECREF(*object);
@@ -79,8 +81,11 @@ static PyObject *raise_os_error(int number, const char *call)
         return NULL;
 }
 
-/* Turn what a core function returned into an exception; error.h says what is set when. */
-static PyObject *raise_error(int result, const struct bs_error *error, uint64_t device_id)
+/*
+ * Turn what a core function returned into an exception; error.h says what is set when. `metadata` is what was
+ * read, and `key` what was looked up in it.
+ */
+static PyObject *raise_error(int result, const struct bs_error *error, const char *metadata, uint64_t key)
 {
         if (PyErr_Occurred())
                 return NULL;
@@ -88,16 +93,16 @@ static PyObject *raise_error(int result, const struct bs_error *error, uint64_t 
         case -ENOMEM:
                 return PyErr_NoMemory();
         case -EUCLEAN:
-                return PyErr_Format(PyExc_ValueError, "thin-pool metadata, block %llu: %s",
+                return PyErr_Format(PyExc_ValueError, "%s, block %llu: %s", metadata,
                                     (unsigned long long)error->block, error->reason);
         case -ERANGE:
                 PyErr_SetString(PyExc_ValueError, error->reason);
                 return NULL;
         case -ENOKEY: {
-                _cleanup_object_ PyObject *key = PyLong_FromUnsignedLongLong(device_id);
+                _cleanup_object_ PyObject *number = PyLong_FromUnsignedLongLong(key);
 
-                if (key)
-                        PyErr_SetObject(PyExc_KeyError, key);
+                if (number)
+                        PyErr_SetObject(PyExc_KeyError, number);
                 return NULL;
         }
         default:
@@ -154,6 +159,17 @@ static PyObject *bytes_from_bitmap(const uint8_t *bitmap, uint64_t bytes, uint64
         return Py_NewRef(extents);
 }
 
+static PyObject *bytes_from_extents(const struct bs_extents *extents)
+{
+        uint8_t *packed;
+        /* The list exists, so 16 bytes an item fit a size_t. */
+        PyObject *bytes = new_bytes((uint64_t)extents->count * BS_PACKED_EXTENT_SIZE, &packed);
+
+        if (bytes)
+                bs_extents_pack(extents, packed);
+        return bytes;
+}
+
 static PyObject *native_thin_device(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
         struct python_scan scan;
@@ -170,7 +186,7 @@ static PyObject *native_thin_device(PyObject *Py_UNUSED(module), PyObject *argum
                 result = bs_thin_find(&reader, device_id, &scan.interrupt, &scan.error, &view);
         scan_end(&scan);
         if (result < 0)
-                return raise_error(result, &scan.error, device_id);
+                return raise_error(result, &scan.error, THIN_METADATA, device_id);
         return Py_BuildValue(
                 "(IKIKKKKKKKKI)", (unsigned)view.superblock.time,
                 (unsigned long long)view.superblock.transaction_id, (unsigned)view.superblock.flags,
@@ -224,7 +240,7 @@ static PyObject *native_thin_scan(PyObject *Py_UNUSED(module), PyObject *argumen
         _cleanup_free_ uint8_t *changed = request.changed;
 
         if (result < 0)
-                return raise_error(result, &scan.error, request.device_id);
+                return raise_error(result, &scan.error, THIN_METADATA, request.device_id);
 
         _cleanup_object_ PyObject *extents = bytes_from_bitmap(changed ? changed : request.mapped, bytes,
                                                                found.view.superblock.chunk_size);
@@ -271,7 +287,6 @@ static PyObject *native_data_extents(PyObject *Py_UNUSED(module), PyObject *argu
         struct python_scan scan;
         uint64_t offset;
         uint64_t length;
-        uint8_t *packed;
         int fd;
 
         if (!PyArg_ParseTuple(arguments, "iO&O&:data_extents", &fd, to_u64, &offset, to_u64, &length))
@@ -280,14 +295,8 @@ static PyObject *native_data_extents(PyObject *Py_UNUSED(module), PyObject *argu
         int result = bs_data_extents(fd, offset, length, &scan.interrupt, &scan.error, &extents);
         scan_end(&scan);
         if (result < 0)
-                return raise_error(result, &scan.error, 0);
-
-        /* The list exists, so 16 bytes an item fit a size_t. */
-        PyObject *bytes = new_bytes((uint64_t)extents.count * BS_PACKED_EXTENT_SIZE, &packed);
-
-        if (bytes)
-                bs_extents_pack(&extents, packed);
-        return bytes;
+                return raise_error(result, &scan.error, "", 0);
+        return bytes_from_extents(&extents);
 }
 
 static PyObject *native_retain_memory(PyObject *Py_UNUSED(module), PyObject *arguments)

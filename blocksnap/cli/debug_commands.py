@@ -1,0 +1,54 @@
+"""debug: what the engines of the extent diff see, without a repository or a snapshot."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from blocksnap.cli.output import print_json
+
+if TYPE_CHECKING:
+    from blocksnap.operations.inspection import Inspection
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@click.group("debug")
+def debug_command() -> None:
+    """Show what the extent diff sees.
+
+    Every command prints a line `begin length`, in bytes, for each extent that may differ; with --json
+    also which engine answered, why, and how many seconds it took.
+    """
+
+
+def inspection_command(name: str) -> Callable[[_Command], click.Command]:
+    """Make a command of a function that returns an Inspection; it gets the options of all of them."""
+
+    def decorate(function: _Command) -> click.Command:
+        @debug_command.command(name)
+        @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+        @click.option("-q", "--quiet", is_flag=True, help="Print no extents, only what goes wrong.")
+        @click.option("-v", "--verbose", is_flag=True, help="Say which engine answered, and why.")
+        @functools.wraps(function)
+        def wrapped(*, as_json: bool, quiet: bool, verbose: bool, **arguments: object) -> None:
+            show_inspection(function(**arguments), as_json=as_json, quiet=quiet, verbose=verbose)
+
+        return wrapped
+
+    return decorate
+
+
+def show_inspection(found: Inspection, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Print what an engine answered."""
+    if as_json:
+        print_json(found.document())
+        return
+    if verbose:
+        click.echo(f"{found.engine}: {found.reason}; {found.seconds:.3f} s", err=True)
+    if not quiet:
+        for offset, length in found.extents.pairs():
+            click.echo(f"{offset} {length}")
