@@ -13,14 +13,18 @@ from typing import Final
 THIN_BLOCK_SIZE: Final[int]
 """Bytes of one thin-pool metadata block (4096)."""
 
+THIN_NO_DEVICE: Final[int]
+"""In place of a base device: an empty one."""
+
 def thin_device(
-    fd: int, device_id: int, /
+    fd: int, device_id: int, held_root: int, /
 ) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int]:
     """Read what identifies one thin device of a pool.
 
     ``fd`` is the pool's metadata device (or an image of it), opened by the caller, with O_DIRECT when
     the pool is live. Block 0 caught in mid-write is read again, and the look-up starts over when the
-    pool commits meanwhile, so that all values belong to one transaction.
+    pool commits meanwhile, so that all values belong to one transaction. With a ``held_root`` other than 0
+    the device is looked up in the pool's metadata snapshot, whose block that is.
 
     Returns ``(pool_time, transaction_id, flags, held_root, data_block_size_bytes, metadata_blocks,
     mapping_root, details_root, device_root, mapped_blocks, device_transaction_id, creation_time)``: the
@@ -31,7 +35,9 @@ def thin_device(
     Raises KeyError when the pool has no such device.
     """
 
-def thin_scan(fd: int, device_id: int, since: int, nr_chunks: int, /) -> tuple[bytes, bytes, int]:
+def thin_scan(
+    fd: int, device_id: int, since: int, nr_chunks: int, held_root: int, /
+) -> tuple[bytes, bytes, int]:
     """Walk the mapping tree of one thin device that nobody writes to: a snapshot.
 
     Returns ``(changed, mapped, nodes)``: packed extents, in bytes of the volume, of the chunks whose
@@ -44,6 +50,22 @@ def thin_scan(fd: int, device_id: int, since: int, nr_chunks: int, /) -> tuple[b
     other than the pool has on record, and a ``since`` that the pool's time has not reached (another
     pool, or an older state of this one) all raise ValueError, and the caller compares in full.
     Raises KeyError when the pool has no such device.
+    """
+
+def thin_diff(
+    fd: int, base_id: int, device_id: int, first_chunk: int, end_chunk: int, held_root: int, /
+) -> tuple[bytes, bytes, int]:
+    """Compare the mapping trees of two snapshots of one pool; nobody writes to either.
+
+    Subtrees that both share are not read, so the time is that of the change, not of the volume.
+
+    Returns ``(changed, discarded, nodes)``: packed extents, in bytes of the volume, of the chunks among
+    ``[first_chunk, end_chunk)`` that the later device maps, and the base not or to another block; of
+    those that only the base maps; and the number of metadata blocks read. With ``THIN_NO_DEVICE`` as base,
+    ``changed`` is what the device maps. ``held_root`` as in ``thin_device``.
+
+    Raises KeyError with the id of a device that the pool does not have, ValueError when the metadata makes
+    no sense or a device changed while it was read.
     """
 
 def bitmap_extents(bitmap: bytes | bytearray | memoryview, unit: int, /) -> bytes:

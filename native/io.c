@@ -47,6 +47,17 @@ int bs_fd_size(int fd, struct bs_error *error, uint64_t *out)
         return 0;
 }
 
+void bs_read_many(const struct bs_reader *reader, struct bs_read *reads, size_t count)
+{
+        if (reader->read_many) {
+                reader->read_many(reader->context, reads, count);
+                return;
+        }
+        for (size_t i = 0; i < count; i++)
+                reads[i].result =
+                        reader->read(reader->context, reads[i].offset, reads[i].buffer, reads[i].length);
+}
+
 static int read_fd(void *context, uint64_t offset, void *buffer, size_t length)
 {
         return bs_pread_all(*(int *)context, buffer, length, offset);

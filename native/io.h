@@ -17,6 +17,14 @@ int bs_pread_all(int fd, void *buffer, size_t length, uint64_t offset);
 /* Size in bytes of a block device or regular file; -ENOTBLK for anything else. `error` names the call. */
 int bs_fd_size(int fd, struct bs_error *error, uint64_t *out);
 
+/* One read of several that are made together; `result` is 0 when the whole buffer was filled, or -errno. */
+struct bs_read {
+        uint64_t offset;
+        void *buffer;
+        size_t length;
+        int result;
+};
+
 /*
  * Something that can be read at an offset: a descriptor, or memory in tests and fuzzers.
  * `read` fills the whole buffer or returns -errno; offset, length and buffer are aligned to
@@ -24,10 +32,14 @@ int bs_fd_size(int fd, struct bs_error *error, uint64_t *out);
  */
 struct bs_reader {
         int (*read)(void *context, uint64_t offset, void *buffer, size_t length);
+        void (*read_many)(void *context, struct bs_read *reads, size_t count); /* NULL: one by one */
         void *context;
         const char *call;
         uint64_t size;
 };
+
+/* Make several reads, at the same time where that is possible, and set the result of each. */
+void bs_read_many(const struct bs_reader *reader, struct bs_read *reads, size_t count);
 
 /* A reader of the descriptor `*fd`, which stays the caller's and has to outlive the reader. */
 int bs_fd_reader_init(int *fd, struct bs_error *error, struct bs_reader *out);

@@ -9,6 +9,7 @@
 #include "cleanup.h"
 #include "extent.h"
 #include "seek.h"
+#include "thin_diff.h"
 #include "thin_scan.h"
 
 #include <limits.h>
@@ -176,14 +177,15 @@ static PyObject *native_thin_device(PyObject *Py_UNUSED(module), PyObject *argum
         struct bs_reader reader;
         struct bs_thin_view view;
         uint64_t device_id;
+        uint64_t held_root;
         int fd;
 
-        if (!PyArg_ParseTuple(arguments, "iO&:thin_device", &fd, to_u64, &device_id))
+        if (!PyArg_ParseTuple(arguments, "iO&O&:thin_device", &fd, to_u64, &device_id, to_u64, &held_root))
                 return NULL;
         scan_begin(&scan);
         int result = bs_fd_reader_init(&fd, &scan.error, &reader);
         if (result == 0)
-                result = bs_thin_find(&reader, device_id, &scan.interrupt, &scan.error, &view);
+                result = bs_thin_find(&reader, held_root, device_id, &scan.interrupt, &scan.error, &view);
         scan_end(&scan);
         if (result < 0)
                 return raise_error(result, &scan.error, THIN_METADATA, device_id);
@@ -224,8 +226,8 @@ static PyObject *native_thin_scan(PyObject *Py_UNUSED(module), PyObject *argumen
         struct bs_thin_scan_result found;
         int fd;
 
-        if (!PyArg_ParseTuple(arguments, "iO&O&O&:thin_scan", &fd, to_u64, &request.device_id, to_u64,
-                              &request.since, to_u64, &request.nr_chunks))
+        if (!PyArg_ParseTuple(arguments, "iO&O&O&O&:thin_scan", &fd, to_u64, &request.device_id, to_u64,
+                              &request.since, to_u64, &request.nr_chunks, to_u64, &request.held_root))
                 return NULL;
 
         uint64_t bytes = bs_bitmap_bytes(request.nr_chunks);
@@ -248,6 +250,35 @@ static PyObject *native_thin_scan(PyObject *Py_UNUSED(module), PyObject *argumen
         if (!extents)
                 return NULL;
         return Py_BuildValue("(OOK)", extents, mapped, (unsigned long long)found.nodes);
+}
+
+static PyObject *native_thin_diff(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+        struct python_scan scan;
+        struct bs_reader reader;
+        struct bs_thin_diff request;
+        uint64_t missing = 0;
+        int fd;
+
+        if (!PyArg_ParseTuple(arguments, "iO&O&O&O&O&:thin_diff", &fd, to_u64, &request.base_id, to_u64,
+                              &request.device_id, to_u64, &request.first_chunk, to_u64, &request.end_chunk,
+                              to_u64, &request.held_root))
+                return NULL;
+
+        _cleanup_(bs_thin_diff_result_deinit) struct bs_thin_diff_result found = {.nodes = 0};
+
+        scan_begin(&scan);
+        int result = bs_fd_reader_init(&fd, &scan.error, &reader);
+        if (result == 0)
+                result = bs_thin_diff(&reader, &request, &scan.interrupt, &scan.error, &missing, &found);
+        scan_end(&scan);
+        if (result < 0)
+                return raise_error(result, &scan.error, THIN_METADATA, missing);
+
+        _cleanup_object_ PyObject *changed = bytes_from_extents(&found.changed);
+        _cleanup_object_ PyObject *discarded = changed ? bytes_from_extents(&found.discarded) : NULL;
+
+        return discarded ? Py_BuildValue("(OOK)", changed, discarded, (unsigned long long)found.nodes) : NULL;
 }
 
 static PyObject *native_bitmap_extents(PyObject *Py_UNUSED(module), PyObject *arguments)
@@ -327,6 +358,7 @@ static PyObject *native_retain_memory(PyObject *Py_UNUSED(module), PyObject *arg
 static PyMethodDef methods[] = {
         {"thin_device", native_thin_device, METH_VARARGS, NULL},
         {"thin_scan", native_thin_scan, METH_VARARGS, NULL},
+        {"thin_diff", native_thin_diff, METH_VARARGS, NULL},
         {"bitmap_extents", native_bitmap_extents, METH_VARARGS, NULL},
         {"bitmap_subtract", native_bitmap_subtract, METH_VARARGS, NULL},
         {"data_extents", native_data_extents, METH_VARARGS, NULL},
@@ -336,6 +368,10 @@ static PyMethodDef methods[] = {
 
 static int module_exec(PyObject *module)
 {
+        _cleanup_object_ PyObject *no_device = PyLong_FromUnsignedLongLong(BS_THIN_NO_DEVICE);
+
+        if (!no_device || PyModule_AddObjectRef(module, "THIN_NO_DEVICE", no_device) < 0)
+                return -1;
         return PyModule_AddIntConstant(module, "THIN_BLOCK_SIZE", BS_THIN_BLOCK_SIZE);
 }
 

@@ -33,7 +33,8 @@ uint32_t bs_thin_checksum(const uint8_t *block, uint32_t salt)
         return bs_crc32c(UINT32_MAX, block + 4, BS_THIN_BLOCK_SIZE - 4) ^ salt;
 }
 
-static const char *superblock_fault(const uint8_t *block, const struct bs_thin_superblock *parsed)
+static const char *superblock_fault(const uint8_t *block, uint64_t number,
+                                    const struct bs_thin_superblock *parsed)
 {
         uint32_t version = bs_thin_u32(block + 40);
         uint64_t sectors = parsed->chunk_size / SECTOR_SIZE;
@@ -42,7 +43,7 @@ static const char *superblock_fault(const uint8_t *block, const struct bs_thin_s
                 return "not a thin-pool superblock";
         if (bs_thin_u32(block) != bs_thin_checksum(block, BS_THIN_SUPERBLOCK_SALT))
                 return "wrong checksum of the superblock";
-        if (bs_thin_u64(block + 8) != 0)
+        if (bs_thin_u64(block + 8) != number)
                 return "the superblock carries another block's number";
         if (version < 1 || version > MAX_VERSION)
                 return "unknown metadata version";
@@ -52,12 +53,13 @@ static const char *superblock_fault(const uint8_t *block, const struct bs_thin_s
                 return "metadata blocks are not 4096 bytes";
         if (sectors < MIN_CHUNK_SECTORS || sectors > MAX_CHUNK_SECTORS || sectors % MIN_CHUNK_SECTORS)
                 return "impossible chunk size";
-        if (parsed->metadata_blocks == 0)
+        if (number == 0 && parsed->metadata_blocks == 0)
                 return "the metadata space map is empty";
         return NULL;
 }
 
-int bs_thin_superblock_parse(const uint8_t *block, struct bs_error *error, struct bs_thin_superblock *out)
+int bs_thin_superblock_parse(const uint8_t *block, uint64_t number, struct bs_error *error,
+                             struct bs_thin_superblock *out)
 {
         struct bs_thin_superblock parsed = {
                 .flags = bs_thin_u32(block + 4),
@@ -69,10 +71,10 @@ int bs_thin_superblock_parse(const uint8_t *block, struct bs_error *error, struc
                 .details_root = bs_thin_u64(block + 328),
                 .chunk_size = (uint64_t)bs_thin_u32(block + 336) * SECTOR_SIZE,
         };
-        const char *fault = superblock_fault(block, &parsed);
+        const char *fault = superblock_fault(block, number, &parsed);
 
         if (fault)
-                return bs_fail_block(error, 0, fault);
+                return bs_fail_block(error, number, fault);
         *out = parsed;
         return 0;
 }
@@ -229,6 +231,20 @@ static int look_up_device(const struct lookup *in, const struct bs_thin_superblo
 /* What find_once() says, beside 0 and -errno, when it has to be called again. */
 enum { POOL_COMMITTED = 1, SUPERBLOCK_TORN = 2 };
 
+/* Read block 0 to `to` and take it apart. */
+static int read_block0(const struct lookup *in, uint8_t *to, struct bs_thin_superblock *out)
+{
+        int result = read_block(in->reader, 0, in->error, to);
+
+        if (result < 0)
+                return result;
+        if (bs_thin_superblock_parse(to, 0, in->error, out) < 0)
+                return SUPERBLOCK_TORN;
+        if (out->metadata_blocks > in->reader->size / BS_THIN_BLOCK_SIZE)
+                return bs_fail_block(in->error, 0, "the metadata device is smaller than the pool expects");
+        return 0;
+}
+
 /*
  * One attempt to find a device.
  *
@@ -238,15 +254,11 @@ enum { POOL_COMMITTED = 1, SUPERBLOCK_TORN = 2 };
 static int find_once(const struct lookup *in, uint64_t device_id, uint8_t *block0, struct bs_thin_view *out)
 {
         struct lookup sized = *in;
-        int result = read_block(in->reader, 0, in->error, block0);
+        int result = read_block0(in, block0, &out->superblock);
 
-        if (result < 0)
+        if (result != 0)
                 return result;
-        if (bs_thin_superblock_parse(block0, in->error, &out->superblock) < 0)
-                return SUPERBLOCK_TORN;
         sized.metadata_blocks = out->superblock.metadata_blocks;
-        if (sized.metadata_blocks > in->reader->size / BS_THIN_BLOCK_SIZE)
-                return bs_fail_block(in->error, 0, "the metadata device is smaller than the pool expects");
         result = look_up_device(&sized, &out->superblock, device_id, &out->device);
 
         struct bs_error again = {.call = NULL};
@@ -259,8 +271,38 @@ static int find_once(const struct lookup *in, uint64_t device_id, uint8_t *block
         return memcmp(block0, in->buffer, BS_THIN_BLOCK_SIZE) == 0 ? result : POOL_COMMITTED;
 }
 
-int bs_thin_find(const struct bs_reader *reader, uint64_t device_id, const struct bs_interrupt *interrupt,
-                 struct bs_error *error, struct bs_thin_view *out)
+/* The same in a metadata snapshot, whose nodes stay as they are for as long as block 0 names it. */
+static int find_held(const struct lookup *in, uint64_t held_root, uint64_t device_id, uint8_t *block0,
+                     struct bs_thin_view *out)
+{
+        static const char not_held[] = "the pool does not hold that metadata snapshot";
+        struct lookup sized = *in;
+        struct bs_thin_superblock live;
+        int result = read_block0(in, block0, &live);
+
+        if (result != 0)
+                return result;
+        if (live.held_root != held_root)
+                return bs_fail_range(in->error, not_held);
+        sized.metadata_blocks = live.metadata_blocks;
+        result = bs_thin_block_check(held_root, live.metadata_blocks, in->error);
+        if (result == 0)
+                result = read_block(in->reader, held_root, in->error, in->buffer);
+        if (result == 0)
+                result = bs_thin_superblock_parse(in->buffer, held_root, in->error, &out->superblock);
+        if (result == 0)
+                result = look_up_device(&sized, &out->superblock, device_id, &out->device);
+        out->superblock.metadata_blocks = live.metadata_blocks;
+
+        int again = read_block0(in, block0, &live);
+
+        if (again != 0)
+                return again;
+        return live.held_root == held_root ? result : bs_fail_range(in->error, not_held);
+}
+
+int bs_thin_find(const struct bs_reader *reader, uint64_t held_root, uint64_t device_id,
+                 const struct bs_interrupt *interrupt, struct bs_error *error, struct bs_thin_view *out)
 {
         const struct timespec wait = {.tv_nsec = TORN_WAIT_NANOSECONDS};
         _cleanup_free_ uint8_t *blocks = bs_alloc_aligned(2 * BS_THIN_BLOCK_SIZE);
@@ -273,7 +315,8 @@ int bs_thin_find(const struct bs_reader *reader, uint64_t device_id, const struc
         if (reader->size < BS_THIN_BLOCK_SIZE)
                 return bs_fail_block(error, 0, "the metadata device is smaller than one block");
         for (int attempt = 0; attempt < COMMIT_ATTEMPTS; attempt++) {
-                int result = find_once(&in, device_id, blocks, out);
+                int result = held_root ? find_held(&in, held_root, device_id, blocks, out)
+                                       : find_once(&in, device_id, blocks, out);
 
                 if (result <= 0)
                         return result;
@@ -286,4 +329,21 @@ int bs_thin_find(const struct bs_reader *reader, uint64_t device_id, const struc
                         return result;
         }
         return bs_fail_block(error, 0, "the pool commits faster than a device can be looked up");
+}
+
+int bs_thin_check_unchanged(const struct bs_reader *reader, uint64_t held_root, uint64_t device_id,
+                            const struct bs_thin_device *then, const struct bs_interrupt *interrupt,
+                            struct bs_error *error)
+{
+        struct bs_thin_view now;
+        int result = bs_thin_find(reader, held_root, device_id, interrupt, error, &now);
+
+        if (result < 0 && result != -ENOKEY)
+                return result;
+        if (result == -ENOKEY || now.device.root != then->root ||
+            now.device.mapped_blocks != then->mapped_blocks ||
+            now.device.transaction_id != then->transaction_id ||
+            now.device.creation_time != then->creation_time)
+                return bs_fail_block(error, then->root, "the device changed while it was read");
+        return 0;
 }

@@ -119,8 +119,13 @@ static inline struct bs_thin_place bs_thin_child(const struct bs_thin_node *node
 /* Crc32c of a block as dm stores it in the block's first four bytes. */
 uint32_t bs_thin_checksum(const uint8_t *block, uint32_t salt);
 
-/* Check block 0 and take it apart. -EUCLEAN with the reason when it is not a superblock we can read. */
-int bs_thin_superblock_parse(const uint8_t *block, struct bs_error *error, struct bs_thin_superblock *out);
+/*
+ * Check a superblock, found at block `number`, and take it apart. That is block 0, or the copy of it that
+ * is the root of a metadata snapshot; a copy has no space maps, so its `metadata_blocks` is 0. -EUCLEAN with
+ * the reason when it is not a superblock we can read.
+ */
+int bs_thin_superblock_parse(const uint8_t *block, uint64_t number, struct bs_error *error,
+                             struct bs_thin_superblock *out);
 
 /*
  * Check a btree node: checksum, own address, kind, counts that fit the block, values of `value_size`
@@ -137,8 +142,19 @@ int bs_thin_block_check(uint64_t block, uint64_t metadata_blocks, struct bs_erro
  * Find a device. Reads block 0 again while it is caught in mid-write, and starts over while the pool
  * commits between the reads, so that what is returned belongs to one transaction. -ENOKEY when the pool
  * has no such device.
+ *
+ * With `held_root` not 0 the device is looked up in the metadata snapshot there, which no commit disturbs;
+ * -ERANGE when that is not the one the pool holds.
  */
-int bs_thin_find(const struct bs_reader *reader, uint64_t device_id, const struct bs_interrupt *interrupt,
-                 struct bs_error *error, struct bs_thin_view *out);
+int bs_thin_find(const struct bs_reader *reader, uint64_t held_root, uint64_t device_id,
+                 const struct bs_interrupt *interrupt, struct bs_error *error, struct bs_thin_view *out);
+
+/*
+ * Make sure that a device is still what it was at `then`, so that no node of its tree was reused meanwhile;
+ * -EUCLEAN when it is not, and whatever bs_thin_find() may return.
+ */
+int bs_thin_check_unchanged(const struct bs_reader *reader, uint64_t held_root, uint64_t device_id,
+                            const struct bs_thin_device *then, const struct bs_interrupt *interrupt,
+                            struct bs_error *error);
 
 #endif

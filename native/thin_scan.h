@@ -6,7 +6,7 @@
  * read while the pool is live. What cannot be read or does not make sense is an error, never a smaller
  * answer: the nodes are checked one by one, and the mappings found must be as many as the pool says.
  *
- * Memory is two bitmaps of one bit a chunk, one of a bit a metadata block, 1 MiB of buffer and 24 bytes
+ * Memory is two bitmaps of one bit a chunk, one of a bit a metadata block, 4 MiB of buffer and 24 bytes
  * for each of at most about a million blocks yet to be read: some 60 MiB for 8 TiB at 64 KiB.
  */
 #ifndef BLOCKSNAP_THIN_SCAN_H
@@ -16,6 +16,7 @@
 
 struct bs_thin_scan {
         uint64_t device_id;
+        uint64_t held_root; /* of the metadata snapshot to read, or 0 for the live metadata */
         uint64_t since;     /* pool time from which on a mapping counts as changed; 0 for all */
         uint64_t nr_chunks; /* mappings at or beyond this chunk are read and ignored */
         uint8_t *mapped;    /* in: zeros, bs_bitmap_bytes(nr_chunks); out: the mapped chunks */

@@ -255,7 +255,7 @@ def read_facts(fd: int, thin_id: int) -> DeviceFacts:
         if attempt:
             time.sleep(_PAUSE_SECONDS)
         try:
-            raw = thin_device(fd, thin_id)
+            raw = thin_device(fd, thin_id, 0)
         except KeyError:
             problem = f"there is no device {thin_id}"
         except ValueError as err:
@@ -294,7 +294,7 @@ def _scan(fd: int, identity: ThinIdentity, *, since: int, size: int) -> tuple[Ex
         if before.created != identity.snapshot_time:
             raise VolumeError("the snapshot was replaced while its changes were read")
         try:
-            changed, bitmap, _ = thin_scan(fd, identity.snapshot_id, since, nr_chunks)
+            changed, bitmap, _ = thin_scan(fd, identity.snapshot_id, since, nr_chunks, 0)
         except (KeyError, ValueError) as err:
             problem = str(err)
             continue

@@ -106,7 +106,7 @@ static bool superblock_is_good(const struct bs_reader *reader)
 
         if (reader->size < sizeof(block) || reader->read(reader->context, 0, block, sizeof(block)) < 0)
                 return false;
-        return bs_thin_superblock_parse(block, &error, &superblock) == 0;
+        return bs_thin_superblock_parse(block, 0, &error, &superblock) == 0;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);

@@ -8,7 +8,7 @@ static int find_in(const struct bs_reader *reader, uint64_t device_id, struct bs
                    struct bs_thin_view *out)
 {
         *error = (struct bs_error){.call = NULL};
-        return bs_thin_find(reader, device_id, &never, error, out);
+        return bs_thin_find(reader, 0, device_id, &never, error, out);
 }
 
 /* Expect that device 1 is refused because of `block`, with a reason that contains `reason`. */
@@ -230,7 +230,7 @@ static void test_interrupt_and_read_errors(void)
         struct bs_error error;
 
         image->commits = 100;
-        CHECK_EQUAL(bs_thin_find(&reader, 1, &stop, &error, &view), -EINTR);
+        CHECK_EQUAL(bs_thin_find(&reader, 0, 1, &stop, &error, &view), -EINTR);
         image->commits = 0;
         image->bad_block = 2;
         CHECK_EQUAL(find_in(&reader, 1, &error, &view), -EIO);

@@ -96,10 +96,10 @@ static void test_two_levels(void)
         image_destroy(image);
 }
 
-/* The seventh request, after four of the look-up, the root and the first middle node, is for leaves. */
+/* The eighth request, after four of the look-up, the root and two middle nodes, is for leaves. */
 static void expect_leaves(struct image *image)
 {
-        if (image->reads == 7)
+        if (image->reads == 8)
                 CHECK_EQUAL(image->last_block, 21);
 }
 

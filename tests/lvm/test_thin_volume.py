@@ -402,7 +402,8 @@ def scrap(_lab: None, tmp_path: Path) -> Iterator[ThinPool]:
         file.truncate(160 << 20)
     loop = tool("losetup", "--find", "--show", str(disk)).strip()
     try:
-        tool("vgcreate", "-y", "scrap", loop)
+        # On a host with systemd, udev would activate the group again whenever its disk was touched.
+        tool("vgcreate", "-y", "--setautoactivation", "n", "scrap", loop)
         tool(
             "lvcreate",
             "-y",

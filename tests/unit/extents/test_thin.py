@@ -127,13 +127,15 @@ class Pool:
         self.trouble: list[Exception] = []
         self.moves = 0
 
-    def thin_device(self, _fd: int, device: int) -> tuple[int, ...]:
+    def thin_device(self, _fd: int, device: int, _held: int) -> tuple[int, ...]:
         if self.moves:
             self.moves -= 1
             self.root += 1
         return (15, 30, 0, 0, UNIT, 2048, 1, 2, self.root, len(self.mappings), 29, self.created)
 
-    def thin_scan(self, _fd: int, device: int, since: int, nr_chunks: int) -> tuple[bytes, bytes, int]:
+    def thin_scan(
+        self, _fd: int, device: int, since: int, nr_chunks: int, _held: int
+    ) -> tuple[bytes, bytes, int]:
         if self.trouble:
             raise self.trouble.pop()
         assert device == CURRENT.snapshot_id
@@ -274,7 +276,7 @@ def test_more_mappings_than_the_pool_counts_are_an_error(use: Any, monkeypatch: 
     from blocksnap import _native
 
     pool = use(Pool({0: 12, 1: 12}))
-    monkeypatch.setattr(_native, "thin_device", lambda *_: (*pool.thin_device(0, 0)[:9], 1, 29, 14))
+    monkeypatch.setattr(_native, "thin_device", lambda *_: (*pool.thin_device(0, 0, 0)[:9], 1, 29, 14))
     with pytest.raises(VolumeError, match="2 chunks in the tree and 1"):
         find(16 * UNIT, parent())
 

@@ -28,7 +28,8 @@ STUB = Path(inspect.getsourcefile(restore) or "").parents[2] / "blocksnap" / "_n
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     require("lvm", shutil.which("thin_restore") is not None, "thin-provisioning-tools is not installed")
     path = tmp_path_factory.mktemp("leaks") / "meta"
-    restore(path, {1: [Run(n * 2, 1, n, n % 4) for n in range(2000)]}, time=3)
+    runs = [Run(n * 2, 1, n, n % 4) for n in range(2000)]
+    restore(path, {1: runs, 3: [Run(n * 3, 1, 3000 + n, 3) for n in range(900)]}, time=3)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     yield fd
     os.close(fd)
@@ -43,17 +44,25 @@ def fails(expected: type[BaseException], call: Callable[[], object]) -> None:
 # Every exported function, on its good ways and on its bad ones.
 LOOPS: dict[str, list[Callable[[int], object]]] = {
     "thin_device": [
-        lambda fd: _native.thin_device(fd, 1),
-        lambda fd: fails(KeyError, lambda: _native.thin_device(fd, 2)),
-        lambda _: fails(OSError, lambda: _native.thin_device(-1, 1)),
+        lambda fd: _native.thin_device(fd, 1, 0),
+        lambda fd: fails(KeyError, lambda: _native.thin_device(fd, 2, 0)),
+        lambda _: fails(OSError, lambda: _native.thin_device(-1, 1, 0)),
     ],
     "thin_scan": [
-        lambda fd: _native.thin_scan(fd, 1, 0, 5000),
-        lambda fd: _native.thin_scan(fd, 1, 2, 5000),
-        lambda fd: fails(ValueError, lambda: _native.thin_scan(fd, 1, 9, 5000)),
-        lambda fd: fails(KeyError, lambda: _native.thin_scan(fd, 2, 1, 5000)),
-        lambda _: fails(OSError, lambda: _native.thin_scan(-1, 1, 1, 5000)),
-        lambda fd: fails(OverflowError, lambda: _native.thin_scan(fd, 1, 1, -1)),
+        lambda fd: _native.thin_scan(fd, 1, 0, 5000, 0),
+        lambda fd: _native.thin_scan(fd, 1, 2, 5000, 0),
+        lambda fd: fails(ValueError, lambda: _native.thin_scan(fd, 1, 9, 5000, 0)),
+        lambda fd: fails(KeyError, lambda: _native.thin_scan(fd, 2, 1, 5000, 0)),
+        lambda _: fails(OSError, lambda: _native.thin_scan(-1, 1, 1, 5000, 0)),
+        lambda fd: fails(OverflowError, lambda: _native.thin_scan(fd, 1, 1, -1, 0)),
+    ],
+    "thin_diff": [
+        lambda fd: _native.thin_diff(fd, 1, 3, 0, 5000, 0),
+        lambda fd: _native.thin_diff(fd, _native.THIN_NO_DEVICE, 1, 0, 5000, 0),
+        lambda fd: fails(KeyError, lambda: _native.thin_diff(fd, 2, 1, 0, 5000, 0)),
+        lambda fd: fails(ValueError, lambda: _native.thin_diff(fd, 1, 3, 0, 1 << 60, 0)),
+        lambda fd: fails(ValueError, lambda: _native.thin_diff(fd, 1, 3, 0, 5000, 7)),
+        lambda _: fails(OSError, lambda: _native.thin_diff(-1, 1, 3, 0, 5000, 0)),
     ],
     "bitmap_extents": [
         lambda _: _native.bitmap_extents(b"\x55" * 5000, 4096),
@@ -116,7 +125,7 @@ def test_no_reference_is_lost(image: int) -> None:
     for _ in range(100):
         _native.bitmap_extents(bitmap, number)
         _native.bitmap_subtract(bitmap, bitmap)
-        fails(ValueError, lambda: _native.thin_scan(image, 1, number, number))
+        fails(ValueError, lambda: _native.thin_scan(image, 1, number, number, 0))
     assert (sys.getrefcount(bitmap), sys.getrefcount(number)) == before
 
 
@@ -143,11 +152,11 @@ def test_retain_memory_refuses_nonsense() -> None:
 
 
 def test_scans_run_in_threads(image: int) -> None:
-    expected = _native.thin_scan(image, 1, 2, 5000)
+    expected = _native.thin_scan(image, 1, 2, 5000, 0)
     answers: list[object] = []
 
     def work() -> None:
-        answers.extend(_native.thin_scan(image, 1, 2, 5000) == expected for _ in range(50))
+        answers.extend(_native.thin_scan(image, 1, 2, 5000, 0) == expected for _ in range(50))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

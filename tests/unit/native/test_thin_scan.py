@@ -52,7 +52,7 @@ def expected(pool: Pool, device_id: int, since: int, nr_chunks: int) -> tuple[Ex
 
 def check_against_model(path: Path, pool: Pool, device_id: int, since: int, nr_chunks: int) -> None:
     with opened(path) as fd:
-        changed, mapped, nodes = _native.thin_scan(fd, device_id, since, nr_chunks)
+        changed, mapped, nodes = _native.thin_scan(fd, device_id, since, nr_chunks, 0)
     assert (ExtentList(changed), mapped, nodes) == expected(pool, device_id, since, nr_chunks)
 
 
@@ -96,7 +96,7 @@ def test_device_equals_the_model_in_a_deep_tree(tmp_path: Path) -> None:
     assert not pool.node(pool.mapping_root)[0]
     with opened(image) as fd:
         for device_id, device in pool.devices().items():
-            assert _native.thin_device(fd, device_id) == (
+            assert _native.thin_device(fd, device_id, 0) == (
                 pool.time,
                 pool.transaction_id,
                 pool.flags,
@@ -118,10 +118,10 @@ def test_a_device_that_is_not_there(tmp_path: Path, device_id: int) -> None:
     many_devices(image, 600)
     with opened(image) as fd:
         with pytest.raises(KeyError) as caught:
-            _native.thin_device(fd, device_id)
+            _native.thin_device(fd, device_id, 0)
         assert caught.value.args == (device_id,)
         with pytest.raises(KeyError):
-            _native.thin_scan(fd, device_id, 0, 8)
+            _native.thin_scan(fd, device_id, 0, 8, 0)
 
 
 def small_pool(path: Path) -> Pool:
@@ -133,13 +133,13 @@ def test_direct_io_gives_the_same(tmp_path: Path) -> None:
     image = tmp_path / "meta"
     small_pool(image)
     with opened(image) as fd:
-        buffered = _native.thin_scan(fd, 1, 2, 600)
+        buffered = _native.thin_scan(fd, 1, 2, 600, 0)
     try:
         fd = os.open(image, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         require("direct-io", available=False, reason="the filesystem of the temporary folder has no O_DIRECT")
     try:
-        assert _native.thin_scan(fd, 1, 2, 600) == buffered
+        assert _native.thin_scan(fd, 1, 2, 600, 0) == buffered
     finally:
         os.close(fd)
 
@@ -150,7 +150,7 @@ Answer = tuple[bytes, bytes, int] | str
 def answer_or_refusal(path: Path, device_id: int) -> Answer:
     with opened(path) as fd:
         try:
-            return _native.thin_scan(fd, device_id, 2, 600)
+            return _native.thin_scan(fd, device_id, 2, 600, 0)
         except ValueError as error:
             return str(error)
         except KeyError:
@@ -240,7 +240,7 @@ def test_superblocks_that_make_no_sense(
     pool = small_pool(image)
     write_patched(image, pool, 0, offset=offset, layout=layout, value=value)
     with opened(image) as fd, pytest.raises(ValueError, match=f"block 0: .*{reason}"):
-        _native.thin_device(fd, 1)
+        _native.thin_device(fd, 1, 0)
 
 
 def test_size_left_behind_in_the_superblock_is_not_believed(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_since_must_be_of_this_pool(tmp_path: Path) -> None:
     with opened(image) as fd:
         for since in (4, 1 << 24, (1 << 64) - 1):
             with pytest.raises(ValueError, match="not the same pool"):
-                _native.thin_scan(fd, 1, since, 600)
+                _native.thin_scan(fd, 1, since, 600, 0)
 
 
 def test_times_of_24_bits(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_times_of_24_bits(tmp_path: Path) -> None:
     check_against_model(image, pool, 1, last, 16)
     write_patched(image, pool, 0, offset=44, layout="<I", value=last + 1)
     with opened(image) as fd, pytest.raises(ValueError, match="outgrown"):
-        _native.thin_scan(fd, 1, last, 16)
+        _native.thin_scan(fd, 1, last, 16, 0)
 
 
 def test_mapped_blocks_must_be_as_many_as_found(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ Call = Callable[[int], object]
 
 @pytest.mark.parametrize(
     "call",
-    [lambda fd: _native.thin_device(fd, 1), lambda fd: _native.thin_scan(fd, 1, 0, 8)],
+    [lambda fd: _native.thin_device(fd, 1, 0), lambda fd: _native.thin_scan(fd, 1, 0, 8, 0)],
     ids=["thin_device", "thin_scan"],
 )
 def test_errors_name_the_call(tmp_path: Path, call: Call) -> None:
@@ -316,11 +316,11 @@ def test_impossible_arguments(tmp_path: Path) -> None:
     with opened(image) as fd:
         for arguments in [(-1, 0, 8), (1, -1, 8), (1, 0, -1), (1 << 64, 0, 8), (1, 0, 1 << 64)]:
             with pytest.raises(OverflowError):
-                _native.thin_scan(fd, *arguments)
+                _native.thin_scan(fd, *arguments, 0)
         with pytest.raises(TypeError):
-            _native.thin_scan(fd, "1", 0, 8)  # type: ignore[arg-type]
+            _native.thin_scan(fd, "1", 0, 8, 0)  # type: ignore[arg-type]
         with pytest.raises(MemoryError):
-            _native.thin_scan(fd, 1, 0, (1 << 64) - 1)
+            _native.thin_scan(fd, 1, 0, (1 << 64) - 1, 0)
 
 
 def test_the_model_knows_crc32c() -> None:
