@@ -77,6 +77,15 @@ def bitmap_extents(bitmap: bytes | bytearray | memoryview, unit: int, /) -> byte
 def bitmap_subtract(a: bytes | bytearray | memoryview, b: bytes | bytearray | memoryview, /) -> bytes:
     """Return ``a & ~b``, as long as ``a``; where ``b`` is shorter its bits count as 0."""
 
+def bitmap_update(
+    bitmap: bytes | bytearray | memoryview, bits: int, unit: int, set_: bytes, clear: bytes, /
+) -> bytes:
+    """Return a bitmap of ``bits`` bits: the old one, cut or filled up with 0, with two sets of extents applied.
+
+    A bit stands for ``unit`` bytes. First every bit that an extent of ``clear`` touches becomes 0, then every
+    bit that one of ``set_`` touches becomes 1; what lies beyond ``bits`` is left out.
+    """
+
 def data_extents(fd: int, offset: int, length: int, /) -> bytes:
     """Return the packed extents of ``[offset, offset + length)`` of a file that hold data.
 

@@ -76,3 +76,48 @@ void bs_bitmap_subtract(const uint8_t *a, size_t a_bytes, const uint8_t *b, size
         if (a_bytes > both)
                 memmove(out + both, a + both, a_bytes - both);
 }
+
+void bs_bitmap_fill(uint8_t *bitmap, uint64_t first, uint64_t count, bool value)
+{
+        uint64_t end = first + count;
+
+        while (first < end) {
+                if (first % 8 == 0 && end - first >= 8) {
+                        size_t bytes = (size_t)((end - first) / 8);
+
+                        memset(bitmap + first / 8, value ? 0xff : 0, bytes);
+                        first += (uint64_t)bytes * 8;
+                        continue;
+                }
+
+                uint8_t bit = (uint8_t)(1u << first % 8);
+
+                bitmap[first / 8] = (uint8_t)(value ? bitmap[first / 8] | bit : bitmap[first / 8] & ~bit);
+                first++;
+        }
+}
+
+int bs_bitmap_apply(uint8_t *bitmap, uint64_t bits, uint64_t unit, const uint8_t *packed, size_t count,
+                    bool value)
+{
+        for (size_t i = 0; i < count; i++, packed += BS_PACKED_EXTENT_SIZE) {
+                uint64_t pair[2];
+                uint64_t end;
+
+                memcpy(pair, packed, sizeof(pair));
+
+                uint64_t offset = le64toh(pair[0]);
+
+                if (__builtin_add_overflow(offset, le64toh(pair[1]), &end))
+                        return -EOVERFLOW;
+
+                uint64_t first = offset / unit;
+                uint64_t last = end / unit + (end % unit != 0);
+
+                if (last > bits)
+                        last = bits;
+                if (first < last && end > offset)
+                        bs_bitmap_fill(bitmap, first, last - first, value);
+        }
+        return 0;
+}

@@ -43,4 +43,14 @@ int bs_bitmap_extents(const uint8_t *bitmap, size_t bytes, uint64_t unit, uint8_
 /* out = a & ~b over `a_bytes` bytes; where b is shorter its bits count as 0. `out` may be `a`. */
 void bs_bitmap_subtract(const uint8_t *a, size_t a_bytes, const uint8_t *b, size_t b_bytes, uint8_t *out);
 
+/* Make `count` bits from `first` on equal `value`; they lie within the bitmap. */
+void bs_bitmap_fill(uint8_t *bitmap, uint64_t first, uint64_t count, bool value);
+
+/*
+ * Make the bits of packed extents equal `value`: all bits that an extent touches, of `unit` bytes each.
+ * Those at or beyond `bits` are left out. -EOVERFLOW when the end of an extent does not fit 64 bits.
+ */
+int bs_bitmap_apply(uint8_t *bitmap, uint64_t bits, uint64_t unit, const uint8_t *packed, size_t count,
+                    bool value);
+
 #endif

@@ -312,6 +312,47 @@ static PyObject *native_bitmap_subtract(PyObject *Py_UNUSED(module), PyObject *a
         Py_END_ALLOW_THREADS return difference;
 }
 
+static PyObject *native_bitmap_update(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+        _cleanup_buffer_ Py_buffer old = {.buf = NULL};
+        _cleanup_buffer_ Py_buffer set = {.buf = NULL};
+        _cleanup_buffer_ Py_buffer clear = {.buf = NULL};
+        uint64_t bits;
+        uint64_t unit;
+        uint8_t *out;
+
+        if (!PyArg_ParseTuple(arguments, "y*O&O&y*y*:bitmap_update", &old, to_u64, &bits, to_u64, &unit, &set,
+                              &clear))
+                return NULL;
+        if (unit == 0 || set.len % BS_PACKED_EXTENT_SIZE || clear.len % BS_PACKED_EXTENT_SIZE) {
+                PyErr_SetString(PyExc_ValueError,
+                                "unit has to be positive, and packed extents 16 bytes each");
+                return NULL;
+        }
+
+        uint64_t bytes = bs_bitmap_bytes(bits);
+        size_t kept = (uint64_t)old.len < bytes ? (size_t)old.len : (size_t)bytes;
+        _cleanup_object_ PyObject *bitmap = new_bytes(bytes, &out);
+        int result;
+
+        if (!bitmap)
+                return NULL;
+        Py_BEGIN_ALLOW_THREADS memset(out + kept, 0, (size_t)bytes - kept);
+        memcpy(out, old.buf, kept);
+        bs_bitmap_fill(out, bits, bytes * 8 - bits, false);
+        result =
+                bs_bitmap_apply(out, bits, unit, clear.buf, (size_t)clear.len / BS_PACKED_EXTENT_SIZE, false);
+        if (result == 0)
+                result = bs_bitmap_apply(out, bits, unit, set.buf, (size_t)set.len / BS_PACKED_EXTENT_SIZE,
+                                         true);
+        Py_END_ALLOW_THREADS if (result < 0)
+        {
+                PyErr_SetString(PyExc_OverflowError, "an extent ends beyond 2^64 bytes");
+                return NULL;
+        }
+        return Py_NewRef(bitmap);
+}
+
 static PyObject *native_data_extents(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
         _cleanup_(bs_extents_deinit) struct bs_extents extents = {.count = 0};
@@ -361,6 +402,7 @@ static PyMethodDef methods[] = {
         {"thin_diff", native_thin_diff, METH_VARARGS, NULL},
         {"bitmap_extents", native_bitmap_extents, METH_VARARGS, NULL},
         {"bitmap_subtract", native_bitmap_subtract, METH_VARARGS, NULL},
+        {"bitmap_update", native_bitmap_update, METH_VARARGS, NULL},
         {"data_extents", native_data_extents, METH_VARARGS, NULL},
         {"retain_memory", native_retain_memory, METH_VARARGS, NULL},
         {NULL, NULL, 0, NULL},

@@ -103,8 +103,46 @@ static void test_single_bits(void)
         CHECK_EQUAL(bitmap[1], 0x02);
 }
 
+static void test_fill(void)
+{
+        for (unsigned first = 0; first < 40; first++) {
+                for (unsigned count = 0; first + count <= 40; count++) {
+                        uint8_t set[5] = {0};
+                        uint8_t clear[5] = {0xff, 0xff, 0xff, 0xff, 0xff};
+
+                        bs_bitmap_fill(set, first, count, true);
+                        bs_bitmap_fill(clear, first, count, false);
+                        for (unsigned bit = 0; bit < 40; bit++) {
+                                bool inside = bit >= first && bit < first + count;
+
+                                CHECK_EQUAL(set[bit / 8] >> bit % 8 & 1, inside);
+                                CHECK_EQUAL(clear[bit / 8] >> bit % 8 & 1, !inside);
+                        }
+                }
+        }
+}
+
+static void test_apply(void)
+{
+        uint8_t bitmap[2] = {0, 0};
+        uint8_t packed[3 * BS_PACKED_EXTENT_SIZE];
+
+        bs_extent_pack(150, 100, packed);
+        bs_extent_pack(1000, 0, packed + 16);
+        bs_extent_pack(1100, 1000, packed + 32);
+        CHECK_EQUAL(bs_bitmap_apply(bitmap, 13, 100, packed, 3, true), 0);
+        CHECK_EQUAL(bitmap[0], 0x06);
+        CHECK_EQUAL(bitmap[1], 0x18);
+        CHECK_EQUAL(bs_bitmap_apply(bitmap, 13, 100, packed + 32, 1, false), 0);
+        CHECK_EQUAL(bitmap[1], 0);
+        bs_extent_pack(UINT64_MAX, 1, packed);
+        CHECK_EQUAL(bs_bitmap_apply(bitmap, 13, 100, packed, 1, true), -EOVERFLOW);
+}
+
 int main(void)
 {
+        test_fill();
+        test_apply();
         test_single_bits();
         test_extents_of_uniform_bitmaps();
         test_extents_of_random_bitmaps();

@@ -38,6 +38,24 @@ def test_subtract_keeps_bits_only_in_a(a: bytes, b: bytes) -> None:
     assert set(set_bits(difference)) == set(set_bits(a)) - set(set_bits(b))
 
 
+EXTENTS = st.lists(st.tuples(st.integers(0, 900), st.integers(0, 300)), max_size=6).map(ExtentList.of)
+
+
+@given(
+    bitmap=BITMAPS, bits=st.integers(0, 500), unit=st.sampled_from([1, 7, 64]), set_=EXTENTS, clear=EXTENTS
+)
+def test_update_is_what_it_says(
+    bitmap: bytes, bits: int, unit: int, set_: ExtentList, clear: ExtentList
+) -> None:
+    def touched(extents: ExtentList) -> set[int]:
+        return {bit for at, length in extents.pairs() for bit in range(at // unit, -(-(at + length) // unit))}
+
+    updated = _native.bitmap_update(bitmap, bits, unit, set_.packed, clear.packed)
+    assert len(updated) == -(-bits // 8)
+    expected = (set(set_bits(bitmap)) - touched(clear)) | touched(set_)
+    assert set(set_bits(updated)) == {bit for bit in expected if bit < bits}
+
+
 def test_a_bitmap_beyond_64_bits_of_bytes() -> None:
     assert len(_native.bitmap_extents(b"\x80", 1 << 60)) == 16
     with pytest.raises(OverflowError):

@@ -73,6 +73,12 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda _: _native.bitmap_subtract(bytes(5000), bytes(4000)),
         lambda _: fails(TypeError, lambda: _native.bitmap_subtract(bytes(5000), 5)),  # type: ignore[arg-type]
     ],
+    "bitmap_update": [
+        lambda _: _native.bitmap_update(bytes(5000), 50000, 4096, bytes(16), bytes(32)),
+        lambda _: fails(ValueError, lambda: _native.bitmap_update(b"", 8, 0, b"", b"")),
+        lambda _: fails(ValueError, lambda: _native.bitmap_update(b"", 8, 1, b"short", b"")),
+        lambda _: fails(OverflowError, lambda: _native.bitmap_update(b"", 8, 1, b"\xff" * 16, b"")),
+    ],
     "data_extents": [
         lambda fd: _native.data_extents(fd, 0, 1 << 30),
         lambda _: fails(OSError, lambda: _native.data_extents(-1, 0, 1)),
