@@ -32,7 +32,8 @@ def thin_device(
     what the metadata space map covers; the superblock's own field of that name is not kept up to date
     by the kernel.
 
-    Raises KeyError when the pool has no such device.
+    Raises KeyError when the pool has no such device, and BlockingIOError when it commits faster than
+    a device can be looked up, hundreds of times in a row; so do all functions that look one up.
     """
 
 def thin_scan(
@@ -80,7 +81,7 @@ def bitmap_subtract(a: bytes | bytearray | memoryview, b: bytes | bytearray | me
 def bitmap_update(
     bitmap: bytes | bytearray | memoryview, bits: int, unit: int, set_: bytes, clear: bytes, /
 ) -> bytes:
-    """Return a bitmap of ``bits`` bits: the old one, cut or filled up with 0, with two sets of extents applied.
+    """Return a bitmap of ``bits`` bits: the old one, cut or filled up with 0, brought up to date.
 
     A bit stands for ``unit`` bytes. First every bit that an extent of ``clear`` touches becomes 0, then every
     bit that one of ``set_`` touches becomes 1; what lies beyond ``bits`` is left out.

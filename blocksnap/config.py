@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blocksnap.errors import UsageError
+from blocksnap.extents.changes import BasePolicy
 
 DEFAULT_PATH = "/etc/blocksnap/blocksnap.toml"
 
@@ -33,6 +34,7 @@ class Job(BaseModel):
 
     volumes: tuple[str, ...]
     tags: dict[str, str] = {}
+    base: BasePolicy = "none"
 
 
 class Configuration(BaseModel):

@@ -328,7 +328,7 @@ int bs_thin_find(const struct bs_reader *reader, uint64_t held_root, uint64_t de
                 if (result < 0)
                         return result;
         }
-        return bs_fail_block(error, 0, "the pool commits faster than a device can be looked up");
+        return bs_fail_call(error, "look-up in a pool that commits all the time", -EAGAIN);
 }
 
 int bs_thin_check_unchanged(const struct bs_reader *reader, uint64_t held_root, uint64_t device_id,

@@ -141,7 +141,7 @@ int bs_thin_block_check(uint64_t block, uint64_t metadata_blocks, struct bs_erro
 /*
  * Find a device. Reads block 0 again while it is caught in mid-write, and starts over while the pool
  * commits between the reads, so that what is returned belongs to one transaction. -ENOKEY when the pool
- * has no such device.
+ * has no such device; -EAGAIN when it commits faster than that can be done, hundreds of times in a row.
  *
  * With `held_root` not 0 the device is looked up in the metadata snapshot there, which no commit disturbs;
  * -ERANGE when that is not the one the pool holds.

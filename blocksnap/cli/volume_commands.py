@@ -12,6 +12,8 @@ from blocksnap.cli.output import format_size, print_facts, print_json, print_jso
 from blocksnap.errors import BlocksnapError, DamageError, UsageError
 
 if TYPE_CHECKING:
+    from blocksnap.config import Job
+    from blocksnap.extents.changes import BasePolicy
     from blocksnap.repository.repository import StoredBackup
 
 EXIT_WARNINGS = 3
@@ -76,6 +78,11 @@ def volumes_command(settings: Settings) -> None:
 @click.option(
     "--tag", "tags", type=TagType(), multiple=True, help="Note K=V with the backup; may be repeated."
 )
+@click.option(
+    "--base",
+    type=click.Choice(["none", "keep", "auto"]),
+    help="Whether the snapshot stays as base of the next backup; none unless the job says otherwise.",
+)
 @common_options
 def backup_command(
     settings: Settings,
@@ -85,6 +92,7 @@ def backup_command(
     full: bool,
     dry_run: bool,
     tags: tuple[tuple[str, str], ...],
+    base: BasePolicy | None,
 ) -> None:
     """Back up volumes while they are in use; several are one group.
 
@@ -100,13 +108,15 @@ def backup_command(
     from blocksnap.volumes.resolve import resolve_volume
 
     memory.retain()
-    names, job_tags = _names_of(settings, volumes, job)
+    job_settings = _job_of(settings, volumes, job)
     repository = settings.open_repository()
     require_same_encryption(repository, settings.state_directory)
-    resolved = [resolve_volume(name) for name in names]
+    resolved = [resolve_volume(name) for name in job_settings.volumes]
     if len({volume.key for volume in resolved}) != len(resolved):
         raise UsageError("a volume is named twice")
-    options = BackupOptions(full=full, tags={**job_tags, **dict(tags)})
+    options = BackupOptions(
+        full=full, tags={**job_settings.tags, **dict(tags)}, base=base or job_settings.base
+    )
     reporter = settings.reporter
     if dry_run:
         plans = plan_backups(repository, resolved, settings.state_directory, options, reporter)
@@ -221,19 +231,19 @@ def _repository_named(settings: Settings) -> bool:
     return bool(settings.repo or (settings.configuration and settings.configuration.repository))
 
 
-def _names_of(
-    settings: Settings, volumes: tuple[str, ...], job: str | None
-) -> tuple[tuple[str, ...], dict[str, str]]:
+def _job_of(settings: Settings, volumes: tuple[str, ...], job: str | None) -> Job:
+    """Return the configured job, or one made of the volumes that were named."""
+    from blocksnap.config import Job
+
     if job is not None:
         if volumes:
             raise UsageError("name volumes or a job, not both")
         if settings.configuration is None:
             raise UsageError(f"there is no job {job!r}: there is no configuration file")
-        configured = settings.configuration.job(job)
-        return configured.volumes, configured.tags
+        return settings.configuration.job(job)
     if not volumes:
         raise UsageError("no volume was named", resolution="see what there is with: blocksnap volumes")
-    return volumes, {}
+    return Job(volumes=volumes)
 
 
 def _show_backups(settings: Settings, stored: list[StoredBackup]) -> None:

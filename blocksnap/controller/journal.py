@@ -24,7 +24,7 @@ from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.system import host
 
 Step = Literal[
-    "begin", "quiesce", "snapshot", "taken", "activate", "commit", "remove", "removed", "recovered"
+    "begin", "quiesce", "snapshot", "taken", "activate", "commit", "rotate", "remove", "removed", "recovered"
 ]
 _SUFFIX = ".jsonl"
 _RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")

@@ -63,7 +63,8 @@ def find_leftovers(state_directory: str | Path, vg: str | None = None) -> list[L
     found = []
     for lv in report:
         run = lvm.run_of(lv.lv_tags)
-        if run is None or not lv.origin_uuid:
+        # A base was left on purpose; the next run of its volume removes it.
+        if run is None or not lv.origin_uuid or lvm.BASE_TAG in lv.lv_tags:
             continue
         entry = entries.get(run)
         found.append(

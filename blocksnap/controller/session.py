@@ -11,7 +11,8 @@ from blocksnap.controller.history import History
 from blocksnap.controller.journal import Journal, Step
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.recover import recover, remove_trace
-from blocksnap.errors import UsageError
+from blocksnap.errors import BlocksnapError, UsageError
+from blocksnap.extents.changes import BasePolicy
 from blocksnap.volumes.base import Snapshot, Volume
 
 
@@ -83,6 +84,21 @@ class SnapshotSession:
                 self.warnings.append(
                     f"the run cannot be written down ({err.strerror}): the next backup of {volume.name} "
                     "reads all of it"
+                )
+
+    def settle(self, policy: BasePolicy) -> None:
+        """Call right after the commit: leave the snapshots as bases of the next backup, where that is wanted.
+
+        What fails is a warning: the next backup then does without a base.
+        """
+        if self._journal:
+            self._journal.append("rotate", policy=policy)
+        for volume, snapshot in self._taken:
+            try:
+                snapshot.settle(policy)
+            except BlocksnapError as err:
+                self.warnings.append(
+                    f"the base snapshots of {volume.name} were not brought up to date: {err}"
                 )
 
     def remembers(self, volume: Volume, run: str) -> bool:

@@ -13,6 +13,8 @@ from typing import Literal
 from blocksnap.extents.model import ExtentList
 
 Method = Literal["thin-tree", "thin-time", "cow", "btrfs-tree", "btrfs-send", "fiemap", "compare"]
+BasePolicy = Literal["none", "keep", "auto"]
+"""Whether a run leaves its snapshot on the host as the base of the next one."""
 JsonValue = str | int | float | bool | None | list["JsonValue"] | dict[str, "JsonValue"]
 Binding = Mapping[str, JsonValue]
 """What identifies a snapshot's source, stored in the manifest and compared the next time."""
@@ -46,7 +48,8 @@ class Parent:
 class Changes:
     """The answer of a source for one snapshot.
 
-    ``allocated`` are the extents that hold data; everything else reads as zeros. ``changed`` are
+    ``allocated`` are the extents that hold data; everything else reads as zeros (with ``inherits`` it is
+    complete only within 64 MiB of what is discarded and of the ends, where it is asked for). ``changed`` are
     those of them that may differ from the parent, and ``discarded`` the extents that held data in
     the parent and do not any more (both empty of meaning when ``inherits`` is False: then nothing
     of the parent is taken over unread and ``changed`` equals ``allocated``). All are within ``[0,

@@ -130,6 +130,7 @@ def _store(
 
     manifest, size = writer.commit(compose)
     writer.stop()
+    session.settle(options.base)
     return [StoredBackup(backup, manifest, size) for backup in manifest.backups]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from blocksnap.extents.changes import Changes, Parent
+from blocksnap.extents.changes import BasePolicy, Changes, Parent
 from blocksnap.extents.model import ExtentList
 from blocksnap.operations.catalogue import map_root, root_document
 from blocksnap.operations.mapped import load_mapped, store_mapped
@@ -28,6 +28,7 @@ class BackupOptions:
 
     full: bool = False
     tags: Mapping[str, str] | None = None
+    base: BasePolicy = "none"
     level: int = 1
     workers: int = 2
 

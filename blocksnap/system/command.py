@@ -16,7 +16,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from blocksnap.errors import BlocksnapError
@@ -148,11 +149,10 @@ def run_observed(
         tempfile.TemporaryFile(dir=_memory_folder()) as err,
     ):
         child: _Child | None = None
-        # An interrupt between the start and the wait would leave a program running that nobody knows of.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
         try:
-            child = _Child.start(path, argv, out.fileno(), err.fileno())
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            # An interrupt between the start and the wait would leave a program running that nobody knows of.
+            with _interrupts_deferred():
+                child = _Child.start(path, argv, out.fileno(), err.fileno())
             _watch(child, observe, program, interval_seconds, timeout_seconds)
         except CommandTimeoutError:
             raise
@@ -160,13 +160,34 @@ def run_observed(
             if child is not None:
                 _let_finish(child.is_alive)
             raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         out.seek(0)
         err.seek(0)
         if child.status:
             raise CommandError(program, child.status, err.read().decode(errors="replace"))
         return out.read().decode(errors="surrogateescape")
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Keep signals from raising anything until the end of the block, and raise it then.
+
+    Blocking them would not do: where other threads run, the kernel gives the signal to one of those, and
+    Python calls the handler in this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: arrived.append(number)) for number in _INTERRUPTS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in arrived:
+            signal.raise_signal(late)
 
 
 class _Child:

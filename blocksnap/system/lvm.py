@@ -22,6 +22,8 @@ from blocksnap.system.command import CommandError, run, run_observed
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
 
 TAG = "blocksnap"
+BASE_TAG = "blocksnap-base"
+"""On a snapshot of ours that its run left as the base of the next backup."""
 RESTORING_TAG = "blocksnap.restoring"
 """On a volume that a restore makes, until it is whole."""
 SNAPSHOT_PREFIX = "blocksnap-"
@@ -146,6 +148,12 @@ def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
             return False
         raise
     return "successfully removed" in said
+
+
+def add_tag(vg: str, name: str, tag: str) -> None:
+    """Give a volume a tag."""
+    target = f"{check_name(vg)}/{check_name(name)}"
+    run("lvchange", *_config(), "--autobackup", "n", "--addtag", tag, target)
 
 
 def delete_tag(vg: str, name: str, tag: str) -> None:

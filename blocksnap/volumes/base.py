@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from blocksnap.extents.changes import Binding, Changes, Parent
+from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
 
 VolumeKind = Literal["thin", "device", "file"]
 Trace = dict[str, str]
@@ -64,6 +64,14 @@ class Snapshot(Protocol):
 
     def check(self) -> None:
         """Raise VolumeError when the snapshot cannot be trusted; called at first and before the commit."""
+        ...
+
+    def settle(self, policy: BasePolicy) -> bool:
+        """Once the backup is committed: stay as the base of the next one where ``policy`` says so.
+
+        Bases of earlier runs are removed. Returns whether it stays, and ``remove`` then does nothing. A kind
+        that needs no base never stays.
+        """
         ...
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from blocksnap.extents.changes import Binding, Changes, Parent
+from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
 from blocksnap.extents.scan import compare_all, scan_file
 from blocksnap.system import blockdev
 from blocksnap.system.host import host_id
@@ -22,18 +22,16 @@ from blocksnap.volumes.errors import NoSuchVolumeError, VolumeChangedError, Volu
 _STATE_WORDS = ("its size", "its content", "its owner, mode or name")
 
 
-class FileVolume:
-    """A plain file, read where it is."""
+class _ColdVolume:
+    """Something on this host that is known by its path and of which there are no snapshots."""
 
-    kind: VolumeKind = "file"
-
-    def __init__(self, path: str) -> None:
-        self._path = os.path.realpath(path)
-        self._size = os.stat(self._path).st_size
+    def __init__(self, path: str, size: int) -> None:
+        self._path = path
+        self._size = size
 
     @property
     def name(self) -> str:
-        """The absolute path."""
+        """The path by which it was named."""
         return self._path
 
     @property
@@ -50,6 +48,45 @@ class FileVolume:
         """Nothing is left behind."""
         return None
 
+
+class _ColdSnapshot:
+    """An open descriptor in place of a snapshot."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+        self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
+
+    @property
+    def timing(self) -> SnapshotTiming:
+        """When it was opened."""
+        return self._timing
+
+    @contextmanager
+    def open_reader(self) -> Iterator[int]:
+        """Yield the descriptor; the reads of a file go through the page cache."""
+        yield self._fd
+
+    def settle(self, policy: BasePolicy) -> bool:  # noqa: ARG002 - protocol
+        """There is nothing that could stay."""
+        return False
+
+    def remove(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class FileVolume(_ColdVolume):
+    """A plain file, read where it is."""
+
+    kind: VolumeKind = "file"
+
+    def __init__(self, path: str) -> None:
+        path = os.path.realpath(path)
+        super().__init__(path, os.stat(path).st_size)
+
     def prepare(self) -> None:
         """There is nothing to look at."""
 
@@ -58,28 +95,22 @@ class FileVolume:
         return FileSnapshot(self._path)
 
 
-class FileSnapshot:
+class FileSnapshot(_ColdSnapshot):
     """A file that is hoped to stay as it is; ``check`` tells whether it did."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
             raise NoSuchVolumeError(path, os.strerror(err.errno or 0)) from err
+        super().__init__(path, fd)
         self._state = self._look()
-        self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @property
     def size(self) -> int:
         """Size in bytes."""
         return self._state[0]
-
-    @property
-    def timing(self) -> SnapshotTiming:
-        """When it was opened."""
-        return self._timing
 
     @property
     def binding(self) -> Binding:
@@ -91,11 +122,6 @@ class FileSnapshot:
         """Everything that holds data is read."""
         return scan_file(self._fd, self.size, parent)
 
-    @contextmanager
-    def open_reader(self) -> Iterator[int]:
-        """Yield the descriptor; its reads go through the page cache."""
-        yield self._fd
-
     def check(self) -> None:
         """Make sure that the file was not written to."""
         state = self._look()
@@ -105,49 +131,23 @@ class FileSnapshot:
             )
             raise VolumeChangedError(self._path, what)
 
-    def remove(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
     def _look(self) -> tuple[int, int, int]:
         status = os.fstat(self._fd)
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-class DeviceVolume:
+class DeviceVolume(_ColdVolume):
     """A block device that nobody writes to."""
 
     kind: VolumeKind = "device"
 
     def __init__(self, path: str) -> None:
-        self._path = path
         self._number = os.stat(path).st_rdev
         fd = _open_unused(path, self._number)
         try:
-            self._size = blockdev.size_of(fd)
+            super().__init__(path, blockdev.size_of(fd))
         finally:
             os.close(fd)
-
-    @property
-    def name(self) -> str:
-        """The node by which it was named."""
-        return self._path
-
-    @property
-    def key(self) -> str:
-        """The node, on this host."""
-        return f"{host_id()}:{self._path}"
-
-    @property
-    def size(self) -> int:
-        """Size when the volume was looked up."""
-        return self._size
-
-    def trace(self, run: str) -> Trace | None:  # noqa: ARG002 - protocol
-        """Nothing is left behind."""
-        return None
 
     def prepare(self) -> None:
         """Make sure that it is still unused."""
@@ -158,25 +158,18 @@ class DeviceVolume:
         return DeviceSnapshot(self._path, self._number)
 
 
-class DeviceSnapshot:
+class DeviceSnapshot(_ColdSnapshot):
     """A device that is held so that nobody can begin to write to it."""
 
     def __init__(self, path: str, number: int) -> None:
-        self._path = path
+        super().__init__(path, _open_unused(path, number))
         self._number = number
-        self._fd = _open_unused(path, number)
         self._size = blockdev.size_of(self._fd)
-        self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
 
     @property
     def size(self) -> int:
         """Size in bytes."""
         return self._size
-
-    @property
-    def timing(self) -> SnapshotTiming:
-        """When it was opened."""
-        return self._timing
 
     @property
     def binding(self) -> Binding:
@@ -187,11 +180,6 @@ class DeviceSnapshot:
         """Everything is read."""
         return compare_all(self._size, parent)
 
-    @contextmanager
-    def open_reader(self) -> Iterator[int]:
-        """Yield the descriptor."""
-        yield self._fd
-
     def check(self) -> None:
         """Make sure that a read-only mount did not become a writable one, and that the size is the same."""
         writable = [mount.point for mount in mounts_of(self._number) if not mount.read_only]
@@ -199,12 +187,6 @@ class DeviceSnapshot:
             raise VolumeChangedError(self._path, f"it is mounted for writing on {writable[0]}")
         if blockdev.size_of(self._fd) != self._size:
             raise VolumeChangedError(self._path, "its size")
-
-    def remove(self) -> None:
-        """Let the device go."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _open_unused(path: str, number: int) -> int:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Self
 
-from blocksnap.errors import BlocksnapError
-from blocksnap.extents.changes import Binding, Changes, Parent
-from blocksnap.extents.thin import ThinIdentity, find_thin_changes, read_facts
+from blocksnap.errors import BlocksnapError, VolumeError
+from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
+from blocksnap.extents.thin import find_thin_changes
+from blocksnap.extents.thin_identity import BaseSnapshot, ThinIdentity
+from blocksnap.extents.thin_metadata import ThinMetadata
 from blocksnap.system import blockdev, devmapper, mounts
 from blocksnap.system.command import CommandError
 from blocksnap.volumes.base import SnapshotTiming, Trace, VolumeKind
@@ -29,6 +31,10 @@ from blocksnap.volumes.errors import (
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport, ThinRecord
+
+
+AUTO_BASE_MAPPINGS = 1 << 25
+"""Mappings of a volume from which on ``auto`` keeps a base: walking them all would take seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +133,31 @@ class ThinSnapshot:
     def find_changes(self, parent: Parent | None) -> Changes:
         """Read from the pool's own metadata what changed since the parent."""
         known = self._known()
-        with self._metadata(known.snapshot) as fd:
+        with self._metadata(known.snapshot) as metadata:
             return find_thin_changes(
-                fd,
+                metadata,
                 known.identity,
                 self.size,
                 parent,
+                self._base_of(parent, metadata) if parent else None,
                 external_origin=known.snapshot.external_origin is not None,
             )
+
+    def _base_of(self, parent: Parent, metadata: ThinMetadata) -> BaseSnapshot | None:
+        """Return the snapshot that the parent's run left, if it did and it is still there."""
+        from blocksnap.system import lvm
+
+        known, run = self._known(), parent.binding.get("run")
+        if not isinstance(run, str):
+            return None
+        lv = known.report.find(self._origin.lv.vg_name, snapshot_name(run, self._origin.lv.lv_uuid))
+        if lv is None or lvm.BASE_TAG not in lv.lv_tags or lv.thin_id is None:
+            return None
+        try:
+            return BaseSnapshot(lv.lv_uuid, lv.thin_id, metadata.facts(lv.thin_id))
+        except VolumeError:
+            # LVM knows it and the pool does not: it is no base.
+            return None
 
     @contextmanager
     def open_reader(self) -> Iterator[int]:
@@ -164,6 +187,24 @@ class ThinSnapshot:
         if thin.metadata.lv_uuid != known.identity.metadata_uuid:
             raise SnapshotLostError(self._origin.lv.full_name, "the pool's metadata was replaced")
         check_pool(thin, PoolLimits(data_percent=100.0, metadata_percent=100.0))
+
+    def settle(self, policy: BasePolicy) -> bool:
+        """Stay as the base of the next backup, or not, and remove the bases before."""
+        from blocksnap.system import lvm
+
+        known, vg = self._known(), self._origin.lv.vg_name
+        stays = policy == "keep" or (
+            policy == "auto" and known.identity.snapshot_mapped >= AUTO_BASE_MAPPINGS
+        )
+        if stays:
+            lvm.add_tag(vg, self._name, lvm.BASE_TAG)
+            self._removed = True
+        for lv in known.report:
+            run = lvm.run_of(lv.lv_tags)
+            is_base = lvm.BASE_TAG in lv.lv_tags and lv.origin_uuid == self._origin.lv.lv_uuid
+            if is_base and run is not None and lv.name != self._name:
+                lvm.remove_snapshot(vg, lv.name, run)
+        return stays
 
     def remove(self) -> None:
         """Remove the snapshot."""
@@ -196,8 +237,8 @@ class ThinSnapshot:
         if origin is None or lv.origin_uuid != volume.lv_uuid or lv.thin_id is None or origin.thin_id is None:
             raise SnapshotLostError(volume.full_name, "LVM reports another origin for it")
         thin = report.thin(lv)
-        with self._metadata(thin) as fd:
-            mine, its = read_facts(fd, lv.thin_id), read_facts(fd, origin.thin_id)
+        with self._metadata(thin) as metadata:
+            mine, its = metadata.facts(lv.thin_id), metadata.facts(origin.thin_id)
         identity = ThinIdentity(
             vg_uuid=lv.vg_uuid,
             lv_uuid=origin.lv_uuid,
@@ -209,6 +250,10 @@ class ThinSnapshot:
             origin_time=its.created,
             snapshot_id=lv.thin_id,
             snapshot_time=mine.created,
+            snapshot_uuid=lv.lv_uuid,
+            snapshot_root=mine.device_root,
+            snapshot_transaction=mine.transaction,
+            snapshot_mapped=mine.mapped_chunks,
             pool_time=mine.pool_time,
             pool_transaction=mine.pool_transaction,
             chunk_size=mine.chunk_size,
@@ -217,10 +262,10 @@ class ThinSnapshot:
         )
         external = report.thin(origin).external_origin
         snapshot = type(thin)(lv=lv, pool=thin.pool, metadata=thin.metadata, external_origin=external)
-        return _Found(snapshot, origin, identity)
+        return _Found(snapshot, origin, identity, report)
 
     @contextmanager
-    def _metadata(self, thin: ThinRecord) -> Iterator[int]:
+    def _metadata(self, thin: ThinRecord) -> Iterator[ThinMetadata]:
         """Open the pool's metadata, for which the pool has to be active."""
         with contextlib.ExitStack() as stack:
             metadata = thin.metadata
@@ -231,7 +276,7 @@ class ThinSnapshot:
                 raise SnapshotLostError(self._origin.lv.full_name, "its pool cannot be activated")
             fd = blockdev.open_by_number(metadata.number)
             stack.callback(os.close, fd)
-            yield fd
+            yield ThinMetadata(fd)
 
     @contextmanager
     def _active(self, lv: LvRecord) -> Iterator[int]:
@@ -257,6 +302,7 @@ class _Found:
     snapshot: ThinRecord
     origin: LvRecord
     identity: ThinIdentity
+    report: LvReport
 
 
 def _devices_of(report: LvReport, pool_uuid: str) -> str:

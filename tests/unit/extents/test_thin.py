@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blocksnap.errors import VolumeError
-from blocksnap.extents import thin
+from blocksnap.extents import thin, thin_metadata
 from blocksnap.extents.changes import MappedSet, Parent
 from blocksnap.extents.model import ExtentList
-from blocksnap.extents.thin import Compare, Inherit, ThinIdentity, decide
+from blocksnap.extents.thin_identity import (
+    BaseSnapshot,
+    Compare,
+    Inherit,
+    ThinIdentity,
+    Walk,
+    decide,
+    decide_base,
+)
+from blocksnap.extents.thin_metadata import DeviceFacts, PoolBusyError, ThinMetadata
+from support.thin_metadata import Run, restore
 
 UNIT = 65536
 PARENT = ThinIdentity(
@@ -27,13 +40,26 @@ PARENT = ThinIdentity(
     origin_time=0,
     snapshot_id=7,
     snapshot_time=10,
+    snapshot_uuid="base",
+    snapshot_root=4,
+    snapshot_transaction=19,
+    snapshot_mapped=100,
     pool_time=10,
     pool_transaction=20,
     chunk_size=UNIT,
     devices="3@2 4@19",
     run="run1",
 )
-CURRENT = replace(PARENT, snapshot_time=14, pool_time=15, pool_transaction=30, run="run2")
+CURRENT = replace(
+    PARENT,
+    snapshot_time=14,
+    snapshot_uuid="snapshot",
+    snapshot_root=5,
+    snapshot_transaction=29,
+    pool_time=15,
+    pool_transaction=30,
+    run="run2",
+)
 
 
 def test_same_history_inherits_since_the_time_of_the_parents_snapshot() -> None:
@@ -107,6 +133,76 @@ def test_binding_survives_json() -> None:
     assert ThinIdentity.from_binding(json.loads(json.dumps(PARENT.to_binding()))) == PARENT
 
 
+UNTOUCHED = BaseSnapshot(
+    "base",
+    7,
+    DeviceFacts(
+        15,
+        30,
+        needs_check=False,
+        held_root=0,
+        chunk_size=UNIT,
+        device_root=4,
+        mapped_chunks=100,
+        transaction=19,
+        created=10,
+    ),
+)
+
+
+def test_untouched_base_is_walked() -> None:
+    decision = decide_base(CURRENT, PARENT.to_binding(), UNTOUCHED, known_here=True)
+    assert decision == Walk(7, "the parent's snapshot was kept as base and nobody has touched it")
+    # What happened to the volume meanwhile, a merge for example, does not matter to two trees.
+    merged = replace(CURRENT, thin_id=9, origin_transaction=25, origin_time=12)
+    assert isinstance(decide_base(merged, PARENT.to_binding(), UNTOUCHED, known_here=True), Walk)
+
+
+BASE_DOUBTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
+    ({"vg_uuid": "x"}, {}, {}, "another logical volume or pool"),
+    ({"lv_uuid": "x"}, {}, {}, "another logical volume or pool"),
+    ({"pool_uuid": "x"}, {}, {}, "another logical volume or pool"),
+    ({"metadata_place": "x"}, {}, {}, "as a repair does"),
+    ({"chunk_size": 131072}, {}, {}, "another chunk size"),
+    ({"pool_time": 9}, {}, {}, "went backwards"),
+    ({"pool_transaction": 19}, {}, {}, "went backwards"),
+    ({}, {"lv_uuid": "x"}, {}, "not that of the parent"),
+    ({}, {"thin_id": 8}, {}, "not that of the parent"),
+    ({}, {}, {"transaction": 20}, "device anew"),
+    ({}, {}, {"created": 11}, "device anew"),
+    ({}, {}, {"device_root": 5}, "was changed since"),
+    ({}, {}, {"mapped_chunks": 99}, "was changed since"),
+]
+
+
+@pytest.mark.parametrize(("now", "base", "facts", "reason"), BASE_DOUBTS)
+def test_every_doubt_about_a_base_has_its_own_reason(
+    now: dict[str, Any], base: dict[str, Any], facts: dict[str, Any], reason: str
+) -> None:
+    found = replace(UNTOUCHED, **base, facts=replace(UNTOUCHED.facts, **facts))
+    decision = decide_base(replace(CURRENT, **now), PARENT.to_binding(), found, known_here=True)
+    assert isinstance(decision, Compare)
+    assert reason in decision.reason
+
+
+def test_base_of_a_run_that_the_host_does_not_know_is_not_walked() -> None:
+    decision = decide_base(CURRENT, PARENT.to_binding(), UNTOUCHED, known_here=False)
+    assert isinstance(decision, Compare)
+    assert isinstance(decide_base(CURRENT, {}, UNTOUCHED, known_here=True), Compare)
+
+
+def test_base_that_cannot_be_used_is_named_in_the_reason(use: Any) -> None:
+    use(Pool({0: 12}))
+    touched = replace(UNTOUCHED, facts=replace(UNTOUCHED.facts, device_root=9))
+    changes = thin.find_thin_changes(
+        ThinMetadata(0), CURRENT, 16 * UNIT, parent(), touched, external_origin=False
+    )
+    assert changes.method == "thin-time"
+    assert changes.reason.endswith(
+        "the base is not used: the base snapshot was changed since the parent backup"
+    )
+
+
 @given(
     st.sampled_from([each.name for each in fields(ThinIdentity)]),
     st.one_of(st.integers(-2, 1 << 25), st.text(max_size=4)),
@@ -125,12 +221,8 @@ class Pool:
         self.created = created
         self.root = 5
         self.trouble: list[Exception] = []
-        self.moves = 0
 
     def thin_device(self, _fd: int, device: int, _held: int) -> tuple[int, ...]:
-        if self.moves:
-            self.moves -= 1
-            self.root += 1
         return (15, 30, 0, 0, UNIT, 2048, 1, 2, self.root, len(self.mappings), 29, self.created)
 
     def thin_scan(
@@ -169,14 +261,14 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(pool: Pool) -> Pool:
         monkeypatch.setattr(_native, "thin_device", pool.thin_device)
         monkeypatch.setattr(_native, "thin_scan", pool.thin_scan)
-        monkeypatch.setattr(thin.time, "sleep", lambda _: None)
+        monkeypatch.setattr(thin_metadata.time, "sleep", lambda _: None)
         return pool
 
     return install
 
 
 def find(size: int, of: Parent | None, *, external_origin: bool = False) -> Any:
-    return thin.find_thin_changes(0, CURRENT, size, of, external_origin=external_origin)
+    return thin.find_thin_changes(ThinMetadata(0), CURRENT, size, of, external_origin=external_origin)
 
 
 def test_first_backup_reads_what_is_mapped(use: Any) -> None:
@@ -251,16 +343,11 @@ def test_external_origin_shows_everywhere(use: Any) -> None:
 def test_torn_reads_are_tried_again(use: Any) -> None:
     pool = use(Pool({0: 12}))
     pool.trouble = [ValueError("checksum of block 7"), KeyError(7)]
-    pool.moves = 3
     assert find(16 * UNIT, parent()).changed == chunks(0)
 
 
 def test_metadata_that_never_settles_is_an_error(use: Any) -> None:
     pool = use(Pool({0: 12}))
-    pool.moves = 1000
-    with pytest.raises(VolumeError, match="cannot read the mappings"):
-        find(16 * UNIT, parent())
-    pool.moves = 0
     pool.trouble = [ValueError("checksum of block 7")] * 1000
     with pytest.raises(VolumeError, match="checksum of block 7"):
         find(16 * UNIT, parent())
@@ -270,6 +357,30 @@ def test_replaced_snapshot_is_an_error(use: Any) -> None:
     use(Pool({0: 12}, created=99))
     with pytest.raises(VolumeError, match="replaced"):
         find(16 * UNIT, parent())
+    use(Pool({0: 12})).root += 1
+    with pytest.raises(VolumeError, match="written to"):
+        find(16 * UNIT, parent())
+
+
+def test_a_pool_too_busy_is_asked_to_hold_its_metadata(use: Any) -> None:
+    pool = use(Pool({0: 12}))
+    held: list[int] = []
+
+    @contextmanager
+    def hold() -> Iterator[int]:
+        held.append(77)
+        yield 77
+        held.append(0)
+
+    pool.trouble = [BlockingIOError()]
+    with pytest.raises(PoolBusyError):
+        find(16 * UNIT, parent())
+    pool.trouble = [BlockingIOError()]
+    changes = thin.find_thin_changes(
+        ThinMetadata(0, hold), CURRENT, 16 * UNIT, parent(), external_origin=False
+    )
+    assert changes.changed == chunks(0)
+    assert held == [77, 0]
 
 
 def test_more_mappings_than_the_pool_counts_are_an_error(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,3 +429,61 @@ def test_nothing_is_missed(
             assert end <= then
         else:
             assert chunk not in before or begin >= then
+
+
+MAPPINGS = st.dictionaries(st.integers(0, 200), st.integers(0, 3), max_size=60)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    before=MAPPINGS, after=MAPPINGS, sizes=st.tuples(st.integers(1, 200 * UNIT), st.integers(1, 200 * UNIT))
+)
+def test_trees_give_what_a_comparison_of_the_mappings_gives(
+    tmp_path: Path, before: dict[int, int], after: dict[int, int], sizes: tuple[int, int]
+) -> None:
+    """Two real trees, in which chunk ``c`` of version ``v`` lies in data block ``4 c + v``."""
+    then, now = sizes
+    image = tmp_path / "meta"
+    pool = restore(
+        image,
+        {
+            number: [Run(chunk, 1, 4 * chunk + version, 1) for chunk, version in sorted(mappings.items())]
+            for number, mappings in ((7, before), (8, after))
+        },
+        time=1,
+    )
+    devices = pool.devices()
+
+    def identify(number: int, **facts: Any) -> ThinIdentity:
+        device = devices[number]
+        return replace(
+            PARENT,
+            snapshot_id=number,
+            snapshot_time=device.creation_time,
+            snapshot_root=device.root,
+            snapshot_transaction=device.transaction_id,
+            snapshot_mapped=device.mapped_blocks,
+            pool_time=1,
+            pool_transaction=4,
+            **facts,
+        )
+
+    remembered = parent(
+        *(chunk for chunk in before if chunk * UNIT < then), size=then, identity=identify(7, run="run1")
+    )
+    with image.open("rb") as file:
+        metadata = ThinMetadata(file.fileno())
+        base = BaseSnapshot("base", 7, metadata.facts(7))
+        changes = thin.find_thin_changes(
+            metadata, identify(8, snapshot_uuid="snapshot"), now, remembered, base, external_origin=False
+        )
+    assert changes.method == "thin-tree"
+    mapped = {chunk for chunk in after if chunk * UNIT < now}
+    first = min(now - 1, then) // UNIT if now != then else 1 << 40
+    expected = {chunk for chunk in mapped if chunk >= first or before.get(chunk) != after[chunk]}
+    gone = {chunk for chunk in before if chunk * UNIT < now and chunk not in after}
+    assert changes.changed == chunks(*expected).clip(now)
+    assert changes.discarded == chunks(*gone).clip(now)
+    assert changes.mapped == MappedSet(UNIT, bits(*mapped, count=-(-now // UNIT)))
+    # So small a volume is all neighbourhood, if there is anything in it that asks.
+    assert changes.allocated == chunks(*mapped).clip(now)
