@@ -45,6 +45,7 @@ format: bootstrap ## lay out the sources, Python and C
 	$(BIN)/ruff format . vagrant/lab
 	$(BIN)/ruff check --fix . vagrant/lab
 	find native -name '*.[ch]' -exec clang-format -i {} +
+	clang-format --style=file:native/.clang-format -i vagrant/*.c
 
 clean: ## remove what was built, .venv included
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -59,6 +60,7 @@ lint:
 	$(BIN)/ruff check --output-format concise . vagrant/lab
 	$(BIN)/ruff format --check . vagrant/lab
 	find native -name '*.[ch]' -exec clang-format --dry-run -Werror {} +
+	clang-format --style=file:native/.clang-format --dry-run -Werror vagrant/*.c
 	$(BIN)/mypy
 	$(BIN)/mypy vagrant/lab
 

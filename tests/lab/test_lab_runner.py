@@ -246,3 +246,28 @@ def test_postgres_runs() -> None:
     """
     result = lab(script=script)
     assert (result.returncode, result.stdout) == (0, "42\n"), result.stderr
+
+
+def test_wide_registers_of_threads_are_kept_apart() -> None:
+    """BLAKE3 uses the widest vectors there are; a register lost at a switch would be a wrong hash."""
+    script = """
+import threading
+from blake3 import blake3
+
+def work(data, wanted):
+    answers.extend(blake3(data).digest() == wanted for _ in range(60))
+
+answers = []
+data = [bytes([n]) * (1 << 21) for n in range(4)]
+threads = [threading.Thread(target=work, args=(each, blake3(each).digest())) for each in data]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(answers), all(answers))
+"""
+    python = PROJECT / ".venv" / "bin" / "python"
+    done = subprocess.run(
+        [LAB, "--timeout", "120", "--", python, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == ("240 True\n", 0), done.stderr
