@@ -224,7 +224,7 @@ def test_project_may_lie_anywhere(parent: str) -> None:
     with tempfile.TemporaryDirectory(prefix="lab project ", dir=parent) as directory:
         project = Path(directory)
         (project / "vagrant").mkdir()
-        for name in ("lab", "init.sh"):
+        for name in ("lab", "init.sh", "uml-registers.c"):
             shutil.copy(PROJECT / "vagrant" / name, project / "vagrant" / name)
         (project / "data").write_text("here\n")
         argv = [project / "vagrant" / "lab", "--timeout", "120", "--", "cat", str(project / "data")]
