@@ -47,13 +47,14 @@ def crc32c(data: bytes) -> int:
     return crc
 
 
-def _table_entry(value: int) -> int:
+def table_entry(value: int) -> int:
+    """Return the CRC-32C of one byte."""
     for _ in range(8):
         value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
     return value
 
 
-_TABLE = [_table_entry(value) for value in range(256)]
+_TABLE = [table_entry(value) for value in range(256)]
 
 
 def seal(image: bytearray, block: int) -> None:
