@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +17,24 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-@click.group("debug")
+# Each engine's commands are in a module of their own, loaded when one of them is named.
+_COMMANDS = {
+    "thin-diff": "debug_thin",
+    "thin-extents": "debug_thin",
+}
+
+
+class _Engines(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _COMMANDS:
+            importlib.import_module(f"blocksnap.cli.{_COMMANDS[cmd_name]}")
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group("debug", cls=_Engines)
 def debug_command() -> None:
     """Show what the extent diff sees.
 
