@@ -13,7 +13,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean
+.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -31,6 +31,9 @@ test: bootstrap-vagrant lint unit vagrant-validate native-test host-test lab-tes
 
 bench: bootstrap ## measure against the peers on this machine
 	$(BIN)/python tests/bench/run.py
+
+bench-extents: bootstrap ## measure the engines of the extent diff beside their peers
+	$(BIN)/python tests/bench/extents.py
 
 bench-map: bootstrap ## count the metadata that an incremental backup of 1 TiB writes
 	$(BIN)/python tests/bench/metadata.py
