@@ -47,15 +47,27 @@ int bs_fd_size(int fd, struct bs_error *error, uint64_t *out)
         return 0;
 }
 
+void bs_read_start(const struct bs_reader *reader, struct bs_read *reads, size_t count)
+{
+        for (size_t i = 0; i < count; i++)
+                reads[i].result = BS_READ_TO_BE_MADE;
+        if (reader->start)
+                reader->start(reader->context, reads, count);
+}
+
+void bs_read_finish(const struct bs_reader *reader, struct bs_read *read)
+{
+        if (read->result == BS_READ_STARTED)
+                reader->finish(reader->context, read);
+        if (read->result == BS_READ_TO_BE_MADE)
+                read->result = reader->read(reader->context, read->offset, read->buffer, read->length);
+}
+
 void bs_read_many(const struct bs_reader *reader, struct bs_read *reads, size_t count)
 {
-        if (reader->read_many) {
-                reader->read_many(reader->context, reads, count);
-                return;
-        }
+        bs_read_start(reader, reads, count);
         for (size_t i = 0; i < count; i++)
-                reads[i].result =
-                        reader->read(reader->context, reads[i].offset, reads[i].buffer, reads[i].length);
+                bs_read_finish(reader, &reads[i]);
 }
 
 static int read_fd(void *context, uint64_t offset, void *buffer, size_t length)

@@ -105,17 +105,16 @@ static const char *node_fault(const uint8_t *block, const struct bs_thin_place *
 
 static const char *key_fault(const struct bs_thin_node *node, const struct bs_thin_place *place)
 {
-        uint64_t previous = 0;
+        uint32_t falling = 0;
 
-        for (uint32_t i = 0; i < node->count; i++) {
-                uint64_t key = bs_thin_key(node, i);
-
-                if (i > 0 && key <= previous)
-                        return "keys of a btree node do not ascend";
-                if (key < place->low || key > place->last)
-                        return "a btree node holds a key that belongs elsewhere";
-                previous = key;
-        }
+        if (node->count == 0)
+                return NULL;
+        for (uint32_t i = 1; i < node->count; i++)
+                falling |= bs_thin_key(node, i) <= bs_thin_key(node, i - 1);
+        if (falling)
+                return "keys of a btree node do not ascend";
+        if (bs_thin_key(node, 0) < place->low || bs_thin_key(node, node->count - 1) > place->last)
+                return "a btree node holds a key that belongs elsewhere";
         return NULL;
 }
 

@@ -2,20 +2,21 @@
 #include "thin_nodes.h"
 
 #include "memory.h"
-
-#include <stdlib.h>
+#include "record_sort.h"
 
 enum {
         /* Blocks of one request. */
-        RUN_BLOCKS = 256,
-        /* Reading this many blocks in vain is cheaper than another request. */
-        RUN_GAP_BLOCKS = 32,
+        RUN_BLOCKS = 64,
+        /* Reading this many blocks in vain is cheaper than another request: 4, 8, 16 and 32 were tried. */
+        RUN_GAP_BLOCKS = 8,
 #ifdef BS_TEST_BATCH_RUNS
-        BATCH_RUNS = BS_TEST_BATCH_RUNS,
+        MAX_RUNS = BS_TEST_BATCH_RUNS,
 #else
-        /* Requests of one batch. */
-        BATCH_RUNS = 128,
+        /* Requests under way at a time. */
+        MAX_RUNS = 128,
 #endif
+        /* So many are begun together, if there are. */
+        FEW_RUNS = MAX_RUNS / 4,
 };
 
 void bs_thin_places_deinit(struct bs_thin_places *places)
@@ -66,41 +67,40 @@ int bs_thin_places_extend(struct bs_thin_places *places, const struct bs_thin_pl
         return result;
 }
 
-static int compare_blocks(const void *left, const void *right)
-{
-        uint64_t a = ((const struct bs_thin_place *)left)->block;
-        uint64_t b = ((const struct bs_thin_place *)right)->block;
-
-        return (a > b) - (a < b);
-}
-
-static int compare_keys(const void *left, const void *right)
-{
-        uint64_t a = ((const struct bs_thin_place *)left)->low;
-        uint64_t b = ((const struct bs_thin_place *)right)->low;
-
-        return (a > b) - (a < b);
-}
-
-static void sort(struct bs_thin_places *places, int (*compare)(const void *, const void *))
-{
-        size_t i = 1;
-
-        while (i < places->count && compare(&places->items[i - 1], &places->items[i]) < 0)
-                i++;
-        if (i < places->count)
-                qsort(places->items, places->count, sizeof(*places->items), compare);
-}
-
 void bs_thin_places_sort_by_block(struct bs_thin_places *places)
 {
-        sort(places, compare_blocks);
+        bs_sort_records(places->items, places->count, sizeof(*places->items),
+                        offsetof(struct bs_thin_place, block));
 }
 
 void bs_thin_places_sort_by_key(struct bs_thin_places *places)
 {
-        sort(places, compare_keys);
+        bs_sort_records(places->items, places->count, sizeof(*places->items),
+                        offsetof(struct bs_thin_place, low));
 }
+
+/* A request, the places it is for, and how much of the buffer it takes. */
+struct run {
+        const struct bs_thin_place *places;
+        size_t count;
+        size_t blocks;
+};
+
+/*
+ * Requests under way: a queue, and a buffer that is used in a circle. What is read is looked at in order,
+ * while the reads behind it go on.
+ */
+struct pipeline {
+        const struct bs_thin_batch *batch;
+        const struct bs_thin_place *places; /* for which no request is planned yet */
+        size_t left;
+        struct bs_read reads[MAX_RUNS];
+        struct run runs[MAX_RUNS];
+        size_t first; /* the oldest request */
+        size_t count;
+        size_t buffer_end; /* where the next request's blocks go */
+        size_t buffer_used;
+};
 
 /* How many of the places, sorted by block, one request can cover. */
 static size_t run_length(const struct bs_thin_place *places, size_t count)
@@ -113,34 +113,57 @@ static size_t run_length(const struct bs_thin_place *places, size_t count)
         return i;
 }
 
-/* The requests of one batch, and for each how many places it is for. */
-struct runs {
-        struct bs_read reads[BATCH_RUNS];
-        size_t places[BATCH_RUNS];
-        size_t count;
-};
-
-static void plan_runs(const struct bs_thin_batch *batch, const struct bs_thin_place *places, size_t count,
-                      struct runs *out)
+/* Plan one more request; false when there are no more places, or is no more room. */
+static bool plan_run(struct pipeline *pipeline)
 {
-        size_t used = 0;
+        const struct bs_thin_place *places = pipeline->places;
+        size_t at = (pipeline->first + pipeline->count) % MAX_RUNS;
+        size_t begin = pipeline->buffer_end;
+        size_t skipped = 0;
 
-        out->count = 0;
-        for (size_t at = 0; at < count && out->count < BATCH_RUNS;) {
-                size_t length = run_length(places + at, count - at);
-                size_t blocks = (size_t)(places[at + length - 1].block - places[at].block) + 1;
+        if (pipeline->count == MAX_RUNS || pipeline->left == 0)
+                return false;
 
-                if (used + blocks > BS_THIN_BATCH_BLOCKS)
-                        return;
-                out->reads[out->count] = (struct bs_read){
-                        .offset = places[at].block * BS_THIN_BLOCK_SIZE,
-                        .buffer = batch->buffer + used * BS_THIN_BLOCK_SIZE,
-                        .length = blocks * BS_THIN_BLOCK_SIZE,
-                };
-                out->places[out->count++] = length;
-                used += blocks;
-                at += length;
+        size_t count = run_length(places, pipeline->left);
+        size_t blocks = (size_t)(places[count - 1].block - places[0].block) + 1;
+
+        if (begin + blocks > BS_THIN_BATCH_BLOCKS) {
+                skipped = BS_THIN_BATCH_BLOCKS - begin;
+                begin = 0;
         }
+        if (pipeline->buffer_used + skipped + blocks > BS_THIN_BATCH_BLOCKS)
+                return false;
+        pipeline->reads[at] = (struct bs_read){
+                .offset = places[0].block * BS_THIN_BLOCK_SIZE,
+                .buffer = pipeline->batch->buffer + begin * BS_THIN_BLOCK_SIZE,
+                .length = blocks * BS_THIN_BLOCK_SIZE,
+        };
+        pipeline->runs[at] = (struct run){.places = places, .count = count, .blocks = skipped + blocks};
+        pipeline->places += count;
+        pipeline->left -= count;
+        pipeline->count++;
+        pipeline->buffer_end = begin + blocks;
+        pipeline->buffer_used += skipped + blocks;
+        return true;
+}
+
+/* Begin what there is room for, if that is many requests; whether it was. */
+static bool refill(struct pipeline *pipeline)
+{
+        size_t before = pipeline->count;
+        size_t from = (pipeline->first + before) % MAX_RUNS;
+
+        if (before > 0 && before + FEW_RUNS > MAX_RUNS)
+                return false;
+        while (plan_run(pipeline))
+                ;
+
+        size_t more = pipeline->count - before;
+        size_t to_the_end = more < MAX_RUNS - from ? more : MAX_RUNS - from;
+
+        bs_read_start(pipeline->batch->reader, pipeline->reads + from, to_the_end);
+        bs_read_start(pipeline->batch->reader, pipeline->reads, more - to_the_end);
+        return more > 0;
 }
 
 /* Visit the places of one request, whose blocks are in its buffer. */
@@ -167,52 +190,55 @@ static int visit_blocks(const struct bs_thin_batch *batch, const struct bs_read 
 
         for (size_t i = 0; i < count && result == 0; i++) {
                 one.offset = places[i].block * BS_THIN_BLOCK_SIZE;
-                bs_read_many(batch->reader, &one, 1);
-                if (one.result < 0)
-                        return bs_fail_call(batch->error, batch->reader->call, one.result);
+                result = batch->reader->read(batch->reader->context, one.offset, one.buffer, one.length);
+                if (result < 0)
+                        return bs_fail_call(batch->error, batch->reader->call, result);
                 result = visit_run(&one, &places[i], 1, visit, context);
         }
         return result;
 }
 
-int bs_thin_visit_batch(const struct bs_thin_batch *batch, const struct bs_thin_places *places, size_t first,
-                        bs_thin_visit_fn visit, void *context, size_t *out)
+/* Wait for the oldest request and visit its places. */
+static int visit_oldest(struct pipeline *pipeline, bs_thin_visit_fn visit, void *context)
 {
-        struct runs runs;
-        size_t at = first;
+        const struct bs_thin_batch *batch = pipeline->batch;
+        const struct run run = pipeline->runs[pipeline->first];
+        struct bs_read *read = &pipeline->reads[pipeline->first];
 
-        plan_runs(batch, places->items + first, places->count - first, &runs);
-        bs_read_many(batch->reader, runs.reads, runs.count);
-        for (size_t i = 0; i < runs.count; i++) {
-                const struct bs_read *read = &runs.reads[i];
-                const struct bs_thin_place *from = places->items + at;
-                int result;
+        bs_read_finish(batch->reader, read);
+        pipeline->first = (pipeline->first + 1) % MAX_RUNS;
+        pipeline->count--;
+        pipeline->buffer_used -= run.blocks;
+        if (read->result == 0)
+                return visit_run(read, run.places, run.count, visit, context);
+        if (read->result == -EIO && read->length > BS_THIN_BLOCK_SIZE)
+                return visit_blocks(batch, read, run.places, run.count, visit, context);
+        return bs_fail_call(batch->error, batch->reader->call, read->result);
+}
 
-                if (read->result == 0)
-                        result = visit_run(read, from, runs.places[i], visit, context);
-                else if (read->result == -EIO && read->length > BS_THIN_BLOCK_SIZE)
-                        result = visit_blocks(batch, read, from, runs.places[i], visit, context);
-                else
-                        result = bs_fail_call(batch->error, batch->reader->call, read->result);
-                if (result < 0)
-                        return result;
-                at += runs.places[i];
+int bs_thin_visit(const struct bs_thin_batch *batch, const struct bs_thin_place *places, size_t count,
+                  bs_thin_visit_fn visit, void *context)
+{
+        struct pipeline pipeline = {.batch = batch, .places = places, .left = count};
+        int result = 0;
+
+        refill(&pipeline);
+        while (pipeline.count > 0 && result == 0) {
+                result = visit_oldest(&pipeline, visit, context);
+                if (result == 0 && refill(&pipeline))
+                        result = bs_interrupted(batch->interrupt);
         }
-        *out = at - first;
-        return bs_interrupted(batch->interrupt);
+        /* The buffer is the kernel's until all reads are over. */
+        for (; pipeline.count > 0; pipeline.count--) {
+                bs_read_finish(batch->reader, &pipeline.reads[pipeline.first]);
+                pipeline.first = (pipeline.first + 1) % MAX_RUNS;
+        }
+        return result;
 }
 
 int bs_thin_visit_all(const struct bs_thin_batch *batch, struct bs_thin_places *places,
                       bs_thin_visit_fn visit, void *context)
 {
         bs_thin_places_sort_by_block(places);
-        for (size_t at = 0; at < places->count;) {
-                size_t visited;
-                int result = bs_thin_visit_batch(batch, places, at, visit, context, &visited);
-
-                if (result < 0)
-                        return result;
-                at += visited;
-        }
-        return 0;
+        return bs_thin_visit(batch, places->items, places->count, visit, context);
 }

@@ -39,14 +39,13 @@ struct bs_thin_batch {
 enum { BS_THIN_BATCH_BLOCKS = 1024 };
 
 /*
- * Read the places from `first` on, sorted by block number, in as many requests at a time as the buffer holds,
- * and visit them in that order. Stops after one batch; `*out` is the number of places visited. A request that
- * fails with EIO is read again block by block: the bad sector may be one that nobody asked for.
+ * Read places, sorted by block number, many at a time, and visit them in that order. A request that fails
+ * with EIO is made again block by block: the bad sector may be one that nobody asked for.
  */
-int bs_thin_visit_batch(const struct bs_thin_batch *batch, const struct bs_thin_places *places, size_t first,
-                        bs_thin_visit_fn visit, void *context, size_t *out);
+int bs_thin_visit(const struct bs_thin_batch *batch, const struct bs_thin_place *places, size_t count,
+                  bs_thin_visit_fn visit, void *context);
 
-/* The same for all places; they are sorted first. */
+/* The same for a list, which is sorted first. */
 int bs_thin_visit_all(const struct bs_thin_batch *batch, struct bs_thin_places *places,
                       bs_thin_visit_fn visit, void *context);
 

@@ -8,10 +8,10 @@
 enum {
         MAPPING_VALUE_SIZE = 8,
 #ifdef BS_TEST_FRONTIER_LIMIT
-        FRONTIER_LIMIT = BS_TEST_FRONTIER_LIMIT,
+        STEP = BS_TEST_FRONTIER_LIMIT,
 #else
-        /* Places yet to be read at one level, above which the level below is walked first. */
-        FRONTIER_LIMIT = 1 << 20,
+        /* Nodes that are looked at before those below them: these can be a million. */
+        STEP = 4096,
 #endif
 };
 
@@ -42,18 +42,34 @@ static int enqueue(struct walk *walk, const struct bs_thin_place *place, struct 
         return bs_thin_places_add(to, place);
 }
 
+/* How many chunks of a leaf, from `begin` on and before `end`, follow one another. */
+static uint32_t run_length(const struct bs_thin_node *leaf, uint32_t begin, uint32_t end)
+{
+        uint32_t i = begin + 1;
+
+        /* Keys ascend, so that their ends tell of all between them. */
+        if (bs_thin_key(leaf, end - 1) - bs_thin_key(leaf, begin) == end - 1 - begin)
+                return end - begin;
+        while (i < end && bs_thin_key(leaf, i) - bs_thin_key(leaf, i - 1) == 1)
+                i++;
+        return i - begin;
+}
+
 static void take_mappings(const struct bs_thin_scan *scan, const struct bs_thin_node *leaf)
 {
-        for (uint32_t i = 0; i < leaf->count; i++) {
-                uint64_t chunk = bs_thin_key(leaf, i);
+        uint32_t count = leaf->count;
 
-                /* Keys ascend. */
-                if (chunk >= scan->nr_chunks)
-                        return;
-                bs_bitmap_set(scan->mapped, chunk);
-                if (scan->changed && (bs_thin_value(leaf, i) & BS_THIN_MAX_24_BITS) >= scan->since)
-                        bs_bitmap_set(scan->changed, chunk);
+        while (count > 0 && bs_thin_key(leaf, count - 1) >= scan->nr_chunks)
+                count--;
+        for (uint32_t i = 0, length; i < count; i += length) {
+                length = run_length(leaf, i, count);
+                bs_bitmap_fill(scan->mapped, bs_thin_key(leaf, i), length, true);
         }
+        if (!scan->changed)
+                return;
+        for (uint32_t i = 0; i < count; i++)
+                if ((bs_thin_value(leaf, i) & BS_THIN_MAX_24_BITS) >= scan->since)
+                        bs_bitmap_set(scan->changed, bs_thin_key(leaf, i));
 }
 
 static int visit(void *context, const uint8_t *block, const struct bs_thin_place *place)
@@ -79,7 +95,7 @@ static int visit(void *context, const uint8_t *block, const struct bs_thin_place
 }
 
 /*
- * Visit all nodes of a level, then those below. Leaves may be at any level: the kernel makes a subtree
+ * Visit the nodes of a level, and those below them. Leaves may be at any level: the kernel makes a subtree
  * shorter than its siblings when it lifts an only child into its parent.
  */
 static int walk_level(struct walk *walk, struct bs_thin_places *level, unsigned depth)
@@ -90,21 +106,18 @@ static int walk_level(struct walk *walk, struct bs_thin_places *level, unsigned 
         if (depth >= BS_THIN_MAX_DEPTH)
                 return bs_fail_block(walk->error, level->items[0].block, "a btree is too deep");
         bs_thin_places_sort_by_block(level);
-        for (size_t at = 0; at < level->count;) {
-                size_t visited;
+        for (size_t at = 0; at < level->count; at += STEP) {
+                size_t left = level->count - at;
 
                 walk->children = &children;
-                int result = bs_thin_visit_batch(&batch, level, at, visit, walk, &visited);
 
-                if (result < 0)
-                        return result;
-                at += visited;
-                if (children.count > 0 && (at == level->count || children.count >= FRONTIER_LIMIT)) {
+                int result = bs_thin_visit(&batch, level->items + at, left < STEP ? left : STEP, visit, walk);
+
+                if (result == 0 && children.count > 0)
                         result = walk_level(walk, &children, depth + 1);
-                        children.count = 0;
-                }
                 if (result < 0)
                         return result;
+                children.count = 0;
         }
         return 0;
 }

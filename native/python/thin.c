@@ -3,6 +3,7 @@
 #include "binding.h"
 
 #include "bitmap.h"
+#include "ring.h"
 #include "thin_diff.h"
 #include "thin_scan.h"
 
@@ -42,9 +43,10 @@ static PyObject *thin_device(PyObject *Py_UNUSED(module), PyObject *arguments)
 static int scan_device(int fd, struct bs_thin_scan *request, struct bs_python_scan *scan,
                        struct bs_thin_scan_result *out)
 {
+        _cleanup_(bs_ring_deinit) struct bs_ring ring = {.ring = -1};
         size_t bytes = (size_t)bs_bitmap_bytes(request->nr_chunks);
         struct bs_reader reader;
-        int result = bs_fd_reader_init(&fd, &scan->error, &reader);
+        int result = bs_ring_reader_init(&ring, fd, &scan->error, &reader);
 
         if (result < 0)
                 return result;
@@ -90,10 +92,22 @@ static PyObject *thin_scan(PyObject *Py_UNUSED(module), PyObject *arguments)
         return Py_BuildValue("(OOK)", extents, mapped, (unsigned long long)found.nodes);
 }
 
+/* The part of thin_diff without the GIL. */
+static int diff_devices(int fd, const struct bs_thin_diff *request, struct bs_python_scan *scan,
+                        uint64_t *missing, struct bs_thin_diff_result *out)
+{
+        _cleanup_(bs_ring_deinit) struct bs_ring ring = {.ring = -1};
+        struct bs_reader reader;
+        int result = bs_ring_reader_init(&ring, fd, &scan->error, &reader);
+
+        if (result < 0)
+                return result;
+        return bs_thin_diff(&reader, request, &scan->interrupt, &scan->error, missing, out);
+}
+
 static PyObject *thin_diff(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
         struct bs_python_scan scan;
-        struct bs_reader reader;
         struct bs_thin_diff request;
         uint64_t missing = 0;
         int fd;
@@ -106,9 +120,7 @@ static PyObject *thin_diff(PyObject *Py_UNUSED(module), PyObject *arguments)
         _cleanup_(bs_thin_diff_result_deinit) struct bs_thin_diff_result found = {.nodes = 0};
 
         bs_scan_begin(&scan);
-        int result = bs_fd_reader_init(&fd, &scan.error, &reader);
-        if (result == 0)
-                result = bs_thin_diff(&reader, &request, &scan.interrupt, &scan.error, &missing, &found);
+        int result = diff_devices(fd, &request, &scan, &missing, &found);
         bs_scan_end(&scan);
         if (result < 0)
                 return bs_raise(result, &scan.error, THIN_METADATA, missing);
