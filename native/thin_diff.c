@@ -5,8 +5,6 @@
 #include "thin_merge.h"
 #include "thin_nodes.h"
 
-#include <stdlib.h>
-
 enum {
         MAPPING_VALUE_SIZE = 8,
 #ifdef BS_TEST_FRONTIER_LIMIT
@@ -69,7 +67,11 @@ static size_t count_places(const struct frontier frontiers[2])
                frontiers[1].leaves.count;
 }
 
-/* Drop the blocks that are in both lists, each sorted by block. */
+/*
+ * Drop the blocks that are in both lists, each sorted by block, at the same place. At another place a block
+ * means the same only in trees that are sound, and it is hardly ever met there: where the kernel has removed
+ * the node behind it.
+ */
 static void cancel(struct bs_thin_places *one, struct bs_thin_places *other)
 {
         size_t i = 0, j = 0, kept_i = 0, kept_j = 0;
@@ -79,9 +81,13 @@ static void cancel(struct bs_thin_places *one, struct bs_thin_places *other)
                         one->items[kept_i++] = one->items[i++];
                 } else if (one->items[i].block > other->items[j].block) {
                         other->items[kept_j++] = other->items[j++];
-                } else {
+                } else if (one->items[i].low == other->items[j].low &&
+                           one->items[i].last == other->items[j].last) {
                         i++;
                         j++;
+                } else {
+                        one->items[kept_i++] = one->items[i++];
+                        other->items[kept_j++] = other->items[j++];
                 }
         }
         while (i < one->count)
@@ -238,27 +244,11 @@ static int walk_window(struct walk *walk, struct frontier frontiers[2], const st
         return 0;
 }
 
-static void add_lows(const struct bs_thin_places *places, uint64_t *lows, size_t *count)
-{
-        for (size_t i = 0; i < places->count; i++)
-                lows[(*count)++] = places->items[i].low;
-}
-
-static int compare_numbers(const void *left, const void *right)
-{
-        uint64_t a = *(const uint64_t *)left;
-        uint64_t b = *(const uint64_t *)right;
-
-        return (a > b) - (a < b);
-}
-
-/* Move the places that begin or reach into a window; `*at` is where to go on, in a list sorted by key. */
-static int take_part(const struct bs_thin_places *from, const struct window *window, size_t *at,
+/* Add the places that begin or reach into a window, from `at` on in a list sorted by key. */
+static int take_part(const struct bs_thin_places *from, const struct window *window, size_t at,
                      struct bs_thin_places *to)
 {
-        while (*at < from->count && from->items[*at].last < window->first)
-                (*at)++;
-        for (size_t i = *at; i < from->count && from->items[i].low <= window->last; i++) {
+        for (size_t i = at; i < from->count && from->items[i].low <= window->last; i++) {
                 int result = bs_thin_places_add(to, &from->items[i]);
 
                 if (result < 0)
@@ -268,7 +258,7 @@ static int take_part(const struct bs_thin_places *from, const struct window *win
 }
 
 static int walk_part(struct walk *walk, const struct frontier frontiers[2], const struct window *part,
-                     unsigned depth, size_t at[4])
+                     unsigned depth, const size_t at[4])
 {
         _cleanup_(frontiers_deinit) struct frontier mine[2] = {{.nodes = {.count = 0}}};
         int result = 0;
@@ -276,46 +266,68 @@ static int walk_part(struct walk *walk, const struct frontier frontiers[2], cons
         for (unsigned side = 0; side < 2 && result == 0; side++) {
                 /* A node that reaches into two parts is read for both, and so may be those below it. */
                 walk->allowance[side] += BS_THIN_MAX_DEPTH;
-                result = take_part(&frontiers[side].nodes, part, &at[2 * side], &mine[side].nodes);
+                result = take_part(&frontiers[side].nodes, part, at[2 * side], &mine[side].nodes);
                 if (result == 0)
-                        result = take_part(&frontiers[side].leaves, part, &at[2 * side + 1],
+                        result = take_part(&frontiers[side].leaves, part, at[2 * side + 1],
                                            &mine[side].leaves);
         }
         return result < 0 ? result : walk_window(walk, mine, part, depth);
+}
+
+/*
+ * Find where a part ends that begins at `first` and has PART_PLACES places in it, of four lists sorted by
+ * key:
+ * `*out` is the first key after it. False when there are no more than that. `at` is moved to where the part
+ * begins in each list. A tree's places do not overlap, so that the end is beyond `first`.
+ */
+static bool end_of_part(const struct bs_thin_places *const lists[4], uint64_t first, size_t at[4],
+                        uint64_t *out)
+{
+        size_t next[4];
+
+        for (unsigned i = 0; i < 4; i++) {
+                while (at[i] < lists[i]->count && lists[i]->items[at[i]].last < first)
+                        at[i]++;
+                next[i] = at[i];
+        }
+        for (size_t taken = 0; taken <= PART_PLACES; taken++) {
+                unsigned lowest = 4;
+
+                for (unsigned i = 0; i < 4; i++)
+                        if (next[i] < lists[i]->count &&
+                            (lowest == 4 || lists[i]->items[next[i]].low < *out)) {
+                                lowest = i;
+                                *out = lists[i]->items[next[i]].low;
+                        }
+                if (lowest == 4)
+                        return false;
+                next[lowest]++;
+        }
+        return *out > first;
 }
 
 /* Cut a window in which there is too much into parts, and compare one after another, in order. */
 static int walk_parts(struct walk *walk, struct frontier frontiers[2], const struct window *window,
                       unsigned depth)
 {
-        _cleanup_free_ uint64_t *lows = bs_realloc(NULL, count_places(frontiers), sizeof(*lows));
+        const struct bs_thin_places *const lists[4] = {&frontiers[0].nodes, &frontiers[0].leaves,
+                                                       &frontiers[1].nodes, &frontiers[1].leaves};
         struct window part = {.first = window->first};
         size_t at[4] = {0};
-        size_t count = 0;
+        int result = 0;
 
-        if (!lows)
-                return -ENOMEM;
         for (unsigned side = 0; side < 2; side++) {
                 bs_thin_places_sort_by_key(&frontiers[side].nodes);
                 bs_thin_places_sort_by_key(&frontiers[side].leaves);
-                add_lows(&frontiers[side].nodes, lows, &count);
-                add_lows(&frontiers[side].leaves, lows, &count);
         }
-        qsort(lows, count, sizeof(*lows), compare_numbers);
-        for (size_t next = PART_PLACES; part.first <= window->last; next += PART_PLACES) {
-                bool more = next < count;
+        for (bool more = true; more && result == 0; part.first = part.last + 1) {
+                uint64_t next = 0;
 
-                if (more && lows[next] <= part.first)
-                        continue;
-                part.last = more && lows[next] - 1 < window->last ? lows[next] - 1 : window->last;
-
-                int result = walk_part(walk, frontiers, &part, depth, at);
-
-                if (result < 0 || part.last == window->last)
-                        return result;
-                part.first = part.last + 1;
+                more = end_of_part(lists, part.first, at, &next) && next <= window->last;
+                part.last = more ? next - 1 : window->last;
+                result = walk_part(walk, frontiers, &part, depth, at);
         }
-        return 0;
+        return result;
 }
 
 /* How deep a tree is along its first or last children. */

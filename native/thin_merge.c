@@ -2,16 +2,15 @@
 #include "thin_merge.h"
 
 #include "memory.h"
-
-#include <stdlib.h>
+#include "record_sort.h"
 
 enum { TIME_BITS = 24 };
 
 void bs_thin_mappings_deinit(struct bs_thin_mappings *mappings)
 {
-        bs_free(mappings->items);
+        bs_free(mappings->words);
         bs_free(mappings->slices);
-        *mappings = (struct bs_thin_mappings){.items = NULL};
+        *mappings = (struct bs_thin_mappings){.words = NULL};
 }
 
 void bs_thin_mappings_clear(struct bs_thin_mappings *mappings)
@@ -23,12 +22,12 @@ void bs_thin_mappings_clear(struct bs_thin_mappings *mappings)
 static int reserve(struct bs_thin_mappings *mappings, size_t more)
 {
         if (mappings->capacity - mappings->count < more) {
-                size_t capacity = mappings->capacity ? mappings->capacity * 2 : 1024;
-                struct bs_thin_mapping *items = bs_realloc(mappings->items, capacity, sizeof(*items));
+                size_t capacity = mappings->capacity ? mappings->capacity * 2 : 2048;
+                uint64_t *words = bs_realloc(mappings->words, capacity, sizeof(*words));
 
-                if (!items)
+                if (!words)
                         return -ENOMEM;
-                mappings->items = items;
+                mappings->words = words;
                 mappings->capacity = capacity;
         }
         if (mappings->nr_slices == mappings->slices_capacity) {
@@ -46,73 +45,124 @@ static int reserve(struct bs_thin_mappings *mappings, size_t more)
 int bs_thin_mappings_add(struct bs_thin_mappings *mappings, const struct bs_thin_node *leaf, uint64_t first,
                          uint64_t last)
 {
+        uint32_t begin = 0;
+        uint32_t end = leaf->count;
+
+        while (begin < end && bs_thin_key(leaf, begin) < first)
+                begin++;
+        while (end > begin && bs_thin_key(leaf, end - 1) > last)
+                end--;
+        if (begin == end)
+                return 0;
+
+        uint32_t count = end - begin;
         /* A block holds far fewer entries than the capacity grows by. */
-        int result = reserve(mappings, leaf->count);
-        struct bs_thin_slice slice = {.first = mappings->count};
+        int result = reserve(mappings, 2 * (size_t)count);
 
         if (result < 0)
                 return result;
-        for (uint32_t i = 0; i < leaf->count; i++) {
-                uint64_t chunk = bs_thin_key(leaf, i);
 
-                if (chunk > last)
-                        break;
-                if (chunk >= first)
-                        mappings->items[mappings->count++] = (struct bs_thin_mapping){
-                                .chunk = chunk,
-                                .value = bs_thin_value(leaf, i),
-                        };
-        }
-        slice.count = mappings->count - slice.first;
-        if (slice.count == 0)
-                return 0;
-        slice.low = mappings->items[slice.first].chunk;
-        mappings->slices[mappings->nr_slices++] = slice;
+        uint64_t *words = mappings->words + mappings->count;
+
+        mappings->slices[mappings->nr_slices++] = (struct bs_thin_slice){
+                .low = bs_thin_key(leaf, begin),
+                .first = mappings->count,
+                .count = count,
+        };
+        for (uint32_t i = 0; i < count; i++)
+                words[i] = bs_thin_key(leaf, begin + i);
+        for (uint32_t i = 0; i < count; i++)
+                words[count + i] = bs_thin_u64(leaf->values + 8 * (size_t)(begin + i));
+        mappings->count += 2 * (size_t)count;
         return 0;
 }
 
-static int compare_slices(const void *left, const void *right)
-{
-        uint64_t a = ((const struct bs_thin_slice *)left)->low;
-        uint64_t b = ((const struct bs_thin_slice *)right)->low;
-
-        return (a > b) - (a < b);
-}
-
-/* Goes through mappings in the order of their chunks. */
+/* Goes through mappings in the order of their chunks: those of a slice, then the next slice. */
 struct cursor {
         const struct bs_thin_mappings *mappings;
-        size_t slice;
-        size_t at;
+        size_t next_slice;
+        const uint64_t *chunks;
+        const uint64_t *values;
+        size_t left; /* in the slice; 0 at the end */
 };
 
-static struct cursor first_of(struct bs_thin_mappings *mappings)
+static void open_slice(struct cursor *cursor)
 {
-        if (mappings->nr_slices > 1)
-                qsort(mappings->slices, mappings->nr_slices, sizeof(*mappings->slices), compare_slices);
-        return (struct cursor){.mappings = mappings};
-}
+        if (cursor->next_slice < cursor->mappings->nr_slices) {
+                const struct bs_thin_slice *slice = &cursor->mappings->slices[cursor->next_slice++];
 
-static const struct bs_thin_mapping *current(const struct cursor *cursor)
-{
-        if (cursor->slice == cursor->mappings->nr_slices)
-                return NULL;
-        return &cursor->mappings->items[cursor->mappings->slices[cursor->slice].first + cursor->at];
-}
-
-static void advance(struct cursor *cursor)
-{
-        if (++cursor->at == cursor->mappings->slices[cursor->slice].count) {
-                cursor->at = 0;
-                cursor->slice++;
+                cursor->chunks = cursor->mappings->words + slice->first;
+                cursor->values = cursor->chunks + slice->count;
+                cursor->left = slice->count;
         }
 }
 
-static int report(const struct bs_thin_merge *merge, struct bs_extents *list, uint64_t chunk)
+static struct cursor first_of(struct bs_thin_mappings *mappings)
 {
-        if (chunk < merge->first_chunk || chunk >= merge->end_chunk)
+        struct cursor cursor = {.mappings = mappings};
+
+        bs_sort_records(mappings->slices, mappings->nr_slices, sizeof(*mappings->slices),
+                        offsetof(struct bs_thin_slice, low));
+        open_slice(&cursor);
+        return cursor;
+}
+
+static void advance(struct cursor *cursor, size_t count)
+{
+        cursor->chunks += count;
+        cursor->values += count;
+        cursor->left -= count;
+        if (cursor->left == 0)
+                open_slice(cursor);
+}
+
+/* How many mappings two slices have in common from here on. */
+static size_t equal_length(const struct cursor *old, const struct cursor *new)
+{
+        size_t most = old->left < new->left ? old->left : new->left;
+        size_t i = 0;
+
+        while (i < most && old->chunks[i] == new->chunks[i] &&
+               (old->values[i] ^ new->values[i]) >> TIME_BITS == 0)
+                i++;
+        return i;
+}
+
+/* How many chunks follow one another from here on, below `limit`. */
+static size_t run_length(const struct cursor *cursor, uint64_t limit)
+{
+        size_t i = 1;
+
+        while (i < cursor->left && cursor->chunks[i] < limit &&
+               cursor->chunks[i] - cursor->chunks[i - 1] == 1)
+                i++;
+        return i;
+}
+
+static int report(const struct bs_thin_merge *merge, struct bs_extents *list, uint64_t first, size_t count)
+{
+        uint64_t last = first + (count - 1);
+
+        if (first < merge->first_chunk)
+                first = merge->first_chunk;
+        if (last >= merge->end_chunk)
+                last = merge->end_chunk - 1;
+        if (merge->end_chunk == 0 || first > last)
                 return 0;
-        return bs_extents_append(list, chunk * merge->chunk_size, merge->chunk_size);
+        return bs_extents_append(list, first * merge->chunk_size, (last - first + 1) * merge->chunk_size);
+}
+
+/* Report what one side maps alone, up to what the other side maps next. */
+static int report_alone(struct bs_thin_merge *merge, struct cursor *cursor, const struct cursor *other,
+                        unsigned side)
+{
+        struct bs_extents *list = side == 0 ? merge->discarded : merge->changed;
+        size_t count = run_length(cursor, other->left ? *other->chunks : UINT64_MAX);
+        int result = report(merge, list, *cursor->chunks, count);
+
+        merge->only[side] += count;
+        advance(cursor, count);
+        return result;
 }
 
 int bs_thin_merge(struct bs_thin_merge *merge, struct bs_thin_mappings *base, struct bs_thin_mappings *device)
@@ -121,25 +171,18 @@ int bs_thin_merge(struct bs_thin_merge *merge, struct bs_thin_mappings *base, st
         struct cursor new = first_of(device);
         int result = 0;
 
-        while (result == 0) {
-                const struct bs_thin_mapping *was = current(&old);
-                const struct bs_thin_mapping *is = current(&new);
-
-                if (!was && !is)
-                        break;
-                if (!is || (was && was->chunk < is->chunk)) {
-                        result = report(merge, merge->discarded, was->chunk);
-                        merge->only[0]++;
-                        advance(&old);
-                } else if (!was || is->chunk < was->chunk) {
-                        result = report(merge, merge->changed, is->chunk);
-                        merge->only[1]++;
-                        advance(&new);
+        while (result == 0 && old.left + new.left > 0) {
+                if (new.left == 0 || (old.left > 0 && *old.chunks < *new.chunks)) {
+                        result = report_alone(merge, &old, &new, 0);
+                } else if (old.left == 0 || *new.chunks < *old.chunks) {
+                        result = report_alone(merge, &new, &old, 1);
                 } else {
-                        if (was->value >> TIME_BITS != is->value >> TIME_BITS)
-                                result = report(merge, merge->changed, is->chunk);
-                        advance(&old);
-                        advance(&new);
+                        size_t equal = equal_length(&old, &new);
+
+                        if (equal == 0)
+                                result = report(merge, merge->changed, *new.chunks, 1);
+                        advance(&old, equal ? equal : 1);
+                        advance(&new, equal ? equal : 1);
                 }
         }
         return result;

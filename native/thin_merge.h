@@ -6,21 +6,15 @@
 #include "extent.h"
 #include "thin_meta.h"
 
-/* A chunk and what it is mapped to: data block << 24 | time. */
-struct bs_thin_mapping {
-        uint64_t chunk;
-        uint64_t value;
-};
-
 /* Some of the mappings, ascending: those of one leaf. */
 struct bs_thin_slice {
-        size_t first;
+        uint64_t low; /* the first chunk */
+        size_t first; /* in `words`: `count` chunks, then what each is mapped to, data block << 24 | time */
         size_t count;
-        uint64_t low;
 };
 
 struct bs_thin_mappings {
-        struct bs_thin_mapping *items;
+        uint64_t *words;
         size_t count;
         size_t capacity;
         struct bs_thin_slice *slices;
