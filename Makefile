@@ -13,7 +13,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents
+.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -43,6 +43,9 @@ bench-tracked: bootstrap ## incrementals beside full compares of a thin volume, 
 
 soak-model: bootstrap ## every order of events of two writers and two collectors: an hour, 10 GiB
 	BLOCKSNAP_SOAK=1 $(PYTEST) -s tests/model
+
+soak-thin: bootstrap ## compare thousands of random histories of a thin pool with the reference model
+	BLOCKSNAP_EXAMPLES=2000 $(PYTEST) --timeout 3600 -n 2 tests/unit/native/test_thin_diff.py
 
 vagrant-test: bootstrap-vagrant ## bring a Vagrant VM up, run the LVM and btrfs tests in it, destroy it
 	vagrant/vagrant-test.sh

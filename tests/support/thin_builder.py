@@ -73,8 +73,20 @@ def parts(count: int, per_node: int, most: int) -> list[slice]:
 class ThinBuilder:
     """A pool's metadata, changed by the messages and requests that a pool gets; ``commit`` makes it valid."""
 
-    def __init__(self, path: Path, *, blocks: int = 4096, data_blocks: int = 1 << 20) -> None:
-        """Begin an empty pool in a sparse file of ``blocks`` metadata blocks."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        blocks: int = 4096,
+        data_blocks: int = 1 << 20,
+        entries: tuple[int, int] = (LEAST, MOST),
+    ) -> None:
+        """Begin an empty pool in a sparse file of ``blocks`` metadata blocks.
+
+        ``entries`` are the least and the most that a node may have; the tools insist on what is the default,
+        while fewer make deep trees of little, and with a least of 1 some of whose subtrees are shorter.
+        """
+        self._least, self._most = entries
         self.path, self.blocks, self.data_blocks = path, blocks, data_blocks
         self.time = self.transaction = self.held_root = 0
         self.devices: dict[int, BuiltDevice] = {}
@@ -157,8 +169,8 @@ class ThinBuilder:
         device_id: int,
         chunks: range,
         *,
-        per_leaf: int = MOST,
-        per_node: int = MOST,
+        per_leaf: int | None = None,
+        per_node: int | None = None,
         scattered_data: bool = False,
         scattered_nodes: bool = False,
     ) -> None:
@@ -169,7 +181,7 @@ class ThinBuilder:
         self._open_transaction()
         begin, count = self._next_data, len(chunks)
         self._next_data += count
-        leaves = parts(count, per_leaf, MOST)
+        leaves = parts(count, per_leaf or self._most, self._most)
         order = self._block_numbers(len(leaves), scattered=scattered_nodes)
         children = []
         for leaf, block in zip(leaves, order, strict=True):
@@ -182,7 +194,11 @@ class ThinBuilder:
                 first = (begin + leaf.start) << 24 | self.time
                 values = range(first, first + (len(keys) << 24), 1 << 24)
             children.append((keys[0], self.save(Node(leaf=True, keys=keys, values=values), block)))
-        root = self._stack(children, per_node) if children else self.save(Node(leaf=True, keys=(), values=()))
+        root = (
+            self._stack(children, per_node or self._most)
+            if children
+            else self.save(Node(leaf=True, keys=(), values=()))
+        )
         self.devices[device_id] = BuiltDevice(root, count, self.transaction, self.time, self.time)
 
     def change(self, device_id: int, changes: Sequence[Change]) -> None:
@@ -260,14 +276,14 @@ class ThinBuilder:
             keys = array("Q", (key for key, _ in entries[part])).tobytes()
             values = b"".join(value for _, value in entries[part])
             children.append((entries[part][0][0], self.save_raw(keys, values, value_size, leaf=True)))
-        return self._stack(children, MOST)
+        return self._stack(children, room(8), room(8))
 
-    def _stack(self, children: list[tuple[int, int]], per_node: int) -> int:
+    def _stack(self, children: list[tuple[int, int]], per_node: int, most: int | None = None) -> int:
         """Put internal nodes on top of nodes until there is one; return it."""
         while len(children) > 1:
             children = [
                 (children[part][0][0], self.save(_internal(children[part])))
-                for part in parts(len(children), per_node, MOST)
+                for part in parts(len(children), per_node, most or self._most)
             ]
         return children[0][1]
 
@@ -277,7 +293,9 @@ class ThinBuilder:
         if node.leaf:
             merged: dict[int, int | None] = dict(zip(node.keys, node.values, strict=True))
             merged.update(changes)
-            return _cut(True, [(key, value) for key, value in sorted(merged.items()) if value is not None])
+            return self._cut(
+                True, [(key, value) for key, value in sorted(merged.items()) if value is not None]
+            )
         children: list[tuple[int, int | Node]] = []
         shares = _shares(node.keys, [chunk for chunk, _ in changes])
         for key, child, (begin, end) in zip(node.keys, node.values, shares, strict=True):
@@ -289,29 +307,43 @@ class ThinBuilder:
             bounds = [min(key, piece.keys[0]) if n == 0 else piece.keys[0] for n, piece in enumerate(pieces)]
             children += zip(bounds, pieces, strict=True)
         self._join_small(children)
-        return _cut(False, [(key, self._saved(child)) for key, child in children])
+        if len(children) == 1:
+            # An only child is lifted into its parent.
+            return [self._node(children[0][1])]
+        return self._cut(False, [(key, self._saved(child)) for key, child in children])
 
     def _join_small(self, children: list[tuple[int, int | Node]]) -> None:
         """Join nodes under a third full with a neighbour (dm-btree-remove.c: rebalance_children)."""
         at = 0
         while at < len(children) and len(children) > 1:
             one = children[at][1]
-            if isinstance(one, int) or len(one.keys) >= LEAST:
+            if isinstance(one, int) or len(one.keys) >= self._least:
                 at += 1
                 continue
             left = at - 1 if at else 0
-            pair = [
-                child if isinstance(child, Node) else self.read(child)
-                for _, child in children[left : left + 2]
-            ]
+            pair = [self._node(child) for _, child in children[left : left + 2]]
             if pair[0].leaf != pair[1].leaf:
                 at += 1
                 continue
             entries = [entry for each in pair for entry in zip(each.keys, each.values, strict=True)]
-            joined = _cut(pair[0].leaf, entries)
+            joined = self._cut(pair[0].leaf, entries)
             bounds = [children[left][0], *(piece.keys[0] for piece in joined[1:])]
             children[left : left + 2] = zip(bounds, joined, strict=True)
             at = left + len(joined)
+
+    def _cut(self, leaf: bool, entries: Sequence[tuple[int, int]]) -> list[Node]:
+        """Make nodes of entries: more than fit one are divided evenly, as a split does."""
+        return [
+            Node(
+                leaf=leaf,
+                keys=[key for key, _ in entries[part]],
+                values=[value for _, value in entries[part]],
+            )
+            for part in parts(len(entries), self._most, self._most)
+        ]
+
+    def _node(self, child: int | Node) -> Node:
+        return self.read(child) if isinstance(child, int) else child
 
     def _saved(self, child: int | Node) -> int:
         return child if isinstance(child, int) else self.save(child)
@@ -320,12 +352,8 @@ class ThinBuilder:
         if not nodes:
             return self.save(Node(leaf=True, keys=(), values=()))
         if len(nodes) > 1:
-            return self._stack([(node.keys[0], self.save(node)) for node in nodes], MOST)
-        node = nodes[0]
-        # An only child is lifted into its parent.
-        while not node.leaf and len(node.keys) == 1:
-            node = self.read(node.values[0])
-        return self.save(node)
+            return self._stack([(node.keys[0], self.save(node)) for node in nodes], self._most)
+        return self.save(nodes[0])
 
     # --- space ---
 
@@ -432,15 +460,6 @@ class ThinBuilder:
 
 def _internal(children: Sequence[tuple[int, int]]) -> Node:
     return Node(leaf=False, keys=[key for key, _ in children], values=[block for _, block in children])
-
-
-def _cut(leaf: bool, entries: Sequence[tuple[int, int]]) -> list[Node]:
-    """Make nodes of entries: more than fit one are divided evenly, as a split does."""
-    return [
-        Node(leaf=leaf, keys=[key for key, _ in entries[part]], values=[value for _, value in entries[part]])
-        for part in parts(len(entries), MOST, MOST)
-        if entries
-    ]
 
 
 def _shares(keys: Sequence[int], chunks: Sequence[int]) -> list[tuple[int, int]]:

@@ -11,11 +11,12 @@ import mmap
 import struct
 from collections.abc import Sequence
 
-from support.thin_metadata import BLOCK_SIZE, table_entry
+from support.thin_metadata import BLOCK_SIZE, crc32c, table_entry
 
 BITMAP_SALT = 240779
 INDEX_SALT = 160478
 _BATCH = 4096
+_FEW = 64
 _PLANES = [bytes(table_entry(byte) >> 8 * plane & 0xFF for byte in range(256)) for plane in range(4)]
 
 
@@ -41,5 +42,9 @@ def seal_blocks(image: mmap.mmap, blocks: Sequence[tuple[int, int]]) -> None:
     for begin in range(0, len(blocks), _BATCH):
         batch = blocks[begin : begin + _BATCH]
         contents = [image[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE] for number, _ in batch]
-        for (number, salt), checksum in zip(batch, crc32c_of_blocks(contents), strict=True):
+        if len(batch) < _FEW:
+            checksums = [crc32c(content[4:]) for content in contents]
+        else:
+            checksums = crc32c_of_blocks(contents)
+        for (number, salt), checksum in zip(batch, checksums, strict=True):
             struct.pack_into("<I", image, number * BLOCK_SIZE, checksum ^ salt)
