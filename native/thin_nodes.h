@@ -36,7 +36,14 @@ struct bs_thin_batch {
         uint8_t *buffer;
 };
 
-enum { BS_THIN_BATCH_BLOCKS = 1024 };
+enum {
+#ifdef BS_TEST_BATCH_RUNS
+        /* So small that its end is met. */
+        BS_THIN_BATCH_BLOCKS = 96,
+#else
+        BS_THIN_BATCH_BLOCKS = 1024,
+#endif
+};
 
 /*
  * Read places, sorted by block number, many at a time, and visit them in that order. A request that fails
