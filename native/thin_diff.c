@@ -68,7 +68,7 @@ static size_t count_places(const struct frontier frontiers[2])
 }
 
 /*
- * Drop the blocks that are in both lists, each sorted by block, at the same place. At another place a block
+ * Drop the blocks that are in both lists, each sorted by key, at the same place. At another place a block
  * means the same only in trees that are sound, and it is hardly ever met there: where the kernel has removed
  * the node behind it.
  */
@@ -77,16 +77,15 @@ static void cancel(struct bs_thin_places *one, struct bs_thin_places *other)
         size_t i = 0, j = 0, kept_i = 0, kept_j = 0;
 
         while (i < one->count && j < other->count) {
-                if (one->items[i].block < other->items[j].block) {
-                        one->items[kept_i++] = one->items[i++];
-                } else if (one->items[i].block > other->items[j].block) {
-                        other->items[kept_j++] = other->items[j++];
-                } else if (one->items[i].low == other->items[j].low &&
-                           one->items[i].last == other->items[j].last) {
+                const struct bs_thin_place *a = &one->items[i];
+                const struct bs_thin_place *b = &other->items[j];
+
+                if (a->low == b->low && a->last == b->last && a->block == b->block) {
                         i++;
                         j++;
-                } else {
+                } else if (a->low <= b->low) {
                         one->items[kept_i++] = one->items[i++];
+                } else {
                         other->items[kept_j++] = other->items[j++];
                 }
         }
@@ -98,16 +97,22 @@ static void cancel(struct bs_thin_places *one, struct bs_thin_places *other)
         other->count = kept_j;
 }
 
-static void cancel_shared(struct frontier frontiers[2])
+static int cancel_shared(struct frontier frontiers[2])
 {
-        for (unsigned side = 0; side < 2; side++) {
-                bs_thin_places_sort_by_block(&frontiers[side].nodes);
-                bs_thin_places_sort_by_block(&frontiers[side].leaves);
+        int result = 0;
+
+        for (unsigned side = 0; side < 2 && result == 0; side++) {
+                result = bs_thin_places_sort_by_key(&frontiers[side].nodes);
+                if (result == 0)
+                        result = bs_thin_places_sort_by_key(&frontiers[side].leaves);
         }
+        if (result < 0)
+                return result;
         cancel(&frontiers[0].nodes, &frontiers[1].nodes);
         cancel(&frontiers[0].leaves, &frontiers[1].leaves);
         cancel(&frontiers[0].nodes, &frontiers[1].leaves);
         cancel(&frontiers[0].leaves, &frontiers[1].nodes);
+        return 0;
 }
 
 static bool overlaps(const struct bs_thin_place *place, const struct window *window)
@@ -218,7 +223,7 @@ static int step(struct walk *walk, struct frontier frontiers[2], unsigned depth,
         return 0;
 }
 
-static int walk_parts(struct walk *walk, struct frontier frontiers[2], const struct window *window,
+static int walk_parts(struct walk *walk, const struct frontier frontiers[2], const struct window *window,
                       unsigned depth);
 
 /* Compare what two trees have in a window. */
@@ -226,11 +231,10 @@ static int walk_window(struct walk *walk, struct frontier frontiers[2], const st
                        unsigned depth)
 {
         for (bool done = false; !done; depth++) {
-                int result = 0;
+                int result = cancel_shared(frontiers);
 
-                cancel_shared(frontiers);
-                if (count_places(frontiers) == 0)
-                        return 0;
+                if (result < 0 || count_places(frontiers) == 0)
+                        return result;
                 if (count_places(frontiers) > WINDOW_PLACES)
                         return walk_parts(walk, frontiers, window, depth);
                 if (depth >= MAX_STEPS)
@@ -306,8 +310,9 @@ static bool end_of_part(const struct bs_thin_places *const lists[4], uint64_t fi
         return *out > first;
 }
 
-/* Cut a window in which there is too much into parts, and compare one after another, in order. */
-static int walk_parts(struct walk *walk, struct frontier frontiers[2], const struct window *window,
+/* Cut a window in which there is too much, sorted by key, into parts, and compare one after another, in
+ * order. */
+static int walk_parts(struct walk *walk, const struct frontier frontiers[2], const struct window *window,
                       unsigned depth)
 {
         const struct bs_thin_places *const lists[4] = {&frontiers[0].nodes, &frontiers[0].leaves,
@@ -316,10 +321,6 @@ static int walk_parts(struct walk *walk, struct frontier frontiers[2], const str
         size_t at[4] = {0};
         int result = 0;
 
-        for (unsigned side = 0; side < 2; side++) {
-                bs_thin_places_sort_by_key(&frontiers[side].nodes);
-                bs_thin_places_sort_by_key(&frontiers[side].leaves);
-        }
         for (bool more = true; more && result == 0; part.first = part.last + 1) {
                 uint64_t next = 0;
 

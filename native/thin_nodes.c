@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "thin_nodes.h"
 
-#include "memory.h"
+#include "cleanup.h"
 #include "record_sort.h"
 
 enum {
@@ -73,10 +73,55 @@ void bs_thin_places_sort_by_block(struct bs_thin_places *places)
                         offsetof(struct bs_thin_place, block));
 }
 
-void bs_thin_places_sort_by_key(struct bs_thin_places *places)
+/* Places that are in order already. */
+struct segment {
+        uint64_t low;
+        size_t first;
+        size_t count;
+};
+
+static size_t find_segments(const struct bs_thin_places *places, struct segment *out)
 {
+        size_t count = 0;
+
+        for (size_t i = 0; i < places->count; i++) {
+                if (i == 0 || places->items[i].low < places->items[i - 1].low) {
+                        if (out)
+                                out[count] = (struct segment){.low = places->items[i].low, .first = i};
+                        count++;
+                }
+                if (out)
+                        out[count - 1].count++;
+        }
+        return count;
+}
+
+int bs_thin_places_sort_by_key(struct bs_thin_places *places)
+{
+        size_t count = find_segments(places, NULL);
+        _cleanup_free_ struct segment *segments = NULL;
+        struct bs_thin_places sorted = {.count = 0};
+
+        if (count < 2)
+                return 0;
+        segments = bs_realloc(NULL, count, sizeof(*segments));
+        if (!segments || reserve(&sorted, places->count) < 0)
+                return -ENOMEM;
+        find_segments(places, segments);
+        bs_sort_records(segments, count, sizeof(*segments), offsetof(struct segment, low));
+        for (size_t i = 0; i < count; i++) {
+                const struct segment *segment = &segments[i];
+
+                memcpy(sorted.items + sorted.count, places->items + segment->first,
+                       segment->count * sizeof(*sorted.items));
+                sorted.count += segment->count;
+        }
+        bs_thin_places_deinit(places);
+        *places = sorted;
+        /* Nothing is left to do, unless segments overlap. */
         bs_sort_records(places->items, places->count, sizeof(*places->items),
                         offsetof(struct bs_thin_place, low));
+        return 0;
 }
 
 /* A request, the places it is for, and how much of the buffer it takes. */

@@ -22,8 +22,11 @@ int bs_thin_places_extend(struct bs_thin_places *places, const struct bs_thin_pl
 /* Sort by block number; lists that are in order already, as those of pools filled in order, cost one look. */
 void bs_thin_places_sort_by_block(struct bs_thin_places *places);
 
-/* Sort by the lowest key. */
-void bs_thin_places_sort_by_key(struct bs_thin_places *places);
+/*
+ * Sort by the lowest key. The children of one node are in that order, and those of several nodes are sorted
+ * node by node, in linear time. -ENOMEM.
+ */
+int bs_thin_places_sort_by_key(struct bs_thin_places *places);
 
 /* Called with each block that was read, and the place it was read for; 0 to go on, or -errno. */
 typedef int (*bs_thin_visit_fn)(void *context, const uint8_t *block, const struct bs_thin_place *place);
