@@ -180,19 +180,15 @@ class ThinBuilder:
         """
         self._open_transaction()
         begin, count = self._next_data, len(chunks)
-        self._next_data += count
         leaves = parts(count, per_leaf or self._most, self._most)
+        self._next_data += len(leaves) * max((len(chunks[leaf]) for leaf in leaves), default=0)
         order = self._block_numbers(len(leaves), scattered=scattered_nodes)
         children = []
-        for leaf, block in zip(leaves, order, strict=True):
+        for number, (leaf, block) in enumerate(zip(leaves, order, strict=True)):
             keys = chunks[leaf]
-            if scattered_data:
-                values = [
-                    (begin + n * 2654435761 % count) << 24 | self.time for n in range(*leaf.indices(count))
-                ]
-            else:
-                first = (begin + leaf.start) << 24 | self.time
-                values = range(first, first + (len(keys) << 24), 1 << 24)
+            # In a volume written at random neighbours are far apart: here by the number of leaves.
+            step, first = (len(leaves), number) if scattered_data else (1, leaf.start)
+            values = range((begin + first) << 24 | self.time, 1 << 64, step << 24)[: len(keys)]
             children.append((keys[0], self.save(Node(leaf=True, keys=keys, values=values), block)))
         root = (
             self._stack(children, per_node or self._most)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from array import array
 from collections.abc import Sequence
 
 from support.thin_metadata import BLOCK_SIZE, crc32c, table_entry
@@ -23,13 +24,16 @@ _PLANES = [bytes(table_entry(byte) >> 8 * plane & 0xFF for byte in range(256)) f
 def crc32c_of_blocks(blocks: Sequence[bytes]) -> list[int]:
     """Return dm's CRC-32C of bytes 4 to 4095 of each block."""
     count = len(blocks)
-    columns = b"".join(blocks)
+    # Word by word: bytes that are a page apart are the slowest ones to gather.
+    words = array("Q", b"".join(blocks))
     mask = (1 << 8 * count) - 1
     state = (1 << 32 * count) - 1
-    for at in range(4, BLOCK_SIZE):
-        index = ((state & mask) ^ int.from_bytes(columns[at::BLOCK_SIZE], "little")).to_bytes(count, "little")
-        looked_up = b"".join([index.translate(plane) for plane in _PLANES])
-        state = state >> 8 * count ^ int.from_bytes(looked_up, "little")
+    for at in range(BLOCK_SIZE // 8):
+        column = words[at :: BLOCK_SIZE // 8].tobytes()
+        for byte in range(4 if at == 0 else 0, 8):
+            index = ((state & mask) ^ int.from_bytes(column[byte::8], "little")).to_bytes(count, "little")
+            looked_up = b"".join([index.translate(plane) for plane in _PLANES])
+            state = state >> 8 * count ^ int.from_bytes(looked_up, "little")
     planes = state.to_bytes(4 * count, "little")
     return [
         planes[n] | planes[count + n] << 8 | planes[2 * count + n] << 16 | planes[3 * count + n] << 24

@@ -53,22 +53,27 @@ class DataCounts:
     def add_leaf(self, leaf: Leaf) -> None:
         """Count what a leaf maps."""
         values = leaf.values
-        if not values:
+        if len(values) > 1 and self._add_progression(values):
             return
-        first, last = values[0], values[-1]
-        if last - first == (len(values) - 1) << 24 and array("Q", range(first, last + 1, 1 << 24)) == values:
-            begin, end = first >> 24, (last >> 24) + 1
-            if not any(self._counts[begin:end]):
-                self._counts[begin:end] = b"\1" * (end - begin)
-                return
+        counts, many = self._counts, self.many
         for value in values:
-            self._add(value >> 24)
+            block = value >> 24
+            if counts[block] < _MANY:
+                counts[block] += 1
+            else:
+                many[block] = many.get(block, _MANY) + 1
 
-    def _add(self, block: int) -> None:
-        if self._counts[block] < _MANY:
-            self._counts[block] += 1
-        else:
-            self.many[block] = self.many.get(block, _MANY) + 1
+    def _add_progression(self, values: Sequence[int]) -> bool:
+        """Count blocks that are all as far apart, if none was counted before: those of a fresh volume."""
+        first, step = values[0], values[1] - values[0]
+        end = first + step * len(values)
+        if step <= 0 or step % (1 << 24) or array("Q", range(first, end, step)) != values:
+            return False
+        blocks = slice(first >> 24, end >> 24, step >> 24)
+        if any(self._counts[blocks]):
+            return False
+        self._counts[blocks] = b"\1" * len(values)
+        return True
 
     def saturated(self) -> bytearray:
         """Return the counts, 3 for all above."""
