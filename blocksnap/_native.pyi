@@ -94,6 +94,44 @@ def data_extents(fd: int, offset: int, length: int, /) -> bytes:
     or device that cannot tell (EINVAL, EOPNOTSUPP) counts as all data. Moves the file position of ``fd``.
     """
 
+def compare_files(base_fd: int, fd: int, block_size: int, /) -> tuple[bytes, int, int]:
+    """Read two files or block devices and tell in which blocks the second differs from the first.
+
+    ``block_size`` is a multiple of 4096, at most 64 MiB. Holes (SEEK_DATA) are not read and equal zeros.
+    What lies beyond the end of the first reads as zeros, what lies beyond the end of the second is not
+    looked at: so the answer is what has to be written over the first, cut or filled up to the size of the
+    second. With O_DIRECT the page cache is left alone; without, the kernel is asked to read ahead.
+
+    Returns ``(changed, base_bytes, bytes)``: packed extents in whole blocks, the last one cut at the end of
+    the second; and how much was read of either. Moves the file positions.
+
+    Raises OSError that names the file and the byte of the first 4096 that cannot be read, also (ENODATA)
+    when one is shrunk meanwhile; ValueError for a block size that will not do.
+    """
+
+def fiemap_diff(base_fd: int, fd: int, /) -> tuple[bytes, bytes, int, int]:
+    """Compare where the bytes of two clones lie (FS_IOC_FIEMAP): regular files of one XFS.
+
+    Nobody may write to either, and both have to exist now; native/fiemap.h has the rule and its traps.
+    What is dirty is written out first (FIEMAP_FLAG_SYNC).
+
+    Returns ``(changed, discarded, base_records, records)``: packed extents, below the later file's size, of
+    the bytes that are data in it and not at the same place in the base; of those that are data in the base
+    and a hole, or allocated but unwritten, in the later file; and how many extents the kernel told of each.
+
+    Raises ValueError when the files are not two of one XFS, or when a map makes no sense or has extents that
+    are not just a place on the device (delayed, inline, compressed, encrypted): the caller compares in full.
+    """
+
+def fiemap_diff_records(
+    base: bytes, base_size: int, later: bytes, size: int, at_once: int, /
+) -> tuple[bytes, bytes, int, int]:
+    """Do what ``fiemap_diff`` does with two maps from memory instead of files.
+
+    A map is records of 56 bytes, ``struct fiemap_extent`` of linux/fiemap.h; ``at_once`` is how many of them
+    an answer has at most. For trying out what a map leads to, without a filesystem that would have it.
+    """
+
 def retain_memory(limit: int, /) -> None:
     """Keep the allocator from giving memory back for blocks up to ``limit`` bytes, at most 32 MiB (mallopt).
 

@@ -15,4 +15,10 @@
 int bs_data_extents(int fd, uint64_t offset, uint64_t length, const struct bs_interrupt *interrupt,
                     struct bs_error *error, struct bs_extents *out);
 
+/*
+ * Find the first part of [offset, end) that holds data, in the same sense; when there is none it is empty and
+ * at `end`. Otherwise it ends beyond `offset`, whatever the filesystem answers.
+ */
+int bs_next_data(int fd, uint64_t offset, uint64_t end, struct bs_error *error, struct bs_extent *out);
+
 #endif

@@ -8,6 +8,7 @@ import inspect
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -40,6 +41,8 @@ def fails(expected: type[BaseException], call: Callable[[], object]) -> None:
         call()
         pytest.fail("did not fail")
 
+
+FIEMAP_RECORDS = b"".join(struct.pack("<QQQ16xI12x", n << 13, n << 12, 4096, 0) for n in range(100))
 
 # Every exported function, on its good ways and on its bad ones.
 LOOPS: dict[str, list[Callable[[int], object]]] = {
@@ -79,9 +82,26 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda _: fails(ValueError, lambda: _native.bitmap_update(b"", 8, 1, b"short", b"")),
         lambda _: fails(OverflowError, lambda: _native.bitmap_update(b"", 8, 1, b"\xff" * 16, b"")),
     ],
+    "compare_files": [
+        lambda fd: _native.compare_files(fd, fd, 4096),
+        lambda fd: fails(ValueError, lambda: _native.compare_files(fd, fd, 5)),
+        lambda fd: fails(OSError, lambda: _native.compare_files(fd, -1, 4096)),
+        lambda fd: fails(OverflowError, lambda: _native.compare_files(fd, fd, -1)),
+    ],
     "data_extents": [
         lambda fd: _native.data_extents(fd, 0, 1 << 30),
         lambda _: fails(OSError, lambda: _native.data_extents(-1, 0, 1)),
+    ],
+    "fiemap_diff": [
+        lambda fd: fails(ValueError, lambda: _native.fiemap_diff(fd, fd)),
+        lambda fd: fails(OSError, lambda: _native.fiemap_diff(-1, fd)),
+    ],
+    "fiemap_diff_records": [
+        lambda _: _native.fiemap_diff_records(FIEMAP_RECORDS, 1 << 20, b"", 1 << 20, 3),
+        lambda _: _native.fiemap_diff_records(b"", 1 << 20, FIEMAP_RECORDS, 1 << 20, 3),
+        lambda _: fails(ValueError, lambda: _native.fiemap_diff_records(b"\xff" * 56, 1, b"", 1, 1)),
+        lambda _: fails(OverflowError, lambda: _native.fiemap_diff_records(b"", -1, b"", 1, 1)),
+        lambda _: fails(TypeError, lambda: _native.fiemap_diff_records(b"", 1, None, 1, 1)),  # type: ignore[arg-type]
     ],
     "retain_memory": [lambda _: _native.retain_memory(1 << 20)],
 }
