@@ -19,6 +19,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 # Each engine's commands are in a module of their own, loaded when one of them is named.
 _COMMANDS = {
+    "compare": "debug_files",
+    "fiemap-diff": "debug_files",
     "thin-diff": "debug_thin",
     "thin-extents": "debug_thin",
 }

@@ -64,3 +64,17 @@ class Changes:
     discarded: ExtentList
     mapped: MappedSet | None = None
     """To be stored with the backup, for sources that need it the next time."""
+
+
+_NEIGHBOURHOOD = 64 << 20
+"""At least the size of the largest chunk of a repository."""
+
+
+def neighbourhood(discarded: ExtentList, *, size: int, parent_size: int) -> ExtentList:
+    """Return where ``Changes.allocated`` has to be complete.
+
+    Whether a chunk of the repository lost all of its data or only some is decided by that, and no other chunk
+    asks: so an incremental does not look at all that is allocated.
+    """
+    ends = [(end - 1, 1) for end in (size, min(parent_size, size)) if end]
+    return discarded.union(ExtentList.of(ends)).align(_NEIGHBOURHOOD, limit=size)

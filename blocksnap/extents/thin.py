@@ -14,7 +14,7 @@ changed. ``thin_identity`` has what either may be trusted for.
 from __future__ import annotations
 
 from blocksnap.errors import VolumeError
-from blocksnap.extents.changes import Changes, MappedSet, Parent
+from blocksnap.extents.changes import Changes, MappedSet, Parent, neighbourhood
 from blocksnap.extents.model import ExtentList
 from blocksnap.extents.thin_identity import (
     BaseSnapshot,
@@ -26,9 +26,6 @@ from blocksnap.extents.thin_identity import (
     decide_base,
 )
 from blocksnap.extents.thin_metadata import ThinMetadata
-
-_NEIGHBOURHOOD = 64 << 20
-"""At least the size of the largest chunk of a repository."""
 
 
 def find_thin_changes(
@@ -210,13 +207,8 @@ def _first_resized(size: int, parent_size: int, unit: int) -> int:
 
 
 def _near(mapped: MappedSet, discarded: ExtentList, size: int, parent_size: int) -> ExtentList:
-    """Return what is mapped in the neighbourhood of what was discarded and of the ends.
-
-    Whether a chunk of the repository lost all of its data or only some is decided by that, and no other chunk
-    asks: so an incremental does not look at all that is mapped.
-    """
-    ends = [(end - 1, 1) for end in (size, min(parent_size, size)) if end]
-    windows = discarded.union(ExtentList.of(ends)).align(_NEIGHBOURHOOD, limit=size)
+    """Return what is mapped in the neighbourhood of what was discarded and of the ends."""
+    windows = neighbourhood(discarded, size=size, parent_size=parent_size)
     return ExtentList.of(pair for window in windows.pairs() for pair in _mapped_in(mapped, *window, size))
 
 
