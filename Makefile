@@ -13,7 +13,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin
+.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -46,6 +46,9 @@ soak-model: bootstrap ## every order of events of two writers and two collectors
 
 soak-thin: bootstrap ## compare thousands of random histories of a thin pool with the reference model
 	BLOCKSNAP_EXAMPLES=2000 $(PYTEST) --timeout 3600 -n 2 tests/unit/native/test_thin_diff.py
+
+soak-xfs: bootstrap ## 2,100 rounds of everything that happens to files, against the diff of their clones (XFS)
+	XFS_ROUNDS=$${XFS_ROUNDS:-700} XFS_SEED=$${XFS_SEED:-1000} $(PYTEST) -n 2 -rP tests/xfs/test_fiemap_rounds.py
 
 vagrant-test: bootstrap-vagrant ## bring a Vagrant VM up, run the LVM and btrfs tests in it, destroy it
 	vagrant/vagrant-test.sh

@@ -28,7 +28,7 @@ struct cursor {
         const struct bs_interrupt *interrupt;
         struct bs_error *error;
         struct fiemap *answer;
-        uint64_t position;  /* all records before were seen */
+        uint64_t position;  /* the answer tells about all before */
         uint64_t limit;     /* nothing is wanted from here on */
         uint64_t records;   /* seen so far */
         uint32_t next;      /* record of the answer to look at */
@@ -55,6 +55,46 @@ static void cursor_deinit(struct cursor *cursor)
         bs_free(cursor->answer);
 }
 
+static const char *what_is_wrong(const struct fiemap_extent *record, uint64_t position, uint64_t limit)
+{
+        uint64_t end;
+
+        if (record->fe_flags & ~(uint32_t)(HARMLESS | FIEMAP_EXTENT_UNWRITTEN))
+                return "an extent that is delayed, inline, compressed or otherwise not just a place on the "
+                       "device";
+        if ((record->fe_logical | record->fe_physical | record->fe_length) % SECTOR)
+                return "an extent that is not made of sectors";
+        if (record->fe_length == 0)
+                return "an empty extent";
+        if (record->fe_logical < position)
+                return "an extent that begins before the end of the one before";
+        if (record->fe_logical >= limit)
+                return "an extent beyond the range that was asked for";
+        if (__builtin_add_overflow(record->fe_logical, record->fe_length, &end) ||
+            __builtin_add_overflow(record->fe_physical, record->fe_length, &end))
+                return "an extent that ends beyond 2^64 bytes";
+        return NULL;
+}
+
+static int check_answer(struct cursor *cursor)
+{
+        const struct fiemap *answer = cursor->answer;
+
+        if (answer->fm_mapped_extents > BS_FIEMAP_RECORDS)
+                return bs_fail_block(cursor->error, cursor->position, "more extents than were asked for");
+        /* Every extent moves the position on, so the walk comes to an end whatever the answers are. */
+        for (uint32_t i = 0; i < answer->fm_mapped_extents; i++) {
+                const struct fiemap_extent *record = &answer->fm_extents[i];
+                const char *reason = what_is_wrong(record, cursor->position, cursor->limit);
+
+                if (reason)
+                        return bs_fail_block(cursor->error, record->fe_logical, reason);
+                cursor->position = record->fe_logical + record->fe_length;
+        }
+        cursor->records += answer->fm_mapped_extents;
+        return 0;
+}
+
 static int ask(struct cursor *cursor)
 {
         struct fiemap *answer = cursor->answer;
@@ -76,64 +116,38 @@ static int ask(struct cursor *cursor)
         result = cursor->source->ask(cursor->source->context, answer);
         if (result < 0)
                 return bs_fail_call(cursor->error, "ioctl(FS_IOC_FIEMAP)", result);
-        if (answer->fm_mapped_extents > BS_FIEMAP_RECORDS)
-                return bs_fail_block(cursor->error, cursor->position, "more extents than were asked for");
-        return 0;
+        return check_answer(cursor);
 }
 
-static const char *what_is_wrong(const struct fiemap_extent *record, uint64_t position)
-{
-        uint64_t end;
-
-        if (record->fe_flags & ~(uint32_t)(HARMLESS | FIEMAP_EXTENT_UNWRITTEN))
-                return "an extent that is delayed, inline, compressed or otherwise not just a place on the "
-                       "device";
-        if ((record->fe_logical | record->fe_physical | record->fe_length) % SECTOR)
-                return "an extent that is not made of sectors";
-        if (record->fe_length == 0)
-                return "an empty extent";
-        if (record->fe_logical < position)
-                return "an extent that begins before the end of the one before";
-        if (__builtin_add_overflow(record->fe_logical, record->fe_length, &end) ||
-            __builtin_add_overflow(record->fe_physical, record->fe_length, &end))
-                return "an extent that ends beyond 2^64 bytes";
-        return NULL;
-}
-
-/* Go to the next extent that holds data. Every record moves the position on, so the walk comes to an end. */
+/* Go to the next extent that holds data. */
 static int advance(struct cursor *cursor)
 {
         const struct fiemap *answer = cursor->answer;
 
         cursor->piece = (struct piece){.begin = UINT64_MAX, .end = UINT64_MAX};
-        while (cursor->position < cursor->limit) {
-                if (cursor->next == answer->fm_mapped_extents) {
-                        int result = ask(cursor);
+        for (;;) {
+                while (cursor->next < answer->fm_mapped_extents) {
+                        const struct fiemap_extent *record = &answer->fm_extents[cursor->next++];
+                        uint64_t end = record->fe_logical + record->fe_length;
 
-                        if (result < 0 || answer->fm_mapped_extents == 0)
-                                return result;
-                }
-
-                const struct fiemap_extent *record = &answer->fm_extents[cursor->next++];
-                const char *reason = what_is_wrong(record, cursor->position);
-
-                if (reason)
-                        return bs_fail_block(cursor->error, record->fe_logical, reason);
-                cursor->records++;
-                cursor->position = record->fe_logical + record->fe_length;
-                if (record->fe_logical >= cursor->limit)
+                        if (record->fe_flags & FIEMAP_EXTENT_UNWRITTEN)
+                                continue;
+                        /* What was allocated ahead, beyond the end of the file, is nobody's data. */
+                        cursor->piece = (struct piece){
+                                .begin = record->fe_logical,
+                                .end = end < cursor->limit ? end : cursor->limit,
+                                .physical = record->fe_physical,
+                        };
                         return 0;
-                if (record->fe_flags & FIEMAP_EXTENT_UNWRITTEN)
-                        continue;
-                /* What was allocated ahead, beyond the end of the file, is nobody's data. */
-                cursor->piece = (struct piece){
-                        .begin = record->fe_logical,
-                        .end = cursor->position < cursor->limit ? cursor->position : cursor->limit,
-                        .physical = record->fe_physical,
-                };
-                return 0;
+                }
+                if (cursor->position >= cursor->limit)
+                        return 0;
+
+                int result = ask(cursor);
+
+                if (result < 0 || answer->fm_mapped_extents == 0)
+                        return result;
         }
-        return 0;
 }
 
 static bool is_at(const struct piece *piece, uint64_t position)
@@ -264,16 +278,18 @@ int bs_fiemap_of_files(int *base_fd, int *later_fd, struct bs_error *error, stru
 static int replay(void *context, struct fiemap *request)
 {
         struct bs_fiemap_replay *replay = context;
-        uint64_t given =
-                request->fm_extent_count < replay->at_once ? request->fm_extent_count : replay->at_once;
+        struct fiemap_extent record;
+        uint32_t given = 0;
 
-        if (given > replay->count)
-                given = replay->count;
-        if (given > 0)
-                memcpy(request->fm_extents, replay->records, given * sizeof(struct fiemap_extent));
-        replay->records += given * sizeof(struct fiemap_extent);
-        replay->count -= given;
-        request->fm_mapped_extents = (uint32_t)given;
+        for (; replay->count > 0 && given < request->fm_extent_count && given < replay->at_once;
+             replay->count--) {
+                memcpy(&record, replay->records, sizeof(record));
+                replay->records += sizeof(record);
+                if (record.fe_logical < request->fm_start ||
+                    record.fe_logical - request->fm_start < request->fm_length)
+                        request->fm_extents[given++] = record;
+        }
+        request->fm_mapped_extents = given;
         return 0;
 }
 

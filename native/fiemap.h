@@ -83,7 +83,10 @@ int bs_fiemap_diff(const struct bs_fiemap *base, const struct bs_fiemap *later,
 int bs_fiemap_of_files(int *base_fd, int *later_fd, struct bs_error *error, struct bs_fiemap *base,
                        struct bs_fiemap *later);
 
-/* A source that hands out records from memory one after the other, whatever it is asked for. */
+/*
+ * A source that hands out records from memory as they come, without those beyond the range that is asked for:
+ * right only when they are.
+ */
 struct bs_fiemap_replay {
         const uint8_t *records; /* struct fiemap_extent as the kernel lays it out, aligned or not */
         size_t count;

@@ -275,6 +275,7 @@ struct script {
         int result;
         uint32_t mapped;
         struct fiemap last;
+        struct fiemap_extent record;
 };
 
 static int follow(void *context, struct fiemap *request)
@@ -284,6 +285,8 @@ static int follow(void *context, struct fiemap *request)
         script->asked++;
         script->last = *request;
         request->fm_mapped_extents = script->mapped;
+        if (script->mapped <= 2)
+                request->fm_extents[0] = request->fm_extents[1] = script->record;
         return script->result;
 }
 
@@ -326,6 +329,14 @@ static void test_how_the_kernel_is_asked(void)
         of_base = (struct script){.mapped = BS_FIEMAP_RECORDS};
         CHECK_EQUAL(bs_fiemap_diff(&base, &later, &never, &error, &found), -EUCLEAN);
         CHECK_EQUAL(of_base.last.fm_extent_count, BS_FIEMAP_RECORDS);
+        /* What nobody asked for. */
+        of_base = (struct script){.mapped = 1, .record = {.fe_logical = 10 * PAGE, .fe_length = PAGE}};
+        CHECK_EQUAL(bs_fiemap_diff(&base, &later, &never, &error, &found), -EUCLEAN);
+        CHECK(strstr(error.reason, "beyond the range"));
+        /* An answer that ends with an extent to the end of the file, and has another one behind it. */
+        of_base = (struct script){.mapped = 2, .record = {.fe_logical = 0, .fe_length = 10 * PAGE}};
+        CHECK_EQUAL(bs_fiemap_diff(&base, &later, &never, &error, &found), -EUCLEAN);
+        CHECK(strstr(error.reason, "before the end"));
 }
 
 static int stop_at_third(void *context)
