@@ -99,7 +99,7 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
     "fiemap_diff_records": [
         lambda _: _native.fiemap_diff_records(FIEMAP_RECORDS, 1 << 20, b"", 1 << 20, 3),
         lambda _: _native.fiemap_diff_records(b"", 1 << 20, FIEMAP_RECORDS, 1 << 20, 3),
-        lambda _: fails(ValueError, lambda: _native.fiemap_diff_records(b"\xff" * 56, 1, b"", 1, 1)),
+        lambda _: fails(ValueError, lambda: _native.fiemap_diff_records(bytes(56), 1, b"", 1, 1)),
         lambda _: fails(OverflowError, lambda: _native.fiemap_diff_records(b"", -1, b"", 1, 1)),
         lambda _: fails(TypeError, lambda: _native.fiemap_diff_records(b"", 1, None, 1, 1)),  # type: ignore[arg-type]
     ],
