@@ -14,7 +14,9 @@ enum {
         WINDOW = 256 << 10,
         DIRECT_WINDOW = 4 << 20,
         /* How far the kernel is told to read ahead, which it does for both sides at the same time. */
-        READ_AHEAD = 8 << 20,
+        READ_AHEAD = 4 << 20,
+        /* Of what it is told at once, it may read no more than its own read-ahead, by default this. */
+        READ_AHEAD_PIECE = 128 << 10,
 };
 
 struct side {
@@ -68,17 +70,17 @@ static int find_data(struct side *side, uint64_t position, struct bs_error *erro
         return 0;
 }
 
+/* Keep READ_AHEAD bytes on their way. A wish, so nobody asks what became of it. */
 static void read_ahead(struct side *side, uint64_t offset)
 {
-        uint64_t wanted = side->end < offset + READ_AHEAD ? side->end : offset + READ_AHEAD;
+        uint64_t wanted = side->end - offset < READ_AHEAD ? side->end : offset + READ_AHEAD;
 
-        /* Half of it is always on its way. A wish, so nobody asks what became of it. */
-        if (side->direct || side->advised >= wanted || side->advised >= offset + READ_AHEAD / 2)
+        if (side->direct)
                 return;
         if (side->advised < offset)
                 side->advised = offset;
-        posix_fadvise(side->fd, (off_t)side->advised, (off_t)(wanted - side->advised), POSIX_FADV_WILLNEED);
-        side->advised = wanted;
+        for (; side->advised < wanted; side->advised += READ_AHEAD_PIECE)
+                posix_fadvise(side->fd, (off_t)side->advised, READ_AHEAD_PIECE, POSIX_FADV_WILLNEED);
 }
 
 /*

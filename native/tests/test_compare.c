@@ -124,9 +124,28 @@ static void test_different_sizes(void)
         close(later);
 }
 
+/* The buffer of the shorter one still has what was read before. */
+static void test_zeros_beyond_the_end_of_the_base(void)
+{
+        _cleanup_(bs_compare_result_deinit) struct bs_compare_result found = {.base_bytes = 0};
+        int base = file_of(0);
+        int later = file_of(0);
+
+        fill(base, 'a', 0, MIB + PAGE);
+        fill(later, 'a', 0, MIB + PAGE);
+        fill(later, 0, MIB + PAGE, MIB);
+        CHECK_EQUAL(compare(base, later, PAGE, &found), 0);
+        CHECK_EQUAL(found.changed.count, 0);
+        fill(later, 'a', MIB + PAGE, MIB);
+        CHECK_EQUAL(compare(base, later, PAGE, &found), 0);
+        check_extent(&found, 0, MIB + PAGE, MIB);
+        close(base);
+        close(later);
+}
+
 static int truncate_it(void *context)
 {
-        CHECK_EQUAL(ftruncate(*(int *)context, MIB + 100), 0);
+        CHECK_EQUAL(ftruncate(*(int *)context, MIB + 5 * PAGE + 100), 0);
         return 0;
 }
 
@@ -171,7 +190,7 @@ static void test_errors_and_interrupts(void)
 
         CHECK_EQUAL(bs_compare(&request, &cut, &error, &found), -ENODATA);
         CHECK(!found.failed_in_base);
-        CHECK_EQUAL(error.block, MIB);
+        CHECK_EQUAL(error.block, MIB + 5 * PAGE);
         close(base);
         close(later);
 }
@@ -181,6 +200,7 @@ int main(void)
         test_blocks_that_differ();
         test_zeros_are_holes();
         test_different_sizes();
+        test_zeros_beyond_the_end_of_the_base();
         test_errors_and_interrupts();
         return 0;
 }

@@ -325,6 +325,7 @@ static void test_how_the_kernel_is_asked(void)
         CHECK(found.failed_in_base);
         of_base = (struct script){.mapped = BS_FIEMAP_RECORDS + 1};
         CHECK_EQUAL(bs_fiemap_diff(&base, &later, &never, &error, &found), -EUCLEAN);
+        CHECK(strstr(error.reason, "more extents"));
         /* A full answer of records that nobody filled in. */
         of_base = (struct script){.mapped = BS_FIEMAP_RECORDS};
         CHECK_EQUAL(bs_fiemap_diff(&base, &later, &never, &error, &found), -EUCLEAN);
