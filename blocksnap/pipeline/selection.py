@@ -87,8 +87,8 @@ def select_changed(
     """Read the chunks that may have changed.
 
     A chunk that lost some of its data but not all is read; one that lost all is a hole. A short
-    last chunk, the parent's or this one's, is read when the size has changed, because its id covers
-    another length.
+    last chunk, the parent's or this one's, is read when the size has changed, or is a hole when it
+    holds no data, because its id covers another length: all that it held may lie beyond the new end.
     """
 
     def kept() -> Iterator[Pair]:
@@ -101,7 +101,8 @@ def select_changed(
     read = heapq.merge(
         chunks_of(geometry, changed.pairs()), _intersect(lost(), kept()), _intersect(iter(tails), kept())
     )
-    return Selection(Ranges(read), Ranges(_subtract(lost(), kept())))
+    gone = _merged(heapq.merge(lost(), iter(tails)))
+    return Selection(Ranges(read), Ranges(_subtract(gone, kept())))
 
 
 def select_either(one: Iterable[Pair], other: Iterable[Pair]) -> Ranges:
