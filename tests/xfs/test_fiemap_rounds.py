@@ -17,12 +17,15 @@ from blocksnap.extents.changes import Changes, Parent
 from blocksnap.extents.compare import compare_descriptors
 from blocksnap.extents.fiemap import CloneIdentity, find_fiemap_changes
 from blocksnap.extents.scan import data_near
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.pipeline.selection import select_changed
 from blocksnap.system.xfs import look_at
 from support.file_ioctls import opened
 from support.loops import call
 from support.xfs_work import OPERATIONS, PAGE, Image, hammered, remove, xfs
 
 ROUNDS = int(os.environ.get("XFS_ROUNDS", "40"))
+CHUNK = 64 << 10
 SEED = int(os.environ.get("XFS_SEED", "1"))
 
 
@@ -105,6 +108,7 @@ def compare(base: Path, clone: Path, parent: Parent, tally: Tally) -> None:
         differing = truth.changed.union(truth.discarded)
         told = found.changed.union(found.discarded).align(PAGE, limit=len(now))
         assert differing.intersect(told) == differing
+        assert backed_up(found, was, now) == now
         near = data_near(fd, found.discarded, size=len(now), parent_size=len(was))
         assert near.intersect(found.allocated) == near
     tally.rounds += 1
@@ -124,6 +128,33 @@ def applied(changes: Changes, base: bytes, later: bytes) -> bytes:
         result[offset : offset + length] = later[offset : offset + length]
     for offset, length in changes.discarded.pairs():
         result[offset : offset + length] = bytes(length)
+    return bytes(result)
+
+
+def backed_up(changes: Changes, base: bytes, later: bytes) -> bytes:
+    """Put together what a backup has: chunks that are read, holes, and all others as the parent has them."""
+    geometry = Geometry(len(later), CHUNK)
+    selection = select_changed(
+        geometry,
+        allocated=changes.allocated,
+        changed=changes.changed,
+        discarded=changes.discarded,
+        parent_size=len(base),
+    )
+    source = ["parent"] * geometry.count
+    for begin, end in selection.holes:
+        source[begin:end] = ["hole"] * (end - begin)
+    for begin, end in selection.read:
+        source[begin:end] = ["read"] * (end - begin)
+    result = bytearray()
+    for number, way in enumerate(source):
+        begin, length = number * CHUNK, geometry.length(number)
+        if way == "parent" and begin < len(base):
+            chunk = base[begin : begin + CHUNK]
+            # A chunk of zeros has no length of its own; any other is as long as it was.
+            result += chunk if any(chunk) else bytes(length)
+        else:
+            result += later[begin : begin + length] if way == "read" else bytes(length)
     return bytes(result)
 
 
