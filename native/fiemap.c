@@ -275,7 +275,7 @@ int bs_fiemap_of_files(int *base_fd, int *later_fd, struct bs_error *error, stru
         return 0;
 }
 
-static int replay(void *context, struct fiemap *request)
+static int hand_out(void *context, struct fiemap *request)
 {
         struct bs_fiemap_replay *replay = context;
         struct fiemap_extent record;
@@ -293,7 +293,7 @@ static int replay(void *context, struct fiemap *request)
         return 0;
 }
 
-struct bs_fiemap_source bs_fiemap_replay_source(struct bs_fiemap_replay *replay_)
+struct bs_fiemap_source bs_fiemap_replay_source(struct bs_fiemap_replay *replay)
 {
-        return (struct bs_fiemap_source){replay, replay_};
+        return (struct bs_fiemap_source){hand_out, replay};
 }
