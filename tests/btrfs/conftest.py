@@ -1,0 +1,36 @@
+"""What the tests on real btrfs filesystems share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.btrfs_lab import BtrfsLab, btrfs_lab, require_btrfs
+
+LabMaker = Callable[[str], BtrfsLab]
+
+
+@pytest.fixture
+def make_lab(tmp_path: Path) -> Iterator[LabMaker]:
+    """Make filesystems, one for each call, mounted as btrfs_lab.MOUNTS says by name."""
+    require_btrfs()
+    with ExitStack() as stack:
+
+        def make(mount: str) -> BtrfsLab:
+            folder = tmp_path / f"lab-{len(list(tmp_path.iterdir()))}"
+            folder.mkdir()
+            return stack.enter_context(btrfs_lab(folder, mount=mount))
+
+        yield make
+
+
+@pytest.fixture
+def lab(make_lab: LabMaker) -> BtrfsLab:
+    """A filesystem mounted with noatime."""
+    return make_lab("noatime")
