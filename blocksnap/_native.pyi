@@ -87,6 +87,47 @@ def bitmap_update(
     bit that one of ``set_`` touches becomes 1; what lies beyond ``bits`` is left out.
     """
 
+def btrfs_diff(
+    fd: int, base_fd: int, numbers: bytes, memory: bytes, block: int, remember: bool, limit: int, /
+) -> tuple[bytes, int]:
+    """Compare inodes of a read-only btrfs snapshot with what they were in an earlier one of the subvolume.
+
+    ``fd`` is open on the later snapshot and ``base_fd`` on the earlier one; with a ``base_fd`` of -1
+    ``memory`` holds what was remembered of it. ``numbers`` are the inodes to compare, u64 each, ascending.
+    ``block`` is the filesystem's sector size. With ``remember`` what to remember of each inode is written
+    too.
+
+    Returns ``(records, done)``: a record of all that is known of each inode that the snapshot has
+    (native/btrfs_diff.h), and how many of ``numbers`` were looked at. It stops after the inode with which
+    the records have ``limit`` bytes.
+
+    Raises ValueError with the inode when items or memory make no sense; those of a snapshot that is
+    balanced or deduplicated meanwhile may, so it is worth another try. Needs CAP_SYS_ADMIN.
+    """
+
+def btrfs_diff_file(
+    base_fd: int, base_inode: int, fd: int, inode: int, block: int, /
+) -> tuple[bytes, bytes, bytes, int]:
+    """Compare two files that nobody writes to: one in two snapshots of a subvolume, or two clones.
+
+    Each descriptor is open on the file itself, or on anything else in its subvolume; both files have to have
+    existed from when the first was made until now.
+
+    Returns ``(changed, holes, state, size)``: packed extents of what holds data and may differ, and of what
+    reads as zeros and held data, both within ``size``, the size of the later one; and what to remember of
+    it, empty when its extents were moved while they were read.
+
+    Raises ValueError as ``btrfs_diff``, and FileNotFoundError when there is no such inode.
+    """
+
+def btrfs_touched(fd: int, min_transid: int, /) -> tuple[bytes, bytes, bytes, int]:
+    """List the inodes of a btrfs subvolume that were changed in transaction ``min_transid`` or later.
+
+    Returns ``(numbers, generations, modes, items)``: little-endian u64, u64 and u32 of each, in the order of
+    the numbers, and how many items the kernel returned. Inodes without a name are left out. What was removed
+    leaves no trace here. Needs CAP_SYS_ADMIN.
+    """
+
 def data_extents(fd: int, offset: int, length: int, /) -> bytes:
     """Return the packed extents of ``[offset, offset + length)`` of a file that hold data.
 

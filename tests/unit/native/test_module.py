@@ -43,6 +43,7 @@ def fails(expected: type[BaseException], call: Callable[[], object]) -> None:
 
 
 FIEMAP_RECORDS = b"".join(struct.pack("<QQQ16xI12x", n << 13, n << 12, 4096, 0) for n in range(100))
+NUMBERS = (257).to_bytes(8, "little")
 
 # Every exported function, on its good ways and on its bad ones.
 LOOPS: dict[str, list[Callable[[int], object]]] = {
@@ -87,6 +88,20 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda fd: fails(ValueError, lambda: _native.compare_files(fd, fd, 5)),
         lambda fd: fails(OSError, lambda: _native.compare_files(fd, -1, 4096)),
         lambda fd: fails(OverflowError, lambda: _native.compare_files(fd, fd, -1)),
+    "btrfs_diff": [
+        lambda fd: _native.btrfs_diff(fd, -1, b"", b"", 4096, True, 1),
+        lambda fd: fails(OSError, lambda: _native.btrfs_diff(fd, fd, NUMBERS, b"", 4096, False, 1)),
+        lambda fd: fails(ValueError, lambda: _native.btrfs_diff(fd, -1, bytes(8), b"", 4096, True, 1)),
+        lambda fd: fails(ValueError, lambda: _native.btrfs_diff(fd, -1, NUMBERS, b"", 4097, True, 1)),
+        lambda fd: fails(ValueError, lambda: _native.btrfs_diff(fd, -1, b"short", b"", 4096, True, 1)),
+    ],
+    "btrfs_diff_file": [
+        lambda fd: fails(OSError, lambda: _native.btrfs_diff_file(fd, 257, fd, 257, 4096)),
+        lambda fd: fails(ValueError, lambda: _native.btrfs_diff_file(fd, 257, fd, 257, 0)),
+    ],
+    "btrfs_touched": [
+        lambda fd: fails(OSError, lambda: _native.btrfs_touched(fd, 0)),
+        lambda _: fails(OverflowError, lambda: _native.btrfs_touched(-1, -1)),
     ],
     "data_extents": [
         lambda fd: _native.data_extents(fd, 0, 1 << 30),
