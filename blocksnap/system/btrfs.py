@@ -1,0 +1,194 @@
+"""btrfs by descriptor: what a subvolume is, its snapshots, and what the filesystem is doing.
+
+A path is used once, to open. Layouts and numbers of the ioctls are those of linux/btrfs.h; none of them
+needs a privilege that root in the initial user namespace does not have.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from blocksnap.errors import VolumeError
+
+# linux/btrfs.h; the magic of all is 0x94, and the upper half-word is direction and size.
+_SNAP_CREATE_V2 = 0x50009417
+_INO_LOOKUP = 0xD0009412
+_FS_INFO = 0x8400941F
+_GET_SUBVOL_INFO = 0x81F8943C
+_SNAP_DESTROY_V2 = 0x5000943F
+
+_READ_ONLY: Final = 2
+_ROOT_READ_ONLY: Final = 1
+_VOLUME_ARGUMENTS = struct.Struct("<qQQ32s4040s")
+_SUBVOLUME_INFO = struct.Struct("<Q256sQQQQ16s16s16sQQQQ64s64s")
+_INO_LOOKUP_ARGUMENTS = struct.Struct("<QQ4080s")
+_FILESYSTEM_INFO = struct.Struct("<QQ16sIII")
+_LONGEST_NAME = 255
+_TOP_DIRECTORY = 256
+_SYSFS = Path("/sys/fs/btrfs")
+_FOREIGN = frozenset({errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+class BtrfsError(VolumeError):
+    """A btrfs filesystem refused something."""
+
+    def __init__(self, action: str, err: OSError) -> None:
+        self.errno = err.errno
+        missing = err.errno in (errno.EPERM, errno.EACCES)
+        super().__init__(
+            f"cannot {action}: {os.strerror(err.errno or 0)}",
+            resolution="run it as root, outside of a user namespace" if missing else None,
+        )
+
+
+class NoSubvolumeError(VolumeError):
+    """What was named is no btrfs subvolume."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"{name} is no btrfs subvolume",
+            resolution="name the top directory of a subvolume: btrfs subvolume list shows them",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SubvolumeInfo:
+    """What the kernel knows of a subvolume or snapshot (BTRFS_IOC_GET_SUBVOL_INFO).
+
+    ``parent_uuid`` is that of the subvolume a snapshot was taken of, ``snapshot_transaction`` (otransid)
+    when: the source changes only in later ones. ``generation`` is the transaction that last wrote to its
+    tree, which for a read-only one means moving blocks.
+    """
+
+    tree_id: int
+    name: str
+    generation: int
+    read_only: bool
+    uuid: UUID
+    parent_uuid: UUID
+    received_uuid: UUID
+    changed_transaction: int
+    snapshot_transaction: int
+
+
+@dataclass(frozen=True, slots=True)
+class FilesystemInfo:
+    """What identifies a btrfs filesystem, and its smallest unit in bytes."""
+
+    uuid: UUID
+    sector_size: int
+
+
+def open_subvolume(path: str) -> int:
+    """Open the top directory of a subvolume; raises NoSubvolumeError, also for what is not there."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as err:
+        raise NoSubvolumeError(path) from err
+    try:
+        if os.fstat(fd).st_ino != _TOP_DIRECTORY:
+            raise NoSubvolumeError(path)
+        filesystem_info(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def filesystem_info(fd: int, name: str = "it") -> FilesystemInfo:
+    """Return what filesystem a descriptor is on; raises NoSubvolumeError when it is not btrfs."""
+    answer = bytearray(1024)
+    try:
+        fcntl.ioctl(fd, _FS_INFO, answer)
+    except OSError as err:
+        if err.errno in _FOREIGN:
+            raise NoSubvolumeError(name) from err
+        raise BtrfsError("ask btrfs about itself", err) from err
+    _, _, uuid, _, sector_size, _ = _FILESYSTEM_INFO.unpack_from(answer)
+    return FilesystemInfo(UUID(bytes=uuid), sector_size)
+
+
+def subvolume_info(fd: int) -> SubvolumeInfo:
+    """Return what the kernel knows of the subvolume that a descriptor is in."""
+    answer = bytearray(504)
+    try:
+        fcntl.ioctl(fd, _GET_SUBVOL_INFO, answer)
+    except OSError as err:
+        raise BtrfsError("ask btrfs about a subvolume", err) from err
+    (
+        tree_id, name, _, _, generation, flags, uuid, parent_uuid, received_uuid,
+        changed_transaction, snapshot_transaction, _, _, _, _,
+    ) = _SUBVOLUME_INFO.unpack_from(answer)  # fmt: skip
+    return SubvolumeInfo(
+        tree_id=tree_id,
+        name=os.fsdecode(name.rstrip(b"\0")),
+        generation=generation,
+        read_only=bool(flags & _ROOT_READ_ONLY),
+        uuid=UUID(bytes=uuid),
+        parent_uuid=UUID(bytes=parent_uuid),
+        received_uuid=UUID(bytes=received_uuid),
+        changed_transaction=changed_transaction,
+        snapshot_transaction=snapshot_transaction,
+    )
+
+
+def create_snapshot(source_fd: int, folder_fd: int, name: str) -> None:
+    """Take a read-only snapshot of a subvolume and name it in a directory of the same filesystem.
+
+    Whatever was written before, synced or not, is in it, and it is on disk when this returns.
+    """
+    arguments = _VOLUME_ARGUMENTS.pack(source_fd, 0, _READ_ONLY, b"", _plain(name))
+    try:
+        fcntl.ioctl(folder_fd, _SNAP_CREATE_V2, bytearray(arguments))
+    except OSError as err:
+        raise BtrfsError(f"take the snapshot {name}", err) from err
+
+
+def delete_snapshot(folder_fd: int, name: str) -> None:
+    """Delete a snapshot by its name in a directory; its blocks are given back later."""
+    arguments = _VOLUME_ARGUMENTS.pack(0, 0, 0, b"", _plain(name))
+    try:
+        fcntl.ioctl(folder_fd, _SNAP_DESTROY_V2, bytearray(arguments))
+    except OSError as err:
+        raise BtrfsError(f"delete the snapshot {name}", err) from err
+
+
+def exclusive_operation(filesystem: UUID) -> str:
+    """Return what a filesystem is busy with: ``none``, ``balance``, ``device remove`` ...
+
+    ``none`` too where the kernel does not say (before 5.10).
+    """
+    try:
+        return (_SYSFS / str(filesystem) / "exclusive_operation").read_text().strip()
+    except FileNotFoundError:
+        return "none"
+
+
+def directory_path(fd: int, inode: int) -> bytes:
+    """Return the path of a directory below the top of the subvolume that ``fd`` is in.
+
+    It has no slash at either end. Raises BtrfsError, with ENAMETOOLONG where the path has more than 4,000
+    bytes. Needs CAP_SYS_ADMIN.
+    """
+    answer = bytearray(_INO_LOOKUP_ARGUMENTS.pack(0, inode, b""))
+    try:
+        fcntl.ioctl(fd, _INO_LOOKUP, answer)
+    except OSError as err:
+        raise BtrfsError(f"find inode {inode} of the subvolume", err) from err
+    path: bytes = _INO_LOOKUP_ARGUMENTS.unpack(answer)[2]
+    return path.partition(b"\0")[0].strip(b"/")
+
+
+def _plain(name: str) -> bytes:
+    encoded = os.fsencode(name)
+    if not encoded or len(encoded) > _LONGEST_NAME or b"/" in encoded or b"\0" in encoded:
+        raise ValueError(f"{name!r} is no file name")
+    return encoded
