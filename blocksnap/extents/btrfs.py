@@ -1,0 +1,282 @@
+"""What changed in a btrfs subvolume, told by its own tree: ``btrfs-tree``.
+
+Whatever is done to an inode after a snapshot gives its INODE_ITEM the number of a later transaction, so the
+inodes that may differ are found by reading those leaves of the new snapshot that are as young: what is old
+is not read at all. Of these inodes all items are compared, with those of the parent's snapshot where it was
+kept, and otherwise with what was remembered of them. Neither a removed item nor a removed inode leaves a
+trace in the tree; they are told by what the parent had. Why that is enough, and what it rests on, is in
+docs/design.md.
+"""
+
+from __future__ import annotations
+
+import stat
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from blocksnap.errors import VolumeError
+from blocksnap.extents.btrfs_changes import (
+    Change,
+    Entry,
+    InodeChange,
+    InodeMemory,
+    InodeRemoval,
+    SubvolumeChanges,
+)
+from blocksnap.extents.btrfs_identity import BtrfsIdentity, Compare, decide, decide_base, decide_kept
+from blocksnap.extents.btrfs_records import read_listing, read_records, write_memory
+from blocksnap.extents.changes import Binding
+from blocksnap.extents.model import ExtentList
+from blocksnap.system.btrfs import exclusive_operation, filesystem_info, subvolume_info
+
+_Answer = TypeVar("_Answer")
+_BATCH = 1024
+"""Inodes that are compared, and recalled from memory, at a time."""
+_RECORDS = 4 << 20
+"""Bytes of records after which a batch is cut: one large file can have that many extents."""
+_ATTEMPTS = 5
+_NO_BASE = -1
+_SECTOR = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SubvolumeParent:
+    """What the parent backup remembers of its snapshot; ``known_here`` as for any volume (Parent)."""
+
+    binding: Binding
+    known_here: bool
+    memory: InodeMemory
+
+
+@dataclass(frozen=True, slots=True)
+class FileChanges:
+    """What changed in one file, and what to remember of it (empty when that could not be told)."""
+
+    size: int
+    changed: ExtentList
+    holes: ExtentList
+    state: bytes
+
+
+def find_subvolume_changes(
+    fd: int, parent: SubvolumeParent | None, base_fd: int | None = None, *, remember: bool = True
+) -> SubvolumeChanges:
+    """Say what of a read-only snapshot differs from its parent backup.
+
+    ``base_fd`` is a snapshot that an earlier run left as the parent's base, if there is one. With
+    ``remember`` the answer has the states that the next run needs where no base is kept. Needs
+    CAP_SYS_ADMIN; raises VolumeError when the snapshot is writable or the kernel's answers make no sense.
+    """
+    trees = _Trees(fd, base_fd)
+    if parent is None:
+        return _everything(trees, "first backup of this volume", remember=remember)
+    doubt = ""
+    if base_fd is not None:
+        decision = decide_kept(
+            trees.identity,
+            parent.binding,
+            BtrfsIdentity.of(filesystem_info(base_fd), subvolume_info(base_fd)),
+            base_is_read_only=subvolume_info(base_fd).read_only,
+        )
+        if not isinstance(decision, Compare):
+            walk = _Walk(trees, None, remember=remember).run(decision.since)
+            return SubvolumeChanges("btrfs-tree", decision.reason, inherits=True, walk=walk)
+        doubt = f"; the base is not used: {decision.reason}"
+        trees = _Trees(fd, None)
+    by_memory = decide(trees.identity, parent.binding, known_here=parent.known_here)
+    if isinstance(by_memory, Compare):
+        return _everything(trees, by_memory.reason, remember=remember)
+    walk = _Walk(trees, parent.memory, remember=remember).run(by_memory.since)
+    return SubvolumeChanges("btrfs-tree", by_memory.reason + doubt, inherits=True, walk=walk)
+
+
+def compare_snapshots(fd: int, base_fd: int, *, remember: bool = False) -> SubvolumeChanges:
+    """Say how a read-only snapshot differs from an earlier one of the same subvolume.
+
+    ``inherits`` is False, and the answer is all that the snapshot has, when they are not such a pair.
+    Raises as ``find_subvolume_changes``.
+    """
+    trees = _Trees(fd, base_fd)
+    base = subvolume_info(base_fd)
+    decision = decide_base(trees.identity, BtrfsIdentity.of(filesystem_info(base_fd), base))
+    if not base.read_only:
+        decision = Compare("the earlier snapshot is writable")
+    if isinstance(decision, Compare):
+        return _everything(_Trees(fd, None), decision.reason, remember=remember)
+    walk = _Walk(trees, None, remember=remember).run(decision.since)
+    return SubvolumeChanges("btrfs-tree", decision.reason, inherits=True, walk=walk)
+
+
+def compare_files(base_fd: int, base_inode: int, fd: int, inode: int) -> FileChanges:
+    """Say how a file differs from an earlier state of itself, both of which nobody writes to.
+
+    They are the same file in two snapshots, or two clones (FICLONE) of one. A clone as the earlier one must
+    have been there ever since it was made: while it is, btrfs writes to none of its extents. Each
+    descriptor is open on the file or on anything else in its subvolume. FIEMAP has no generations and would
+    miss changes.
+
+    Raises VolumeError when an inode is no regular file or the kernel's answers make no sense.
+    """
+    from blocksnap._native import btrfs_diff_file
+
+    trees = _Trees(fd, base_fd, read_only=False)
+    changed, holes, state, size = trees.undisturbed(
+        lambda: btrfs_diff_file(base_fd, base_inode, fd, inode, trees.sector_size)
+    )
+    return FileChanges(size, ExtentList(changed), ExtentList(holes), state)
+
+
+def _everything(trees: _Trees, reason: str, *, remember: bool) -> SubvolumeChanges:
+    walk = _Walk(trees, None, remember=remember).run(0)
+    return SubvolumeChanges("compare", reason, inherits=False, walk=walk)
+
+
+class _Trees:
+    """The present snapshot and, where there is one, the base, read while nobody moves their blocks.
+
+    Balance and dedupe put other extents in place of those of read-only snapshots too. The bytes stay the
+    same, and an answer that saw both places is at most too wide (bs_btrfs_adds_up has the one case in which
+    it would not be); it is worth a few more attempts.
+    """
+
+    def __init__(self, fd: int, base_fd: int | None, *, read_only: bool = True) -> None:
+        self.fd = fd
+        self.base_fd = base_fd
+        filesystem, self._snapshot = filesystem_info(fd), subvolume_info(fd)
+        self._filesystem = filesystem.uuid
+        self.sector_size = filesystem.sector_size
+        self.identity = BtrfsIdentity.of(filesystem, self._snapshot)
+        if read_only and not self._snapshot.read_only:
+            raise VolumeError(
+                "the subvolume is writable, so what is in it changes while it is read",
+                resolution="take a read-only snapshot of it: btrfs subvolume snapshot -r",
+            )
+
+    def undisturbed(self, read: Callable[[], _Answer]) -> _Answer:
+        """Read until nothing was moved meanwhile, or a few times."""
+        answer: list[_Answer] = []
+        problem = ""
+        for _ in range(_ATTEMPTS):
+            before = self._marks()
+            try:
+                answer = [read()]
+            except ValueError as err:
+                problem = str(err)
+                continue
+            except OSError as err:
+                raise VolumeError(f"cannot read the tree of a btrfs subvolume: {err.strerror}") from err
+            if self._marks() == before:
+                break
+        if not answer:
+            raise VolumeError(
+                f"the tree of a btrfs subvolume makes no sense: {problem}",
+                resolution="run it again; if it stays so, look at the filesystem: btrfs scrub, kernel log",
+            )
+        return answer[0]
+
+    def require_same(self) -> None:
+        """Raise VolumeError when the snapshot was replaced or made writable since it was opened."""
+        now = subvolume_info(self.fd)
+        if (now.uuid, now.read_only) != (self._snapshot.uuid, self._snapshot.read_only):
+            raise VolumeError(
+                "the snapshot was made writable while its changes were read",
+                resolution="run it again, and find out who else works on the snapshots of this subvolume",
+            )
+
+    def _marks(self) -> tuple[int, int, str]:
+        base = 0 if self.base_fd is None else subvolume_info(self.base_fd).generation
+        return subvolume_info(self.fd).generation, base, exclusive_operation(self._filesystem)
+
+
+class _Walk:
+    """One comparison: touched directories, what was removed, everything else."""
+
+    def __init__(self, trees: _Trees, memory: InodeMemory | None, *, remember: bool) -> None:
+        self._trees = trees
+        self._memory = memory
+        self._remember = remember
+        self._touched: Sequence[int] = ()
+
+    def run(self, since: int) -> Iterator[Change]:
+        from blocksnap._native import btrfs_touched
+
+        numbers, _, modes, _ = self._trees.undisturbed(lambda: btrfs_touched(self._trees.fd, since))
+        self._touched = memoryview(numbers).cast("Q")
+        directories, others = array("Q"), array("Q")
+        for number, mode in zip(self._touched, memoryview(modes).cast("I"), strict=True):
+            (directories if stat.S_ISDIR(mode) else others).append(number)
+        for part in (directories, others):
+            gone: dict[int, bool] = {}
+            for change in self._compare(part):
+                self._note_gone(change.removed, gone)
+                yield change
+            # Among the others only what has the number of a directory that is gone has lost names.
+            yield from self._removals(gone)
+        self._trees.require_same()
+
+    def _compare(self, numbers: array[int]) -> Iterator[InodeChange]:
+        from blocksnap._native import btrfs_diff
+
+        trees = self._trees
+        base_fd = _NO_BASE if trees.base_fd is None else trees.base_fd
+        at = 0
+        while at < len(numbers):
+            batch = numbers[at : at + _BATCH]
+            packed, memory = batch.tobytes(), b""
+            if self._memory is not None:
+                memory = write_memory(self._memory.recall(batch))
+
+            def read(packed: bytes = packed, memory: bytes = memory) -> tuple[bytes, int]:
+                return btrfs_diff(
+                    trees.fd, base_fd, packed, memory, trees.sector_size, self._remember, _RECORDS
+                )
+
+            records, done = trees.undisturbed(read)
+            at += done
+            yield from read_records(records)
+
+    def _note_gone(self, removed: Iterable[Entry], gone: dict[int, bool]) -> None:
+        """Add the inodes of removed names that are not in the snapshot under another: those were touched."""
+        for entry in removed:
+            if entry.kind != "subvolume" and not self._is_touched(entry.inode):
+                gone[entry.inode] = entry.kind == "directory"
+
+    def _removals(self, gone: dict[int, bool]) -> Iterator[InodeRemoval]:
+        """Return all that is gone: with a directory what was in it, unless it was moved elsewhere before."""
+        pending = sorted(number for number, is_directory in gone.items() if is_directory)
+        while pending:
+            found: dict[int, bool] = {}
+            for entry in self._names_before(pending):
+                self._note_gone((entry,), found)
+            pending = sorted(n for n, is_directory in found.items() if is_directory and n not in gone)
+            gone |= found
+        yield from map(InodeRemoval, sorted(gone))
+
+    def _names_before(self, directories: Sequence[int]) -> Iterator[Entry]:
+        """Return the names that directories had in the parent."""
+        from blocksnap._native import btrfs_diff
+
+        trees = self._trees
+        for at in range(0, len(directories), _BATCH):
+            batch = array("Q", directories[at : at + _BATCH])
+            if self._memory is not None:
+                for known in self._memory.recall(batch).values():
+                    if known.state:
+                        yield from read_listing(known.state)
+            while trees.base_fd is not None and batch:
+                packed = batch.tobytes()
+                records, done = trees.undisturbed(
+                    lambda packed=packed: btrfs_diff(  # type: ignore[misc]
+                        trees.base_fd, _NO_BASE, packed, b"", trees.sector_size, False, _RECORDS
+                    )
+                )
+                batch = batch[done:]
+                for record in read_records(records):
+                    yield from record.added
+
+    def _is_touched(self, number: int) -> bool:
+        at = bisect_left(self._touched, number)
+        return at < len(self._touched) and self._touched[at] == number
