@@ -42,6 +42,7 @@ FLAG_COMPRESS = 0x4
 FLAG_NOCOMPRESS = 0x400
 FLAG_DIRSYNC = 0x10000
 FLAG_NODATACOW = 0x800000
+FLAG_VERITY = 0x100000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
