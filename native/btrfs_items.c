@@ -133,7 +133,6 @@ static int parse_numbers(const struct bs_btrfs_item *item, uint32_t block, struc
 {
         const uint8_t *data = item->data;
         uint64_t length;
-        uint64_t end_in_extent;
 
         if (item->length < EXTENT_SIZE)
                 return refuse(item, error, "an extent item is too short");
@@ -142,7 +141,8 @@ static int parse_numbers(const struct bs_btrfs_item *item, uint32_t block, struc
         out->disk_length = u64(data + 29);
         out->offset = u64(data + 37);
         if (length == 0 || __builtin_add_overflow(out->begin, length, &out->end) || out->end > INT64_MAX ||
-            __builtin_add_overflow(out->offset, length, &end_in_extent))
+            __builtin_add_overflow(out->offset, length, &(uint64_t){0}) ||
+            __builtin_add_overflow(out->address, out->disk_length, &(uint64_t){0}))
                 return refuse(item, error, "an extent that cannot be");
         if ((out->begin | length | out->address | out->disk_length | out->offset) % block)
                 return refuse(item, error, "an extent does not lie on whole blocks");

@@ -174,6 +174,7 @@ static void test_extents_that_cannot_be(void)
         check_bad_extent(45, UINT64_MAX - 4095, 8, "cannot be");
         check_bad_extent(45, 1ULL << 63, 8, "cannot be");
         check_bad_extent(37, UINT64_MAX - 4095, 8, "cannot be");
+        check_bad_extent(29, UINT64_MAX - 4095, 8, "cannot be");
         check_bad_extent(45, 100, 8, "whole blocks");
         check_bad_extent(37, 512, 8, "whole blocks");
         check_bad_extent(29, 512, 8, "whole blocks");
