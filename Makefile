@@ -13,7 +13,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin soak-xfs
+.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin soak-xfs soak-btrfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -40,6 +40,9 @@ bench-map: bootstrap ## count the metadata that an incremental backup of 1 TiB w
 
 bench-tracked: bootstrap ## incrementals beside full compares of a thin volume, in the lab
 	vagrant/lab --timeout 1800 --disk 3G --disk 3G -- $(BIN)/python tests/bench/tracked.py
+
+soak-btrfs: bootstrap ## ROUNDS=10000 btrfs backups without a base, each compared with the truth
+	$(BIN)/python tests/btrfs/soak.py --rounds $(or $(ROUNDS),10000)
 
 soak-model: bootstrap ## every order of events of two writers and two collectors: an hour, 10 GiB
 	BLOCKSNAP_SOAK=1 $(PYTEST) -s tests/model

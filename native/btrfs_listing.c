@@ -13,8 +13,9 @@ static int parse_name(const struct bs_btrfs_item *item, struct bs_error *error, 
 
         if (result < 0)
                 return result;
-        if (at != item->length || entry.name_length == 0 || entry.name_length > LONGEST_NAME ||
-            entry.type > LARGEST_KIND)
+        /* Indexes begin at 2: 0 and 1 are those of . and .., which have no items. */
+        if (at != item->length || item->key.offset == 0 || entry.name_length == 0 ||
+            entry.name_length > LONGEST_NAME || entry.type > LARGEST_KIND)
                 return bs_fail_block(error, item->key.objectid, "a directory entry that cannot be");
         if (entry.location.type != BS_BTRFS_INODE_ITEM && entry.location.type != BS_BTRFS_ROOT_ITEM)
                 return bs_fail_block(error, item->key.objectid, "a name that leads to no inode");

@@ -12,7 +12,7 @@ import click
 from blocksnap.cli.output import print_json
 
 if TYPE_CHECKING:
-    from blocksnap.operations.inspection import Inspection
+    from blocksnap.operations.inspection import Report
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -21,6 +21,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _COMMANDS = {
     "compare": "debug_files",
     "fiemap-diff": "debug_files",
+    "btrfs-diff": "debug_btrfs",
     "thin-diff": "debug_thin",
     "thin-extents": "debug_thin",
 }
@@ -46,7 +47,7 @@ def debug_command() -> None:
 
 
 def inspection_command(name: str) -> Callable[[_Command], click.Command]:
-    """Make a command of a function that returns an Inspection; it gets the options of all of them."""
+    """Make a command of a function that returns a Report; it gets the options of all of them."""
 
     def decorate(function: _Command) -> click.Command:
         @debug_command.command(name)
@@ -62,7 +63,7 @@ def inspection_command(name: str) -> Callable[[_Command], click.Command]:
     return decorate
 
 
-def show_inspection(found: Inspection, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+def show_inspection(found: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print what an engine answered."""
     if as_json:
         print_json(found.document())
@@ -70,5 +71,5 @@ def show_inspection(found: Inspection, *, as_json: bool, quiet: bool, verbose: b
     if verbose:
         click.echo(f"{found.engine}: {found.reason}; {found.seconds:.3f} s", err=True)
     if not quiet:
-        for offset, length in found.extents.pairs():
-            click.echo(f"{offset} {length}")
+        for line in found.lines():
+            click.echo(line)

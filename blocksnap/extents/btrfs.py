@@ -30,7 +30,7 @@ from blocksnap.extents.btrfs_identity import BtrfsIdentity, Compare, decide, dec
 from blocksnap.extents.btrfs_records import read_listing, read_records, write_memory
 from blocksnap.extents.changes import Binding
 from blocksnap.extents.model import ExtentList
-from blocksnap.system.btrfs import exclusive_operation, filesystem_info, subvolume_info
+from blocksnap.system.btrfs import commit, exclusive_operation, filesystem_info, subvolume_info
 
 _Answer = TypeVar("_Answer")
 _BATCH = 1024
@@ -123,6 +123,7 @@ def compare_files(base_fd: int, base_inode: int, fd: int, inode: int) -> FileCha
     from blocksnap._native import btrfs_diff_file
 
     trees = _Trees(fd, base_fd, read_only=False)
+    commit(fd)
     changed, holes, state, size = trees.undisturbed(
         lambda: btrfs_diff_file(base_fd, base_inode, fd, inode, trees.sector_size)
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from blocksnap.errors import UsageError
 from blocksnap.extents.changes import JsonValue, Method
@@ -42,6 +43,37 @@ class Inspection:
             **self.facts,
             "extents": [list(pair) for pair in self.extents.pairs()],
         }
+
+    def lines(self) -> Iterator[bytes]:
+        """Return a line ``begin length`` for each extent."""
+        return (b"%d %d" % pair for pair in self.extents.pairs())
+
+
+class Report(Protocol):
+    """What a debug command shows: an Inspection, or one whose extents are not those of a single volume."""
+
+    @property
+    def engine(self) -> Method:
+        """Which engine answered."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it did, and not another."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Time of the engine alone."""
+        ...
+
+    def document(self) -> dict[str, object]:
+        """Return all of it for JSON."""
+        ...
+
+    def lines(self) -> Iterator[bytes]:
+        """Return a line for each extent that may differ."""
+        ...
 
 
 class Stopwatch:

@@ -20,6 +20,8 @@ from blocksnap.errors import VolumeError
 # linux/btrfs.h; the magic of all is 0x94, and the upper half-word is direction and size.
 _SNAP_CREATE_V2 = 0x50009417
 _INO_LOOKUP = 0xD0009412
+_WAIT_SYNC = 0x40089416
+_START_SYNC = 0x80089418
 _FS_INFO = 0x8400941F
 _GET_SUBVOL_INFO = 0x81F8943C
 _SNAP_DESTROY_V2 = 0x5000943F
@@ -159,6 +161,20 @@ def delete_snapshot(folder_fd: int, name: str) -> None:
         fcntl.ioctl(folder_fd, _SNAP_DESTROY_V2, bytearray(arguments))
     except OSError as err:
         raise BtrfsError(f"delete the snapshot {name}", err) from err
+
+
+def commit(fd: int) -> None:
+    """Commit the running transaction of a filesystem and wait for it; dirty data is left alone.
+
+    Until then the tree of a writable subvolume does not tell what its inodes are: their items are written
+    late.
+    """
+    answer = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _START_SYNC, answer)
+        fcntl.ioctl(fd, _WAIT_SYNC, answer)
+    except OSError as err:
+        raise BtrfsError("commit the transaction of the filesystem", err) from err
 
 
 def exclusive_operation(filesystem: UUID) -> str:

@@ -476,6 +476,9 @@ static void test_hostile_items(void)
         check_bad_item(256, BS_BTRFS_DIR_INDEX, 2, 27, 3, 2);
         check_bad_item(256, BS_BTRFS_DIR_INDEX, 2, 27, 300, 2);
         check_bad_item(256, BS_BTRFS_DIR_INDEX, 2, 29, 8, 1);
+        tree_name(tree, 256, 0, "zero", 300, 1);
+        CHECK_EQUAL(diff_once(tree, NULL, NULL), -EUCLEAN);
+        tree_remove(tree, 256, BS_BTRFS_DIR_INDEX, 0);
         check_bad_item(257, BS_BTRFS_INODE_REF, 256, 8, 300, 2);
         check_bad_item(257, BS_BTRFS_INODE_ITEM, 0, 16, UINT64_MAX, 8);
         check_bad_item(257, BS_BTRFS_EXTENT_DATA, 0, 45, 32768, 8);

@@ -22,6 +22,7 @@ from blocksnap.extents.btrfs_changes import (
 )
 from blocksnap.extents.model import ExtentList
 from support import btrfs_calls as calls
+from support import btrfs_reference as reference
 from support.btrfs_truth import BLOCK, Difference, Inode, Tree, compare
 
 # linux/btrfs_tree.h, BTRFS_INODE_*, and what lsattr shows of it.
@@ -78,10 +79,15 @@ class Tally:
 
 @dataclass(slots=True)
 class Backup:
-    """The records of the last backup, and the tree it was taken of."""
+    """The records of the last backup, and the tree it was taken of.
+
+    ``from_memory`` tells that answers are made of the states in the records, so that they can be checked
+    against the reference; the extents of a kept base may have moved since its state was written.
+    """
 
     records: dict[int, Record] = field(default_factory=dict)
     tree: Tree = field(default_factory=lambda: Tree({}, frozenset()))
+    from_memory: bool = False
 
     def recall(self, numbers: Sequence[int]) -> Mapping[int, RememberedInode]:
         """Return what is remembered, as InodeMemory asks."""
@@ -120,6 +126,8 @@ class Backup:
     def _apply(self, change: InodeChange, child: Tree) -> None:
         old = None if change.is_new else self.records[change.number]
         assert old is None or old.generation == change.generation
+        if self.from_memory:
+            _check_against_reference(change, old)
         size = change.attributes.size
         content = b""
         if change.is_file:
@@ -151,6 +159,20 @@ class Backup:
             target=change.target,
             state=change.state,
         )
+
+
+def _check_against_reference(change: InodeChange, old: Record | None) -> None:
+    """The answer is what plain Python finds in the two states, block by block."""
+    if not change.is_file or not change.state or (old is not None and not old.state):
+        return
+    changed, holes = reference.compare(
+        reference.read_extents(old.state if old else b""),
+        old.attributes.size if old else 0,
+        reference.read_extents(change.state),
+        change.attributes.size,
+    )
+    assert set(_blocks(change.changed.pairs())) == changed, change.number
+    assert set(_blocks(change.holes.pairs())) == holes, change.number
 
 
 def _count(tally: Tally, change: InodeChange, truth: Difference, child: Tree) -> None:

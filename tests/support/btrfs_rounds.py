@@ -47,7 +47,7 @@ class Rounds:
         self._work = Workload(lab.live, seed, beside=lab.mount)
         self._random = random.Random(seed)
         self._keep_base = keep_base
-        self._backup = Backup()
+        self._backup = Backup(from_memory=not keep_base)
         self._binding: dict[str, object] = {}
         self._base: Path | None = None
         self._addresses: dict[int, int] = {}
