@@ -44,6 +44,12 @@ class SubvolumeInspection:
             for offset, length in change.changed.union(change.holes).pairs():
                 yield b"%d %d %b" % (offset, length, path)
 
+    def _extents(self) -> Iterator[list[int | str]]:
+        for change in self._inodes():
+            path = os.fsdecode(self.paths[change.number])
+            for offset, length in change.changed.union(change.holes).pairs():
+                yield [offset, length, path]
+
     def document(self) -> dict[str, object]:
         """Return all of it for JSON; paths and names that are not UTF-8 have surrogates."""
         inodes = [self._inode_document(change) for change in self._inodes()]
@@ -55,6 +61,7 @@ class SubvolumeInspection:
             "changed_bytes": sum(change.changed.total for change in self._inodes()),
             "hole_bytes": sum(change.holes.total for change in self._inodes()),
             "count": sum(len(change.changed) for change in self._inodes()),
+            "extents": list(self._extents()),
             "inodes": inodes,
             "removed": [change.number for change in self.changes if isinstance(change, InodeRemoval)],
         }
