@@ -120,12 +120,15 @@ def btrfs_diff_file(
     Raises ValueError as ``btrfs_diff``, and FileNotFoundError when there is no such inode.
     """
 
-def btrfs_touched(fd: int, min_transid: int, /) -> tuple[bytes, bytes, bytes, int]:
-    """List the inodes of a btrfs subvolume that were changed in transaction ``min_transid`` or later.
+def btrfs_touched(fd: int, since: int, /) -> tuple[bytes, bytes, bytes, int]:
+    """List the inodes of a btrfs subvolume that may have changed since a snapshot of transaction ``since``.
+
+    These are the inodes of later transactions, and directories of the same one, because a snapshot can get
+    its name in its own source after it was made; 0 lists all. Inodes without a name are left out. What was
+    removed leaves no trace here.
 
     Returns ``(numbers, generations, modes, items)``: little-endian u64, u64 and u32 of each, in the order of
-    the numbers, and how many items the kernel returned. Inodes without a name are left out. What was removed
-    leaves no trace here. Needs CAP_SYS_ADMIN.
+    the numbers, and how many items the kernel returned. Needs CAP_SYS_ADMIN.
     """
 
 def data_extents(fd: int, offset: int, length: int, /) -> bytes:

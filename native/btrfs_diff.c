@@ -24,14 +24,24 @@ void bs_btrfs_touched_deinit(struct bs_btrfs_touched *touched)
         bs_bytes_deinit(&touched->modes);
 }
 
-static int note_touched(const struct bs_btrfs_item *item, uint64_t min_transid, struct bs_error *error,
+/*
+ * A snapshot is made while its transaction commits and nobody writes any more. All that this transaction does
+ * to the source afterwards is to give names to snapshots, when they are kept in directories of the source
+ * itself.
+ */
+static bool is_later(const struct bs_btrfs_inode *inode, uint64_t since)
+{
+        return inode->transid > since || since == 0 || (inode->transid == since && S_ISDIR(inode->mode));
+}
+
+static int note_touched(const struct bs_btrfs_item *item, uint64_t since, struct bs_error *error,
                         struct bs_btrfs_touched *out)
 {
         struct bs_btrfs_inode inode;
         int result = bs_btrfs_inode_parse(item, error, &inode);
 
         /* One without a name was open when the snapshot was taken, and is about to vanish from it. */
-        if (result < 0 || inode.transid < min_transid || inode.nlink == 0)
+        if (result < 0 || inode.nlink == 0 || !is_later(&inode, since))
                 return result;
         bs_bytes_add_number(&out->numbers, item->key.objectid, 8);
         bs_bytes_add_number(&out->generations, inode.generation, 8);
@@ -42,14 +52,13 @@ static int note_touched(const struct bs_btrfs_item *item, uint64_t min_transid, 
         return result == 0 ? bs_bytes_status(&out->modes) : result;
 }
 
-int bs_btrfs_touched(const struct bs_btrfs_source *tree, uint64_t min_transid,
-                     const struct bs_interrupt *interrupt, struct bs_error *error,
-                     struct bs_btrfs_touched *out)
+int bs_btrfs_touched(const struct bs_btrfs_source *tree, uint64_t since, const struct bs_interrupt *interrupt,
+                     struct bs_error *error, struct bs_btrfs_touched *out)
 {
         const struct bs_btrfs_range all = {
                 .first = {.objectid = BS_BTRFS_FIRST_INODE},
                 .last = {.objectid = BS_BTRFS_LAST_INODE, .offset = UINT64_MAX, .type = UINT8_MAX},
-                .min_transid = min_transid,
+                .min_transid = since,
         };
         _cleanup_(bs_btrfs_cursor_deinit) struct bs_btrfs_cursor cursor;
         const struct bs_btrfs_item *item;
@@ -65,7 +74,7 @@ int bs_btrfs_touched(const struct bs_btrfs_source *tree, uint64_t min_transid,
                         return result;
                 out->items++;
                 if (item->key.type == BS_BTRFS_INODE_ITEM)
-                        result = note_touched(item, min_transid, error, out);
+                        result = note_touched(item, since, error, out);
                 if (result < 0)
                         return result;
                 bs_btrfs_advance(&cursor);

@@ -21,10 +21,13 @@ struct bs_btrfs_touched {
 
 void bs_btrfs_touched_deinit(struct bs_btrfs_touched *touched);
 
-/* The inodes with a name that were changed in transaction `min_transid` or later; 0 for all. */
-int bs_btrfs_touched(const struct bs_btrfs_source *tree, uint64_t min_transid,
-                     const struct bs_interrupt *interrupt, struct bs_error *error,
-                     struct bs_btrfs_touched *out);
+/*
+ * The inodes with a name that may have changed since a snapshot of transaction `since`; 0 for all. They are
+ * those of later transactions, and directories of the same: a snapshot can get its name in its own source
+ * after the copy.
+ */
+int bs_btrfs_touched(const struct bs_btrfs_source *tree, uint64_t since, const struct bs_interrupt *interrupt,
+                     struct bs_error *error, struct bs_btrfs_touched *out);
 
 /* Length of a state that the earlier backup does not have. */
 #define BS_BTRFS_NO_STATE UINT64_MAX

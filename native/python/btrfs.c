@@ -22,14 +22,14 @@ static PyObject *btrfs_touched(PyObject *Py_UNUSED(module), PyObject *arguments)
         _cleanup_(bs_btrfs_touched_deinit) struct bs_btrfs_touched found = {.items = 0};
         struct bs_python_scan scan;
         struct bs_btrfs_source tree;
-        uint64_t min_transid;
+        uint64_t since;
         int fd;
 
-        if (!PyArg_ParseTuple(arguments, "iO&:btrfs_touched", &fd, bs_to_u64, &min_transid))
+        if (!PyArg_ParseTuple(arguments, "iO&:btrfs_touched", &fd, bs_to_u64, &since))
                 return NULL;
         bs_btrfs_fd_source_init(&fd, &tree);
         bs_scan_begin(&scan);
-        int result = bs_btrfs_touched(&tree, min_transid, &scan.interrupt, &scan.error, &found);
+        int result = bs_btrfs_touched(&tree, since, &scan.interrupt, &scan.error, &found);
         bs_scan_end(&scan);
         if (result < 0)
                 return raise_btrfs(result, &scan.error);

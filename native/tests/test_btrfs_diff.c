@@ -357,7 +357,7 @@ static void test_touched(void)
         /* What has to do with the tree itself, and not with files. */
         tree_add(tree, 6, BS_BTRFS_INODE_ITEM, 0, "", 0);
         tree_add(tree, -5ULL, 48, 300, "", 0);
-        CHECK_EQUAL(bs_btrfs_touched(&source, 20, &never, &error, &touched), 0);
+        CHECK_EQUAL(bs_btrfs_touched(&source, 19, &never, &error, &touched), 0);
         CHECK_EQUAL(touched.numbers.count, 16);
         CHECK_EQUAL(number(touched.numbers.data, 8), 257);
         CHECK_EQUAL(number(touched.numbers.data + 8, 8), 260);
@@ -367,6 +367,12 @@ static void test_touched(void)
         bs_btrfs_touched_deinit(&touched);
         CHECK_EQUAL(bs_btrfs_touched(&source, 0, &never, &error, &touched), 0);
         CHECK_EQUAL(touched.numbers.count, 40);
+        bs_btrfs_touched_deinit(&touched);
+        /* Of the snapshot's own transaction only directories count. */
+        tree_inode(tree, 301, FOLDER_MODE, 0, 0);
+        CHECK_EQUAL(bs_btrfs_touched(&source, 20, &never, &error, &touched), 0);
+        CHECK_EQUAL(touched.numbers.count, 8);
+        CHECK_EQUAL(number(touched.numbers.data, 8), 301);
         bs_btrfs_touched_deinit(&touched);
         CHECK_EQUAL(bs_btrfs_touched(&source, 21, &never, &error, &touched), 0);
         CHECK_EQUAL(touched.items, 0);

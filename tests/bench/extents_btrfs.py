@@ -129,4 +129,6 @@ def _change(path: Path, kind: int, choice: random.Random) -> None:
 
 
 def _snapshot(mount: Path, name: str) -> None:
+    # What a transaction did before its snapshot would be looked at again.
+    run("btrfs", "filesystem", "sync", str(mount))
     run("btrfs", "subvolume", "snapshot", "-r", str(mount / "live"), str(mount / f"snapshot-{name}"))

@@ -7,6 +7,7 @@ hundred rounds. Prints a line for each with what it came to; anything missed is 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep-base", action="store_true")
     options = parser.parse_args()
+    # So that what is mounted is unmounted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     total = soak(options.rounds, options.seed, keep_base=options.keep_base)
     assert total.missed == 0
 
