@@ -10,6 +10,7 @@ docs/design.md.
 
 from __future__ import annotations
 
+import errno
 import stat
 from array import array
 from bisect import bisect_left
@@ -168,7 +169,11 @@ class _Trees:
                 problem = str(err)
                 continue
             except OSError as err:
-                raise VolumeError(f"cannot read the tree of a btrfs subvolume: {err.strerror}") from err
+                missing = err.errno == errno.EPERM
+                raise VolumeError(
+                    f"cannot read the tree of a btrfs subvolume: {err.strerror}",
+                    resolution="run it as root, outside of a user namespace" if missing else None,
+                ) from err
             if self._marks() == before:
                 break
         if not answer:

@@ -77,7 +77,7 @@ class InodeChange:
     For regular files ``changed`` are the bytes that hold data and may differ from the parent's, and ``holes``
     those that read as zeros now and held data in the parent; both are within ``[0, size)``, and what is in
     neither is as it was, or zeros where the parent's file had ended. For directories ``added`` and
-    ``removed`` are names; one whose inode was replaced is in both.
+    ``removed`` are names; one that leads to another inode now is in both.
 
     ``state`` is what to remember until the next backup: of a regular file where its extents are, of a
     directory its listing (docs/design.md, section 4); empty when the engine was not asked for it.
@@ -126,7 +126,8 @@ class SubvolumeChanges:
     """The answer of an engine for one snapshot.
 
     ``walk`` is walked once: directories come first, then removals, then all other inodes, each of the three
-    in ascending order of numbers. It raises VolumeError when the kernel's answers make no sense. When
+    in ascending order of numbers. (Removals come last of what was in a directory whose number something else
+    has now, which is then told as new and with the names that it lost.) It raises VolumeError when the kernel's answers make no sense. When
     ``inherits`` is False nothing of the parent may be taken over: every inode of the snapshot comes, as new.
     """
 

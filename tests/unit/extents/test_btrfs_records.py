@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksnap.extents.btrfs_changes import Entry, EntryKind, RememberedInode
@@ -43,11 +43,13 @@ def test_the_vectors() -> None:
     assert write_listing(LISTING) == LISTING_VECTOR
 
 
+@settings(deadline=None)
 @given(entries)
 def test_a_listing_comes_back(names: list[Entry]) -> None:
     assert list(read_listing(write_listing(names))) == sorted(names, key=lambda entry: entry.index)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_hostile_listings_end(data: bytes) -> None:
     try:
