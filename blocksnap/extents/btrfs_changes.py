@@ -127,8 +127,9 @@ class SubvolumeChanges:
 
     ``walk`` is walked once: directories come first, then removals, then all other inodes, each of the three
     in ascending order of numbers. (Removals come last of what was in a directory whose number something else
-    has now, which is then told as new and with the names that it lost.) It raises VolumeError when the kernel's answers make no sense. When
-    ``inherits`` is False nothing of the parent may be taken over: every inode of the snapshot comes, as new.
+    has now, which is then told as new and with the names that it lost.) It raises VolumeError when the
+    kernel's answers make no sense. When ``inherits`` is False nothing of the parent may be taken over: every
+    inode of the snapshot comes, as new.
     """
 
     method: Method

@@ -64,6 +64,16 @@ def test_rounds_of_everything(tmp_path: Path, lab: BtrfsLab, mount: str, *, keep
     assert work.tally.changed > 50
 
 
+@pytest.mark.parametrize("mkfs", ["-O ^no-holes -n 4096", "--mixed"])
+def test_rounds_on_filesystems_made_otherwise(tmp_path: Path, mkfs: str) -> None:
+    """Holes with items of their own, small nodes, data beside metadata."""
+    with btrfs_lab(tmp_path, size=256 << 20, mkfs=mkfs) as lab:
+        work = Rounds(lab, seed=len(mkfs), keep_base=False)
+        work.run(8, operations=20)
+        work.close()
+        assert work.tally.missed == 0
+
+
 def test_rounds_across_mounts_use_inode_numbers_again(tmp_path: Path) -> None:
     """After a mount btrfs gives the number of a removed inode to the next one that is made."""
     with btrfs_lab(tmp_path, mount="noatime", size=160 << 20) as lab:
