@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "btrfs_tree.h"
 
+#include "btrfs_diff.h"
 #include "check.h"
 
 #include <endian.h>
@@ -179,4 +180,33 @@ void tree_name(struct tree *tree, uint64_t directory, uint64_t index, const char
         tree_poke(link + 8, length, 2);
         memcpy(link + 10, name, length);
         tree_add(tree, number, BS_BTRFS_INODE_REF, directory, link, 10 + length);
+}
+
+struct tree *tree_of_files(void)
+{
+        struct tree *tree = tree_create();
+
+        tree_inode(tree, 256, FOLDER_MODE, 20, 0);
+        tree_name(tree, 256, 2, "file", 257, 1);
+        tree_name(tree, 256, 3, "link", 258, 7);
+        tree_name(tree, 256, 4, "folder", 259, 2);
+        tree_inode(tree, 257, FILE_MODE, 50000, 40960);
+        tree_extent(tree, 257, BS_BTRFS_REGULAR, 0, 16384, 1 << 20);
+        tree_extent(tree, 257, BS_BTRFS_REGULAR, 16384, 16384, 2 << 20);
+        tree_extent(tree, 257, BS_BTRFS_REGULAR, 45056, 8192, 3 << 20);
+        tree_inode(tree, 258, S_IFLNK | 0777, 6, 6);
+        tree_inline(tree, 258, "target");
+        tree_inode(tree, 259, FOLDER_MODE, 0, 0);
+        return tree;
+}
+
+void memory_add(struct bs_bytes *memory, uint64_t inode, uint64_t generation, uint64_t size,
+                struct bs_span state)
+{
+        bs_bytes_add_number(memory, inode, 8);
+        bs_bytes_add_number(memory, generation, 8);
+        bs_bytes_add_number(memory, size, 8);
+        bs_bytes_add_number(memory, state.data ? state.left : BS_BTRFS_NO_STATE, 8);
+        if (state.left)
+                bs_bytes_add(memory, state.data, state.left);
 }

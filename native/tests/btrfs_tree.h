@@ -4,8 +4,17 @@
 #define BLOCKSNAP_BTRFS_TREE_H
 
 #include "btrfs_items.h"
+#include "bytes.h"
 
-enum { TREE_ITEMS = 20000, TREE_BYTES = 1 << 21, TREE_BLOCK = 4096 };
+#include <sys/stat.h>
+
+enum {
+        TREE_ITEMS = 20000,
+        TREE_BYTES = 1 << 21,
+        TREE_BLOCK = 4096,
+        FILE_MODE = S_IFREG | 0644,
+        FOLDER_MODE = S_IFDIR | 0755
+};
 
 struct tree_item {
         struct bs_btrfs_key key;
@@ -51,6 +60,16 @@ void tree_inline(struct tree *tree, uint64_t number, const char *data);
 /* Add a name to a directory, and the DIR_ITEM and INODE_REF that go with it. */
 void tree_name(struct tree *tree, uint64_t directory, uint64_t index, const char *name, uint64_t number,
                uint8_t kind);
+
+/*
+ * A directory 256 with a file 257 of three extents, a link 258 and a directory 259, all of generation 5 and
+ * transaction 10.
+ */
+struct tree *tree_of_files(void);
+
+/* Add an inode to what bs_btrfs_diff() takes as memory; a state without data is one that is not known. */
+void memory_add(struct bs_bytes *memory, uint64_t inode, uint64_t generation, uint64_t size,
+                struct bs_span state);
 
 /* Put a number in place, little endian. */
 void tree_poke(uint8_t *at, uint64_t value, size_t size);
