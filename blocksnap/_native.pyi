@@ -16,6 +16,53 @@ THIN_BLOCK_SIZE: Final[int]
 THIN_NO_DEVICE: Final[int]
 """In place of a base device: an empty one."""
 
+STEP_CREATE: Final[int]
+STEP_RENAME: Final[int]
+STEP_LINK: Final[int]
+STEP_REMOVE: Final[int]
+STEP_DATA: Final[int]
+STEP_HOLE: Final[int]
+STEP_RESIZE: Final[int]
+STEP_TOUCH: Final[int]
+"""The kinds of steps that btrfs_send tells."""
+
+def btrfs_send(
+    subvolume: int, parent_tree: int, version: int, /
+) -> list[tuple[int, bytes, bytes, int, bytes | None]]:
+    """Let the kernel compare two read-only btrfs snapshots (BTRFS_IOC_SEND without the data of files).
+
+    ``subvolume`` is a descriptor of the later one's top directory, ``parent_tree`` the id of the earlier
+    one's tree, or 0 to take all of the later one as new; ``version`` is that of the stream, 1 or 2.
+
+    Returns what makes the later one of the earlier one, as steps to be followed in their order: ``(kind,
+    path, other, number, ranges)``. Paths are relative to the subvolume and those of the moment: new inodes
+    are made under temporary names, and they as well as directories are renamed. Kinds:
+
+    * STEP_CREATE: ``path`` is a new inode, ``number`` is its number.
+    * STEP_RENAME: ``path`` is called ``other`` from now on, with all that is below it.
+    * STEP_LINK: ``path`` is a new name of what ``other`` names.
+    * STEP_REMOVE: the name ``path`` is gone; a directory is empty by then.
+    * STEP_DATA: ``ranges`` of ``path`` may have other bytes: u64 pairs as for extents, but in any order.
+    * STEP_HOLE: ``ranges`` of ``path`` read as zeros.
+    * STEP_RESIZE: ``path`` has ``number`` bytes; what was behind them is gone.
+    * STEP_TOUCH: attributes, extended attributes or times of ``path`` differ.
+
+    A step other than STEP_TOUCH can mean that the attributes differ too.
+
+    A thread of its own is in the ioctl meanwhile; it has ended when this returns or raises. After a signal
+    that is as soon as the kernel writes something. Raises OSError as the ioctl fails (EPERM: not
+    privileged, or a snapshot is not read-only; EAGAIN: a file of one is being deduplicated; ENOENT: no such
+    tree), and ValueError when the stream makes no sense or holds what is not known.
+    """
+
+def btrfs_send_steps(
+    stream: bytes | bytearray | memoryview, /
+) -> list[tuple[int, bytes, bytes, int, bytes | None]]:
+    """Tell the steps, as btrfs_send does, of a send stream that is there already.
+
+    Raises ValueError with the position in the stream when it makes no sense or does not end.
+    """
+
 def thin_device(
     fd: int, device_id: int, held_root: int, /
 ) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int]:

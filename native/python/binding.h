@@ -61,6 +61,7 @@ PyObject *bs_bytes_from_extents(const struct bs_extents *extents);
 /* Add the functions, and the constants, of one part of the core; 0, or -1 with an exception. */
 int bs_add_bitmap_functions(PyObject *module);
 int bs_add_btrfs_functions(PyObject *module);
+int bs_add_btrfs_send_functions(PyObject *module);
 int bs_add_file_functions(PyObject *module);
 int bs_add_thin_functions(PyObject *module);
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap import _native
+from support import send_stream
 from support.require import require
 from support.thin_metadata import Run, restore
 
@@ -44,9 +45,21 @@ def fails(expected: type[BaseException], call: Callable[[], object]) -> None:
 
 FIEMAP_RECORDS = b"".join(struct.pack("<QQQ16xI12x", n << 13, n << 12, 4096, 0) for n in range(100))
 NUMBERS = (257).to_bytes(8, "little")
+STREAM = bytes(send_stream.Writer(2).everything())
 
 # Every exported function, on its good ways and on its bad ones.
 LOOPS: dict[str, list[Callable[[int], object]]] = {
+    "btrfs_send": [
+        lambda fd: fails(OSError, lambda: _native.btrfs_send(fd, 0, 1)),
+        lambda _: fails(OSError, lambda: _native.btrfs_send(-1, 5, 2)),
+        lambda _: fails(OverflowError, lambda: _native.btrfs_send(0, 5, -1)),
+    ],
+    "btrfs_send_steps": [
+        lambda _: _native.btrfs_send_steps(STREAM),
+        lambda _: fails(ValueError, lambda: _native.btrfs_send_steps(STREAM[:-5])),
+        lambda _: fails(ValueError, lambda: _native.btrfs_send_steps(STREAM + b"x")),
+        lambda _: fails(TypeError, lambda: _native.btrfs_send_steps(7)),  # type: ignore[arg-type]
+    ],
     "thin_device": [
         lambda fd: _native.thin_device(fd, 1, 0),
         lambda fd: fails(KeyError, lambda: _native.thin_device(fd, 2, 0)),
