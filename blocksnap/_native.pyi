@@ -17,6 +17,7 @@ THIN_NO_DEVICE: Final[int]
 """In place of a base device: an empty one."""
 
 STEP_CREATE: Final[int]
+STEP_CREATE_DIRECTORY: Final[int]
 STEP_RENAME: Final[int]
 STEP_LINK: Final[int]
 STEP_REMOVE: Final[int]
@@ -38,7 +39,8 @@ def btrfs_send(
     path, other, number, ranges)``. Paths are relative to the subvolume and those of the moment: new inodes
     are made under temporary names, and they as well as directories are renamed. Kinds:
 
-    * STEP_CREATE: ``path`` is a new inode, ``number`` is its number.
+    * STEP_CREATE: ``path`` is a new inode, no directory; ``number`` is its number.
+    * STEP_CREATE_DIRECTORY: the same for a directory.
     * STEP_RENAME: ``path`` is called ``other`` from now on, with all that is below it.
     * STEP_LINK: ``path`` is a new name of what ``other`` names.
     * STEP_REMOVE: the name ``path`` is gone; a directory is empty by then.

@@ -136,8 +136,10 @@ int bs_steps_take(void *context, const struct bs_stream_event *event)
         case BS_STREAM_SNAPSHOT:
         case BS_STREAM_END:
                 return 0;
-        case BS_STREAM_MKFILE:
         case BS_STREAM_MKDIR:
+                return add_step(steps, BS_STEP_CREATE_DIRECTORY, path, NULL,
+                                bs_stream_number(event, BS_STREAM_INO));
+        case BS_STREAM_MKFILE:
         case BS_STREAM_MKNOD:
         case BS_STREAM_MKFIFO:
         case BS_STREAM_MKSOCK:

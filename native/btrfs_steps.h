@@ -13,14 +13,15 @@
 #include "extent.h"
 
 enum bs_step_kind {
-        BS_STEP_CREATE, /* `number` is the inode */
-        BS_STEP_RENAME, /* `path` becomes `other` */
-        BS_STEP_LINK,   /* `path` is a new name of `other` */
-        BS_STEP_REMOVE, /* a name, or an empty directory */
-        BS_STEP_DATA,   /* `ranges` may have other bytes */
-        BS_STEP_HOLE,   /* `ranges` read as zeros */
-        BS_STEP_RESIZE, /* to `number` bytes; what was behind is gone */
-        BS_STEP_TOUCH,  /* attributes or extended attributes */
+        BS_STEP_CREATE,           /* anything but a directory; `number` is the inode */
+        BS_STEP_CREATE_DIRECTORY, /* the same for one */
+        BS_STEP_RENAME,           /* `path` becomes `other` */
+        BS_STEP_LINK,             /* `path` is a new name of `other` */
+        BS_STEP_REMOVE,           /* a name, or an empty directory */
+        BS_STEP_DATA,             /* `ranges` may have other bytes */
+        BS_STEP_HOLE,             /* `ranges` read as zeros */
+        BS_STEP_RESIZE,           /* to `number` bytes; what was behind is gone */
+        BS_STEP_TOUCH,            /* attributes or extended attributes */
         BS_STEP_KINDS,
 };
 

@@ -126,9 +126,11 @@ int bs_add_btrfs_send_functions(PyObject *module)
                 const char *name;
                 enum bs_step_kind kind;
         } kinds[] = {
-                {"STEP_CREATE", BS_STEP_CREATE}, {"STEP_RENAME", BS_STEP_RENAME}, {"STEP_LINK", BS_STEP_LINK},
-                {"STEP_REMOVE", BS_STEP_REMOVE}, {"STEP_DATA", BS_STEP_DATA},     {"STEP_HOLE", BS_STEP_HOLE},
-                {"STEP_RESIZE", BS_STEP_RESIZE}, {"STEP_TOUCH", BS_STEP_TOUCH},
+                {"STEP_CREATE", BS_STEP_CREATE}, {"STEP_CREATE_DIRECTORY", BS_STEP_CREATE_DIRECTORY},
+                {"STEP_RENAME", BS_STEP_RENAME}, {"STEP_LINK", BS_STEP_LINK},
+                {"STEP_REMOVE", BS_STEP_REMOVE}, {"STEP_DATA", BS_STEP_DATA},
+                {"STEP_HOLE", BS_STEP_HOLE},     {"STEP_RESIZE", BS_STEP_RESIZE},
+                {"STEP_TOUCH", BS_STEP_TOUCH},
         };
 
         for (size_t i = 0; i < sizeof(kinds) / sizeof(*kinds); i++) {

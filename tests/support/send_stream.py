@@ -234,7 +234,14 @@ def _kind(command: Command) -> str:
         return "data"
     if command.name == "FALLOCATE":
         return "hole" if command.number("FALLOCATE_MODE") & 2 else "data"
-    named = {"RENAME": "rename", "LINK": "link", "UNLINK": "remove", "RMDIR": "remove", "TRUNCATE": "resize"}
+    named = {
+        "MKDIR": "create directory",
+        "RENAME": "rename",
+        "LINK": "link",
+        "UNLINK": "remove",
+        "RMDIR": "remove",
+        "TRUNCATE": "resize",
+    }
     if command.name in ("SUBVOL", "SNAPSHOT"):
         return ""
     return named.get(command.name) or ("create" if "INO" in command.attributes else "touch")
@@ -298,6 +305,7 @@ class Writer:
         """Add one of each kind of step, from the beginning to the end."""
         self.snapshot()
         self.add("MKFILE", PATH=b"o257-8-0", INO=257)
+        self.add("MKDIR", PATH=b"a", INO=258)
         self.add("RENAME", PATH=b"o257-8-0", PATH_TO=b"a/file")
         self.add("LINK", PATH=b"b", PATH_LINK=b"a/file")
         self.add("UPDATE_EXTENT", PATH=b"b", FILE_OFFSET=4096, SIZE=8192)

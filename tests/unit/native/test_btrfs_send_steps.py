@@ -12,6 +12,7 @@ from support.send_stream import RULES, SIZES, StreamError, Writer
 
 KINDS = {
     _native.STEP_CREATE: "create",
+    _native.STEP_CREATE_DIRECTORY: "create directory",
     _native.STEP_RENAME: "rename",
     _native.STEP_LINK: "link",
     _native.STEP_REMOVE: "remove",
