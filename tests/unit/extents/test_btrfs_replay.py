@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksnap import _native
@@ -154,6 +154,7 @@ class Model:
         return step(kind, path, number=inode[1])
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_steps_that_can_be_taken(data: st.DataObject) -> None:
     model = Model(data)
@@ -166,6 +167,7 @@ EDITS = st.lists(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(before=st.integers(0, 40), edits=EDITS)
 def test_ranges_tell_what_the_edits_did(before: int, edits: list[tuple[int, int, int]]) -> None:
     """A file of letters, edited as a receiver of the stream would: what is in neither set is as it was."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksnap import _native
@@ -64,6 +64,7 @@ def add_commands(data: st.DataObject, writer: Writer, version: int) -> None:
         writer.add(name, **{attribute: value_of(data, attribute) for attribute in chosen})
 
 
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), version=VERSIONS)
 def test_any_commands(data: st.DataObject, version: int) -> None:
     writer = Writer(version).snapshot()
@@ -72,6 +73,7 @@ def test_any_commands(data: st.DataObject, version: int) -> None:
     assert native_steps(stream) == reference_steps(stream)
 
 
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), version=VERSIONS)
 def test_commands_that_are_all_right(data: st.DataObject, version: int) -> None:
     """The same with paths and numbers that can be, so that long streams get through."""
@@ -103,6 +105,7 @@ def test_commands_that_are_all_right(data: st.DataObject, version: int) -> None:
     assert native_steps(stream) == expected
 
 
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), version=VERSIONS)
 def test_damage(data: st.DataObject, version: int) -> None:
     """Whatever is changed, cut out or put in: both see the same in what is left."""
