@@ -7,6 +7,7 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 from blocksnap.errors import UsageError
 from blocksnap.extents.btrfs import compare_snapshots
@@ -18,6 +19,7 @@ from blocksnap.extents.btrfs_changes import (
     InodeRemoval,
     SubvolumeChanges,
 )
+from blocksnap.extents.btrfs_send import compare_by_send
 from blocksnap.extents.changes import Method
 from blocksnap.operations.inspection import Stopwatch
 from blocksnap.system.btrfs import BtrfsError, directory_path, open_subvolume
@@ -87,13 +89,20 @@ class SubvolumeInspection:
         }
 
 
-def inspect_btrfs_diff(base: str, snapshot: str) -> SubvolumeInspection:
-    """Compare two read-only snapshots of one subvolume by their trees (btrfs-tree).
+Engine = Literal["tree", "send"]
+_ENGINES: dict[Engine, Callable[[int, int], SubvolumeChanges]] = {
+    "tree": compare_snapshots,
+    "send": compare_by_send,
+}
+
+
+def inspect_btrfs_diff(base: str, snapshot: str, engine: Engine = "tree") -> SubvolumeInspection:
+    """Compare two read-only snapshots, by their trees (of one subvolume) or by the kernel's send.
 
     Raises UsageError for a path that is no subvolume or a snapshot that may not be compared, VolumeError
     when the kernel refuses or answers nonsense.
     """
-    return inspect_snapshots(base, snapshot, compare_snapshots)
+    return inspect_snapshots(base, snapshot, _ENGINES[engine])
 
 
 def inspect_snapshots(

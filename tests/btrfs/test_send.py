@@ -32,6 +32,7 @@ from support.btrfs_lab import MOUNTS, BtrfsLab
 from support.btrfs_model import Backup
 from support.btrfs_truth import capture
 from support.btrfs_work import Workload
+from support.commands import CommandLine
 
 BTRFS_IOC_SEND = 0x40489426
 NO_FILE_DATA = 1
@@ -231,6 +232,26 @@ def test_snapshots_without_a_common_history(lab: BtrfsLab) -> None:
         tally = backup.update(compare_by_send(fd, base_fd), capture(snapshot))
     assert tally.changed
     assert not tally.missed
+
+
+def test_the_debug_command(lab: BtrfsLab, tmp_path: Path) -> None:
+    (lab.live / "folder").mkdir()
+    (lab.live / "folder" / "file").write_bytes(b"x" * 20000)
+    base = lab.snapshot()
+    with (lab.live / "folder" / "file").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"y")
+    (lab.live / "folder").rename(lab.live / "renamed")
+    snapshot = lab.snapshot()
+    command = CommandLine(tmp_path)
+    argv = ("debug", "btrfs-diff", "--engine", "send", base, snapshot)
+    assert command.done(*argv).text == "4096 4096 renamed/file\n"
+    told = command.done(*argv, "--json").document
+    assert told["engine"] == "btrfs-send"
+    assert "the kernel compared it" in told["reason"]
+    refused = command("debug", "btrfs-diff", "--engine", "send", base, lab.live)
+    assert refused.code == 14
+    assert "only read-only snapshots" in refused.stderr
 
 
 # --- refusals ---
