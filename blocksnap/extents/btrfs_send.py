@@ -27,7 +27,7 @@ from blocksnap.extents.btrfs_changes import (
 from blocksnap.extents.btrfs_records import read_records
 from blocksnap.extents.btrfs_replay import Node, Replay, changed_ranges
 from blocksnap.extents.model import ExtentList
-from blocksnap.system.btrfs import filesystem_info, subvolume_info
+from blocksnap.system.btrfs import BtrfsError, filesystem_info, subvolume_info
 
 _BATCH = 1024
 """Inodes whose items are read at a time."""
@@ -132,14 +132,22 @@ def _refused(err: OSError) -> VolumeError:
 def _by_number(nodes: Sequence[Node], base_fd: int) -> dict[int, _Touched]:
     """Sort nodes by inode number, of which the parent's tree knows those of what it has.
 
-    Raises ValueError when it has no such path.
+    Raises ValueError when it has no such path, and VolumeError when something else is in its place.
     """
+    device = os.fstat(base_fd).st_dev
     touched: dict[int, _Touched] = {}
-    for node in (node for node in nodes if node.base is not None):
+    for node in nodes:
+        if node.base is None:
+            continue
         try:
             status = os.lstat(node.base, dir_fd=base_fd) if node.base else os.fstat(base_fd)
         except (FileNotFoundError, NotADirectoryError) as err:
             raise ValueError(f"{node.base!r} is named in a send stream, and the parent has none") from err
+        if status.st_dev != device:
+            raise VolumeError(
+                f"something is mounted in the earlier snapshot, at or above {os.fsdecode(node.base)!r}",
+                resolution="unmount it; nothing should be mounted in a snapshot",
+            )
         inode = touched.setdefault(status.st_ino, _Touched())
         inode.size, inode.is_directory = status.st_size, stat.S_ISDIR(status.st_mode)
         inode.before.append(node)
@@ -173,6 +181,7 @@ class _Walk:
         gone |= {number for number in doubtful if number not in left}
         yield from map(InodeRemoval, sorted(gone))
         yield from self._others(array("Q", (number for number in others if number not in gone)))
+        _require_unchanged(self._fd)
 
     def _directories(self, numbers: array[int]) -> Generator[Change, None, set[int]]:
         """Yield those that the snapshot has, and return the others."""
@@ -232,6 +241,20 @@ class _Walk:
         raise VolumeError(
             f"the tree of a btrfs snapshot makes no sense: {problem}",
             resolution="run it again; if it stays so, look at the filesystem: btrfs scrub, kernel log",
+        )
+
+
+def _require_unchanged(fd: int) -> None:
+    """Raise VolumeError when a snapshot has become writable: it may have been written to."""
+    try:
+        read_only = subvolume_info(fd).read_only
+    except BtrfsError as err:
+        # Deleted while it is open, which keeps its tree as it is.
+        read_only = err.errno == errno.ENOENT
+    if not read_only:
+        raise VolumeError(
+            "the snapshot was made writable while its changes were read",
+            resolution="run it again, and find out who else works on the snapshots of this subvolume",
         )
 
 

@@ -33,6 +33,7 @@ from support.btrfs_model import Backup
 from support.btrfs_truth import capture
 from support.btrfs_work import Workload
 from support.commands import CommandLine
+from support.loops import call
 
 BTRFS_IOC_SEND = 0x40489426
 NO_FILE_DATA = 1
@@ -267,6 +268,40 @@ def test_snapshots_that_are_writable_or_elsewhere(make_lab: LabMaker) -> None:
             assert caught.value.resolution
     with opened(base, foreign) as (fd, foreign_fd), pytest.raises(VolumeError, match="different filesystems"):
         compare_by_send(foreign_fd, fd)
+
+
+def test_a_snapshot_that_is_made_writable_meanwhile(lab: BtrfsLab) -> None:
+    base = lab.snapshot()
+    (lab.live / "file").touch()
+    snapshot = lab.snapshot()
+    with opened(base, snapshot) as (base_fd, fd):
+        answer = compare_by_send(fd, base_fd)
+        calls.set_read_only(str(snapshot), read_only=False)
+        with pytest.raises(VolumeError, match="made writable while"):
+            list(answer.walk)
+
+
+def test_something_mounted_in_the_earlier_snapshot(lab: BtrfsLab) -> None:
+    """Its inodes have numbers of another filesystem."""
+    (lab.live / "folder").mkdir()
+    (lab.live / "folder" / "file").touch()
+    base = lab.snapshot()
+    (lab.live / "folder" / "file").chmod(0o600)
+    snapshot = lab.snapshot()
+    call("mount", "--bind", "/proc", base / "folder")
+    try:
+        with opened(base, snapshot) as (base_fd, fd), pytest.raises(VolumeError, match="makes no sense"):
+            compare_by_send(fd, base_fd)
+    finally:
+        call("umount", base / "folder")
+    (lab.live / "folder").chmod(0o700)
+    later = lab.snapshot()
+    call("mount", "--bind", "/proc", snapshot / "folder")
+    try:
+        with opened(snapshot, later) as (base_fd, fd), pytest.raises(VolumeError, match="mounted in the ear"):
+            compare_by_send(fd, base_fd)
+    finally:
+        call("umount", snapshot / "folder")
 
 
 def test_without_privilege(lab: BtrfsLab) -> None:
