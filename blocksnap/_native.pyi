@@ -118,6 +118,27 @@ def thin_diff(
     no sense or a device changed while it was read.
     """
 
+def cow_scan(fd: int, origin_size: int, settled_areas: int, /) -> tuple[bytes, int, int, int, int]:
+    """Read which chunks of an origin were written since a classic LVM snapshot of it was made.
+
+    ``fd`` is the snapshot's ``-cow`` device (or an image of it), opened by the caller, with O_DIRECT when
+    the snapshot is active: the kernel writes the list past the page cache. ``origin_size`` is the size that
+    the origin had when the snapshot was made, in bytes, 0 when not known; then the extents are not clipped.
+    The first ``settled_areas`` areas of the list are known to be full, as ``dmsetup status`` can tell: they
+    are read many at a time, and have to be full. Format: kernel, drivers/md/dm-snap-persistent.c.
+
+    Returns ``(changed, chunk_size_bytes, exceptions, areas, allocated_chunks)``: packed extents, in bytes
+    of the origin; the number of entries in the list, which is that of changed chunks; the number of areas of
+    the list; and the chunks of the device that are no longer free, header and areas included. The last two
+    are what the kernel counts: its status has ``allocated_chunks`` and ``areas + 1`` chunks, in sectors.
+
+    Whatever was written to the origin before the call is in the answer; what is written meanwhile may be. A
+    list that cannot be trusted raises ValueError with its own reason: never initialised, another thing than
+    an exception store, invalidated by the kernel, unknown version, impossible chunk size, device too short,
+    entries out of range or twice, an area written in part, or one not full that was said to be. A snapshot
+    that is being merged loses entries without a trace: ask device-mapper before and after.
+    """
+
 def bitmap_extents(bitmap: bytes | bytearray | memoryview, unit: int, /) -> bytes:
     """Return the set bits of a bitmap as packed extents of ``unit`` bytes a bit.
 

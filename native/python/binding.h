@@ -62,6 +62,7 @@ PyObject *bs_bytes_from_extents(const struct bs_extents *extents);
 int bs_add_bitmap_functions(PyObject *module);
 int bs_add_btrfs_functions(PyObject *module);
 int bs_add_btrfs_send_functions(PyObject *module);
+int bs_add_cow_functions(PyObject *module);
 int bs_add_file_functions(PyObject *module);
 int bs_add_thin_functions(PyObject *module);
 

@@ -14,12 +14,14 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from blocksnap import _native
 from support import send_stream
+from support.cow_store import CowStore
 from support.require import require
 from support.thin_metadata import Run, restore
 
@@ -46,6 +48,13 @@ def fails(expected: type[BaseException], call: Callable[[], object]) -> None:
 FIEMAP_RECORDS = b"".join(struct.pack("<QQQ16xI12x", n << 13, n << 12, 4096, 0) for n in range(100))
 NUMBERS = (257).to_bytes(8, "little")
 STREAM = bytes(send_stream.Writer(2).everything())
+@cache
+def store() -> int:
+    """A descriptor of an exception store, in memory, for as long as the tests run."""
+    fd = os.memfd_create("store")
+    CowStore([n * 7 % 3989 for n in range(900)]).write(fd)
+    return fd
+
 
 # Every exported function, on its good ways and on its bad ones.
 LOOPS: dict[str, list[Callable[[int], object]]] = {
@@ -80,6 +89,15 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda fd: fails(ValueError, lambda: _native.thin_diff(fd, 1, 3, 0, 1 << 60, 0)),
         lambda fd: fails(ValueError, lambda: _native.thin_diff(fd, 1, 3, 0, 5000, 7)),
         lambda _: fails(OSError, lambda: _native.thin_diff(-1, 1, 3, 0, 5000, 0)),
+    ],
+    "cow_scan": [
+        lambda _: _native.cow_scan(store(), 0, 0),
+        lambda _: _native.cow_scan(store(), 4000 * 4096, 3),
+        lambda _: fails(ValueError, lambda: _native.cow_scan(store(), 4096, 0)),
+        lambda _: fails(ValueError, lambda: _native.cow_scan(store(), 1 << 63, 0)),
+        lambda fd: fails(ValueError, lambda: _native.cow_scan(fd, 0, 0)),
+        lambda _: fails(OSError, lambda: _native.cow_scan(-1, 0, 0)),
+        lambda _: fails(OverflowError, lambda: _native.cow_scan(0, -1, 0)),
     ],
     "bitmap_extents": [
         lambda _: _native.bitmap_extents(b"\x55" * 5000, 4096),
