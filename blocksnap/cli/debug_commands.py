@@ -22,6 +22,7 @@ _COMMANDS = {
     "compare": "debug_files",
     "fiemap-diff": "debug_files",
     "btrfs-diff": "debug_btrfs",
+    "cow-extents": "debug_cow",
     "thin-diff": "debug_thin",
     "thin-extents": "debug_thin",
 }

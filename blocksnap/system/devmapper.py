@@ -16,6 +16,8 @@ from blocksnap.system.blockdev import holders, sysfs_folder
 from blocksnap.system.command import run
 
 PoolMode = Literal["rw", "ro", "out_of_data_space", "fail"]
+SnapshotState = Literal["valid", "invalid", "overflow", "merging", "merge failed", "unknown"]
+_SECTOR = 512
 _LVM_UUID = re.compile(r"LVM-(\w{32})(\w{32})(-\w+)?")
 
 
@@ -41,6 +43,31 @@ class PoolStatus:
     def metadata_percent(self) -> float:
         """How full the metadata device is."""
         return 100 * self.metadata_used / self.metadata_total if self.metadata_total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotStatus:
+    """The status line of a classic snapshot, in bytes; all 0 in a state without numbers.
+
+    ``allocated`` is what of the exception store is in use, ``metadata`` its header and its list among that. A
+    chunk counts as allocated before the list has it. (kernel: dm-snap.c, dm-snap-persistent.c)
+    """
+
+    state: SnapshotState
+    allocated: int = 0
+    total: int = 0
+    metadata: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTable:
+    """The table of a classic snapshot: device numbers, and bytes of a chunk."""
+
+    origin: int
+    store: int
+    chunk_size: int
+    is_merging: bool
+    is_persistent: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +132,24 @@ def pool_status(number: int) -> PoolStatus:
     return parse_pool_status(run("dmsetup", "status", "--noflush", *_selected(number)))
 
 
+def snapshot_above(store: int) -> int | None:
+    """Return the snapshot that an exception store belongs to; None when it is not active.
+
+    While the snapshot is merged, that is the device of its origin.
+    """
+    return next((holder for holder in holders(store) if dm_uuid(holder) is not None), None)
+
+
+def snapshot_status(number: int) -> SnapshotStatus:
+    """Ask a classic snapshot how it is."""
+    return parse_snapshot_status(run("dmsetup", "status", "--noflush", *_selected(number)))
+
+
+def snapshot_table(number: int) -> SnapshotTable:
+    """Ask a classic snapshot what it is made of; raises ValueError when it is none."""
+    return parse_snapshot_table(run("dmsetup", "table", *_selected(number)))
+
+
 @cache
 def is_plain_thin(number: int) -> bool:
     """Tell whether a device is one thin volume without an external origin: the unmapped reads as zeros."""
@@ -137,6 +182,48 @@ def parse_pool_status(text: str) -> PoolStatus:
         data_total=data_total,
         held_root=None if facts[3] == "-" else int(facts[3]),
     )
+
+
+def parse_snapshot_status(text: str) -> SnapshotStatus:
+    """Parse ``0 204800 snapshot 112/20480 16``, or a word in place of the numbers."""
+    target, facts = _snapshot_words(text, "status")
+    numbers = re.fullmatch(r"(\d+)/(\d+) (\d+)", " ".join(facts))
+    if numbers:
+        allocated, total, metadata = (int(each) * _SECTOR for each in numbers.groups())
+        state: SnapshotState = "merging" if target == "snapshot-merge" else "valid"
+        return SnapshotStatus(state, allocated, total, metadata)
+    words: dict[str, SnapshotState] = {
+        "Invalid": "invalid",
+        "Overflow": "overflow",
+        "Merge failed": "merge failed",
+    }
+    return SnapshotStatus(words.get(" ".join(facts), "unknown"))
+
+
+def parse_snapshot_table(text: str) -> SnapshotTable:
+    """Parse ``0 204800 snapshot 253:1 253:2 P 8``; raises ValueError."""
+    target, facts = _snapshot_words(text, "table")
+    if len(facts) < 4:
+        raise ValueError(f"not the table of a snapshot: {text.strip()!r}")
+    return SnapshotTable(
+        origin=_number(facts[0]),
+        store=_number(facts[1]),
+        chunk_size=int(facts[3]) * _SECTOR,
+        is_merging=target == "snapshot-merge",
+        is_persistent=facts[2].startswith("P"),
+    )
+
+
+def _snapshot_words(text: str, what: str) -> tuple[str, list[str]]:
+    words = text.split()
+    if text.count("\n") > 1 or len(words) < 3 or words[2] not in ("snapshot", "snapshot-merge"):
+        raise ValueError(f"not the {what} of a snapshot: {text.strip()!r}")
+    return words[2], words[3:]
+
+
+def _number(text: str) -> int:
+    major, _, minor = text.partition(":")
+    return os.makedev(int(major), int(minor))
 
 
 def _selected(number: int) -> tuple[str, ...]:

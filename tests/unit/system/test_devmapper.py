@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocksnap.system.devmapper import decode_name, encode_name, parse_pool_status
+from blocksnap.system.devmapper import (
+    SnapshotStatus,
+    SnapshotTable,
+    decode_name,
+    encode_name,
+    parse_pool_status,
+    parse_snapshot_status,
+    parse_snapshot_table,
+)
 
 NAMES = st.from_regex(r"[a-z0-9+_.][a-z0-9+_.-]{0,12}", fullmatch=True)
 
@@ -62,3 +72,62 @@ def test_held_root() -> None:
 def test_another_target_is_refused() -> None:
     with pytest.raises(ValueError, match="not the status of a thin pool"):
         parse_pool_status("0 8 linear")
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("snapshot 112/20480 16", SnapshotStatus("valid", 57344, 10485760, 8192)),
+        ("snapshot-merge 112/20480 16", SnapshotStatus("merging", 57344, 10485760, 8192)),
+        ("snapshot Invalid", SnapshotStatus("invalid")),
+        ("snapshot Overflow", SnapshotStatus("overflow")),
+        ("snapshot Merge failed", SnapshotStatus("merge failed")),
+        ("snapshot-merge Merge failed", SnapshotStatus("merge failed")),
+        ("snapshot-merge Invalid", SnapshotStatus("invalid")),
+        ("snapshot Unknown", SnapshotStatus("unknown")),
+        ("snapshot", SnapshotStatus("unknown")),
+        ("snapshot 112/20480", SnapshotStatus("unknown")),
+        ("snapshot -1/20480 16", SnapshotStatus("unknown")),
+    ],
+)
+def test_status_of_a_snapshot(line: str, status: SnapshotStatus) -> None:
+    assert parse_snapshot_status(f"0 204800 {line}\n") == status
+
+
+@pytest.mark.parametrize(
+    ("line", "table"),
+    [
+        (
+            "snapshot 253:1 253:2 P 8",
+            SnapshotTable(os.makedev(253, 1), os.makedev(253, 2), 4096, is_merging=False, is_persistent=True),
+        ),
+        (
+            "snapshot-merge 253:1 8:200 PO 128 1 discard_zeroes_cow",
+            SnapshotTable(os.makedev(253, 1), os.makedev(8, 200), 65536, is_merging=True, is_persistent=True),
+        ),
+        (
+            "snapshot 253:1 253:2 N 8",
+            SnapshotTable(
+                os.makedev(253, 1), os.makedev(253, 2), 4096, is_merging=False, is_persistent=False
+            ),
+        ),
+    ],
+)
+def test_table_of_a_snapshot(line: str, table: SnapshotTable) -> None:
+    assert parse_snapshot_table(f"0 204800 {line}\n") == table
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0 8 linear 8:0 0", "0 8 snapshot-origin 8:0", "0 8 snapshot 1/2 3\n8 8 snapshot 1/2 3\n"],
+)
+def test_other_targets_are_no_snapshots(text: str) -> None:
+    with pytest.raises(ValueError, match="of a snapshot"):
+        parse_snapshot_status(text)
+    with pytest.raises(ValueError, match="of a snapshot"):
+        parse_snapshot_table(text)
+
+
+def test_a_short_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="table of a snapshot"):
+        parse_snapshot_table("0 8 snapshot 253:1 253:2 P")
