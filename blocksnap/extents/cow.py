@@ -83,8 +83,9 @@ class CowBase:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """What changed since the parent is what the exception store of the base says."""
+    """What changed since the parent is what the exception store of the base says, in chunks of that size."""
 
+    chunk_size: int
     reason: str
 
 
@@ -156,7 +157,7 @@ def find_cow_changes(
         return _all(size, decision.reason)
     if store is None:
         return _all(size, "the base snapshot is not active")
-    found = read_exceptions(store, parent.size, identity.chunk_size)
+    found = read_exceptions(store, parent.size, decision.chunk_size)
     if isinstance(found, Doubt):
         return _all(size, found.reason)
     # Beyond its end a snapshot records nothing: there all is new. (kernel: dm-snap.c, __origin_write)
@@ -181,7 +182,10 @@ def decide(current: CowIdentity, parent: Parent, base: CowBase | None) -> Trust 
     doubt = _doubt_about_volume(current, known, parent) or _doubt_about_base(current, known, base)
     if doubt:
         return Doubt(doubt)
-    return Trust("the parent's snapshot was kept as base, whose exception store has what was written since")
+    return Trust(
+        base.chunk_size,
+        "the parent's snapshot was kept as base: its exception store has what was written since",
+    )
 
 
 def _doubt_about_volume(current: CowIdentity, known: CowIdentity, parent: Parent) -> str | None:

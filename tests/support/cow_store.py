@@ -7,6 +7,7 @@ Written from the description of the format (kernel, drivers/md/dm-snap-persisten
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -120,11 +121,20 @@ def in_memory(store: CowStore) -> Iterator[int]:
 
 
 def read_entries(fd: int) -> Iterator[tuple[int, int]]:
-    """Walk the list of a store that is sound: pairs of a chunk of the origin and one of the store."""
-    chunk_size = HEADER.unpack(os.pread(fd, HEADER.size, 0))[3] * 512
+    """Walk the list of a store that is sound: pairs of a chunk of the origin and one of the store.
+
+    Buffered or with O_DIRECT, as ``fd`` was opened.
+    """
+    chunk_size = HEADER.unpack(_read(fd, 0, 4096)[: HEADER.size])[3] * 512
     for area in itertools.count():
-        content = os.pread(fd, chunk_size, area_chunk(area, chunk_size) * chunk_size)
+        content = _read(fd, area_chunk(area, chunk_size) * chunk_size, chunk_size)
         for old, new in ENTRY.iter_unpack(content):
             if new == 0:
                 return
             yield old, new
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    buffer = mmap.mmap(-1, length)
+    assert os.preadv(fd, [buffer], offset) == length
+    return bytes(buffer)

@@ -105,6 +105,19 @@ def test_increment_is_what_the_list_of_the_base_has() -> None:
     assert changes.mapped is None
 
 
+def test_the_chunk_size_that_counts_is_that_of_the_base() -> None:
+    """The next snapshot may be made with another one."""
+    for unit in (UNIT, 65536):
+        built = BuiltStore([9, 3], unit, chunks=9000)
+        then = replace(PARENT, chunk_size=unit)
+        with opened(built) as store:
+            changes = find_cow_changes(
+                replace(CURRENT, chunk_size=16384), SIZE, parent(then), replace(BASE, chunk_size=unit), store
+            )
+        assert changes.method == "cow", changes.reason
+        assert changes.changed == ExtentList.of([(3 * unit, unit), (9 * unit, unit)])
+
+
 def test_nothing_written_is_nothing_changed() -> None:
     changes = find([])
     assert (changes.method, changes.changed) == ("cow", ExtentList())
