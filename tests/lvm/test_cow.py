@@ -210,16 +210,18 @@ def test_a_base_that_is_not_what_it_was(volume: ClassicVolume) -> None:
     assert "are the same" in volume.changed_since(volume.identity("snap-1"), "snap-1", "snap-1").reason
 
 
-def test_a_snapshot_that_is_to_be_merged(volume: ClassicVolume) -> None:
+def test_a_snapshot_that_is_to_be_merged(group: str) -> None:
     """While the origin is in use the merge waits for its next activation: only LVM knows of it."""
+    volume = make_volume(group, "merged")
     volume.take("snap-0")
     parent = volume.identity("snap-0")
     write_blocks(volume.node, [1, 2, 3], random.Random(6))
     volume.take("snap-1")
     with open_direct(volume.node):
-        tool("lvconvert", "--merge", f"{volume.group}/snap-0")
+        tool("lvconvert", "--merge", f"{group}/snap-0")
         assert volume.status("snap-0").state == "valid"
         assert "being merged" in volume.changed_since(parent, "snap-0", "snap-1").reason
+    tool("lvremove", "-y", f"{group}/merged")
 
 
 def test_a_buffered_reader_would_see_an_old_list(volume: ClassicVolume) -> None:
