@@ -58,13 +58,14 @@ def volumes_command(settings: Settings) -> None:
             volume.filesystem or "-",
             " ".join(volume.used_by) or "-",
             volume.tracking or "-",
+            " ".join(volume.bases) or "-",
             volume.last_backup or "-",
             volume.obstacle or "",
         )
         for volume in found
     ]
     print_table(
-        ("VOLUME", "KIND", "SIZE", "CONTENT", "USED BY", "CHANGES", "LAST BACKUP", "IN THE WAY"),
+        ("VOLUME", "KIND", "SIZE", "CONTENT", "USED BY", "CHANGES", "BASE", "LAST BACKUP", "IN THE WAY"),
         rows,
         right=(2,),
     )

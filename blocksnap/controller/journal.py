@@ -24,7 +24,17 @@ from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.system import host
 
 Step = Literal[
-    "begin", "quiesce", "snapshot", "taken", "activate", "commit", "rotate", "remove", "removed", "recovered"
+    "begin",
+    "quiesce",
+    "snapshot",
+    "taken",
+    "hold",
+    "activate",
+    "commit",
+    "rotate",
+    "remove",
+    "removed",
+    "recovered",
 ]
 _SUFFIX = ".jsonl"
 _RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
@@ -64,6 +74,17 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """A committed run's decision: its snapshot stays as base, or not, and the bases before it go."""
+
+    vg: str
+    snapshot: str
+    owner: str
+    lv_uuid: str
+    stays: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """What the journal of one run says."""
 
@@ -86,6 +107,27 @@ class Entry:
             elif volume is None or step.get("volume") == volume:
                 left[name] = {str(key): str(value) for key, value in trace.items()}
         return list(left.values())
+
+    def origin_of(self, vg: str, snapshot: str) -> str | None:
+        """Return the UUID of the volume of which the run announced a snapshot of that name."""
+        for trace in self.traces():
+            if (trace.get("vg"), trace.get("lv")) == (vg, snapshot):
+                return trace.get("origin_uuid")
+        return None
+
+    def rotations(self) -> list[Rotation]:
+        """Return what was to become of the bases, if the run got so far: its backups are committed then."""
+        return [
+            Rotation(
+                vg=str(step["vg"]),
+                snapshot=str(step["lv"]),
+                owner=str(step["owner"]),
+                lv_uuid=str(step["lv_uuid"]),
+                stays=step.get("stays") is True,
+            )
+            for step in self.steps
+            if step.get("step") == "rotate" and {"vg", "lv", "owner", "lv_uuid"} <= step.keys()
+        ]
 
     def volumes(self) -> set[str]:
         """Return the keys of the volumes that the run announced."""

@@ -12,19 +12,27 @@ only where the caller says so (``force``).
 
 A run that died between its journal and ``lvcreate`` left nothing, and its journal is closed. One that
 died within ``lvcreate`` left the volume with its tags, or nothing: LVM commits both at once.
+
+Bases are left on purpose and are no leftovers. A run that died after it had announced what becomes of
+them, which it does when it is committed, has that finished here. A base whose volume is gone can be the base
+of nothing, and what it holds is in the repository, so it is removed, if this host has a record of its run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from blocksnap.controller.journal import Entry, close_entry, read_entries
+from blocksnap.controller.history import History
+from blocksnap.controller.journal import Entry, Rotation, close_entry, read_entries
 from blocksnap.errors import BlocksnapError
 from blocksnap.system import host
+
+if TYPE_CHECKING:
+    from blocksnap.system.lvm_report import LvReport
 
 RunState = Literal["alive", "dead", "unknown"]
 
@@ -50,29 +58,31 @@ class Recovery:
     warnings: tuple[str, ...] = ()
 
 
-def find_leftovers(state_directory: str | Path, vg: str | None = None) -> list[Leftover]:
-    """Return all snapshots with our tags, those of live runs too; empty where LVM is not installed."""
-    from blocksnap.system import lvm
-    from blocksnap.system.command import has_program
+def find_leftovers(report: LvReport | None, entries: Collection[Entry]) -> list[Leftover]:
+    """Return all snapshots with our tags but the bases, those of live runs too.
 
-    if not has_program("lvs"):
-        return []
-    report = lvm.report(vg)
-    # Read after the snapshots were: a run writes its journal first, so what made one of them is known.
-    entries = {entry.run: entry for entry in read_entries(state_directory)}
+    ``entries`` have to be read after the report was made: a run writes its journal first, so what made a
+    snapshot that is in the report is then known.
+    """
+    from blocksnap.system import lvm
+
+    by_run = {entry.run: entry for entry in entries}
     found = []
-    for lv in report:
+    for lv in report or ():
         run = lvm.run_of(lv.lv_tags)
-        # A base was left on purpose; the next run of its volume removes it.
-        if run is None or not lv.origin_uuid or lvm.BASE_TAG in lv.lv_tags:
+        if run is None or lvm.base_of(lv.lv_tags) is not None:
             continue
-        entry = entries.get(run)
+        entry = by_run.get(run)
+        # LVM forgets the origin when that is removed or another snapshot is merged into it.
+        origin = lv.origin_uuid or (entry.origin_of(lv.vg_name, lv.name) if entry else None)
+        if not origin:
+            continue
         found.append(
             Leftover(
                 vg=lv.vg_name,
                 name=lv.name,
-                origin=f"{lv.vg_name}/{lv.origin.strip('[]')}",
-                volume_key=f"lvm:{lv.vg_uuid}/{lv.origin_uuid}",
+                origin=f"{lv.vg_name}/{lv.origin.strip('[]')}" if lv.origin else "a volume",
+                volume_key=f"lvm:{lv.vg_uuid}/{origin}",
                 run=run,
                 created=parse_lvm_time(lv.lv_time),
                 run_state="unknown" if entry is None else "alive" if entry.alive else "dead",
@@ -81,11 +91,29 @@ def find_leftovers(state_directory: str | Path, vg: str | None = None) -> list[L
     return found
 
 
+def read_report(vg: str | None = None) -> LvReport | None:
+    """Return what LVM knows; None where it is not installed."""
+    from blocksnap.system import lvm
+    from blocksnap.system.command import has_program
+
+    return lvm.report(vg) if has_program("lvs") else None
+
+
 def may_remove(leftover: Leftover, *, boot_time: float, force: bool = False) -> bool:
     """Decide whether nobody can be using a snapshot any more."""
     if leftover.run_state == "unknown":
         return force or (leftover.created is not None and leftover.created < boot_time)
     return leftover.run_state == "dead"
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What a recovery did so far: messages, the runs something is left of, and the bases it made."""
+
+    removed: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
+    bases: set[tuple[str, str]] = field(default_factory=set)
 
 
 def recover(
@@ -102,18 +130,27 @@ def recover(
     """
     dead = [entry for entry in read_entries(state_directory) if not entry.alive and _concerns(entry, volumes)]
     looks_at_lvm = lvm_involved or any(entry.traces() for entry in dead)
-    removed: list[str] = []
-    warnings: list[str] = []
-    kept: set[str] = set()
-    for leftover in find_leftovers(state_directory) if looks_at_lvm else []:
-        if leftover.run_state == "alive" or (volumes is not None and leftover.volume_key not in volumes):
-            kept.add(leftover.run)
+    report = read_report() if looks_at_lvm else None
+    entries = read_entries(state_directory)
+    found = _Findings()
+    if report is not None:
+        for entry in dead:
+            _release_holds(entry, report, found)
+            for rotation in entry.rotations():
+                _finish_rotation(entry, rotation, report, found)
+    for leftover in find_leftovers(report, entries):
+        if (leftover.vg, leftover.name) in found.bases:
             continue
-        _remove(leftover, force=force, removed=removed, warnings=warnings, kept=kept)
+        if leftover.run_state == "alive" or (volumes is not None and leftover.volume_key not in volumes):
+            found.kept.add(leftover.run)
+            continue
+        _remove(leftover, force=force, found=found)
     for entry in dead:
-        if entry.run not in kept:
+        if entry.run not in found.kept:
             close_entry(entry)
-    return Recovery(tuple(removed), tuple(warnings))
+    if report is not None:
+        _remove_bases_of_nothing(report, state_directory, found)
+    return Recovery(tuple(found.removed), tuple(found.warnings))
 
 
 def remove_trace(trace: Mapping[str, str] | None) -> None:
@@ -125,15 +162,13 @@ def remove_trace(trace: Mapping[str, str] | None) -> None:
     lvm.remove_snapshot(trace["vg"], trace["lv"], trace["run"])
 
 
-def _remove(
-    leftover: Leftover, *, force: bool, removed: list[str], warnings: list[str], kept: set[str]
-) -> None:
+def _remove(leftover: Leftover, *, force: bool, found: _Findings) -> None:
     from blocksnap.system import lvm
 
     name = f"{leftover.vg}/{leftover.name}"
     if not may_remove(leftover, boot_time=host.boot_time(), force=force):
-        kept.add(leftover.run)
-        warnings.append(
+        found.kept.add(leftover.run)
+        found.warnings.append(
             f"{name}, a snapshot of {leftover.origin}, is of run {leftover.run}, which this state directory "
             "does not know; if no other run is using it, remove it with lvremove"
         )
@@ -141,10 +176,74 @@ def _remove(
     try:
         lvm.remove_snapshot(leftover.vg, leftover.name, leftover.run)
     except BlocksnapError as err:
-        kept.add(leftover.run)
-        warnings.append(f"cannot remove {name}, which run {leftover.run} left: {err}")
+        found.kept.add(leftover.run)
+        found.warnings.append(f"cannot remove {name}, which run {leftover.run} left: {err}")
     else:
-        removed.append(f"removed {name}, a snapshot of {leftover.origin} that run {leftover.run} left")
+        found.removed.append(f"removed {name}, a snapshot of {leftover.origin} that run {leftover.run} left")
+
+
+def _finish_rotation(entry: Entry, rotation: Rotation, report: LvReport, found: _Findings) -> None:
+    """Do what a committed run would have done with its snapshot and the bases before it."""
+    from blocksnap.system import lvm
+    from blocksnap.volumes.thin_base import remove_bases
+
+    name = f"{rotation.vg}/{rotation.snapshot}"
+    stays = rotation.snapshot if rotation.stays else None
+    try:
+        mark = lvm.BaseMark(rotation.owner, rotation.lv_uuid)
+        if stays is not None and lvm.mark_base(rotation.vg, stays, entry.run, mark):
+            found.bases.add((rotation.vg, stays))
+            found.removed.append(f"kept {name}, which run {entry.run} left, as the base it was meant to be")
+        for each in remove_bases(report, rotation.owner, rotation.lv_uuid, but=stays):
+            found.removed.append(f"removed {each}, a base before that of run {entry.run}")
+    except BlocksnapError as err:
+        found.kept.add(entry.run)
+        found.bases.add((rotation.vg, rotation.snapshot))
+        found.warnings.append(f"cannot finish what run {entry.run} began with the bases of {name}: {err}")
+
+
+def _release_holds(entry: Entry, report: LvReport, found: _Findings) -> None:
+    """Let go of a metadata snapshot that the run made a pool hold."""
+    from blocksnap.volumes import thin_hold
+
+    for trace in entry.traces():
+        if trace.get("kind") != thin_hold.HOLD:
+            continue
+        pool = trace.get("pool", "a thin pool")
+        try:
+            left = thin_hold.release_leftover(trace, report)
+        except BlocksnapError as err:
+            found.kept.add(entry.run)
+            found.warnings.append(f"cannot release the metadata snapshot of {pool}: {err}")
+            continue
+        if left == "released":
+            found.removed.append(f"released the metadata snapshot of {pool} that run {entry.run} left")
+        elif left == "unclear":
+            found.kept.add(entry.run)
+            found.warnings.append(
+                f"{pool} holds a metadata snapshot, perhaps of run {entry.run}; if nobody else took it, "
+                "release it: dmsetup message VG-POOL-tpool 0 release_metadata_snap"
+            )
+        elif left == "inactive":
+            found.kept.add(entry.run)
+
+
+def _remove_bases_of_nothing(report: LvReport, state_directory: str | Path, found: _Findings) -> None:
+    """Remove the bases of volumes that are gone, for which no run will ever do it."""
+    from blocksnap.system import lvm
+
+    for lv in report:
+        mark, run = lvm.base_of(lv.lv_tags), lvm.run_of(lv.lv_tags)
+        if mark is None or run is None or report.find_uuid(mark.lv_uuid) is not None:
+            continue
+        if not History(state_directory, f"lvm:{lv.vg_uuid}/{mark.lv_uuid}").knows(run):
+            continue
+        try:
+            lvm.remove_snapshot(lv.vg_name, lv.name, run)
+        except BlocksnapError as err:
+            found.warnings.append(f"cannot remove {lv.full_name}, the base of a volume that is gone: {err}")
+        else:
+            found.removed.append(f"removed {lv.full_name}, the base of a volume that is gone")
 
 
 def parse_lvm_time(text: str) -> float | None:

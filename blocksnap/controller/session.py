@@ -12,8 +12,27 @@ from blocksnap.controller.journal import Journal, Step
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.recover import recover, remove_trace
 from blocksnap.errors import BlocksnapError, UsageError
-from blocksnap.extents.changes import BasePolicy
-from blocksnap.volumes.base import Snapshot, Volume
+from blocksnap.extents.changes import BaseDecision, BasePolicy
+from blocksnap.volumes.base import Snapshot, Trace, Volume
+
+
+class _JournalledTraces:
+    """What the snapshot of one volume leaves on the host for a while, in the journal."""
+
+    def __init__(self, journal: Journal, volume: Volume, left: list[Trace]) -> None:
+        self._journal = journal
+        self._volume = volume
+        self._left = left
+
+    def add(self, trace: Trace) -> None:
+        """Write it down before it comes to be; raises StateError."""
+        self._left.append(trace)
+        self._journal.append("hold", volume=self._volume.key, name=self._volume.name, trace=trace)
+
+    def strike(self, trace: Trace) -> None:
+        """It is gone; raises StateError."""
+        self._journal.append("removed", trace=trace)
+        self._left.remove(trace)
 
 
 class SnapshotSession:
@@ -41,6 +60,7 @@ class SnapshotSession:
         self._locks = VolumeLocks(state_directory, [(volume.key, volume.name) for volume in volumes], run)
         self._journal: Journal | None = None
         self._in_doubt: Volume | None = None
+        self._left: list[Trace] = []
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -86,20 +106,50 @@ class SnapshotSession:
                     "reads all of it"
                 )
 
-    def settle(self, policy: BasePolicy) -> None:
-        """Call right after the commit: leave the snapshots as bases of the next backup, where that is wanted.
+    def decide_bases(self, policy: BasePolicy) -> list[BaseDecision | None]:
+        """Call right before the commit: decide which snapshots stay as bases of the next backup."""
+        decisions = [snapshot.decide_base(policy) for snapshot in self.snapshots]
+        if policy == "keep":
+            self.warnings += [
+                f"no base of {volume.name} is kept: {decision.reason}"
+                for volume, decision in zip(self.volumes, decisions, strict=True)
+                if decision is not None and not decision.stays
+            ]
+        return decisions
 
-        What fails is a warning: the next backup then does without a base.
+    def settle(self, owner: str, decisions: Sequence[BaseDecision | None]) -> None:
+        """Call right after the commit: do with the bases what was decided.
+
+        ``owner`` is whose they are: a repository. What fails is a warning, since the backup is committed; the
+        next one does without a base, and says so.
         """
-        if self._journal:
-            self._journal.append("rotate", policy=policy)
-        for volume, snapshot in self._taken:
+        decided = [
+            (volume, snapshot, decision.stays)
+            for (volume, snapshot), decision in zip(self._taken, decisions, strict=True)
+            if decision is not None
+        ]
+        try:
+            self._announce_rotation(owner, decided)
+        except BlocksnapError as err:
+            self.warnings.append(f"the base snapshots stay as they were: {err}")
+            return
+        for volume, snapshot, stays in decided:
             try:
-                snapshot.settle(policy)
+                snapshot.settle(owner, stays=stays)
             except BlocksnapError as err:
                 self.warnings.append(
                     f"the base snapshots of {volume.name} were not brought up to date: {err}"
                 )
+
+    def _announce_rotation(self, owner: str, decided: list[tuple[Volume, Snapshot, bool]]) -> None:
+        steps: list[tuple[Step, dict[str, object]]] = []
+        for volume, _, stays in decided:
+            trace = volume.trace(self.run)
+            if trace is not None:
+                facts = {"vg": trace["vg"], "lv": trace["lv"], "lv_uuid": trace["origin_uuid"]}
+                steps.append(("rotate", {"volume": volume.key, **facts, "owner": owner, "stays": stays}))
+        if self._journal and steps:
+            self._journal.append_all(steps)
 
     def remembers(self, volume: Volume, run: str) -> bool:
         """Tell whether this host has written a run of this volume down."""
@@ -126,7 +176,8 @@ class SnapshotSession:
         for volume in self.volumes:
             # One that is interrupted may have come to be, but there is no object yet to remove it by.
             self._in_doubt = volume
-            self._taken.append((volume, volume.take_snapshot(self.run)))
+            ledger = _JournalledTraces(journal, volume, self._left)
+            self._taken.append((volume, volume.take_snapshot(self.run, ledger)))
             self._in_doubt = None
         if announced:
             journal.append("taken")
@@ -140,7 +191,7 @@ class SnapshotSession:
             interrupt, clean = self._remove_all()
         finally:
             if self._journal:
-                if clean:
+                if clean and not self._left:
                     self._journal.finish()
                 else:
                     self._journal.close()

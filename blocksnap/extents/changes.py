@@ -18,6 +18,20 @@ BasePolicy = Literal["none", "keep", "auto"]
 JsonValue = str | int | float | bool | None | list["JsonValue"] | dict[str, "JsonValue"]
 Binding = Mapping[str, JsonValue]
 """What identifies a snapshot's source, stored in the manifest and compared the next time."""
+BASE_KEPT = "base_kept"
+BASE_REASON = "base_reason"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseDecision:
+    """Whether a snapshot stays as a base, and why; stored in the manifest, so that its loss is noticed."""
+
+    stays: bool
+    reason: str
+
+    def to_binding(self) -> dict[str, JsonValue]:
+        """Return what is stored with the binding."""
+        return {BASE_KEPT: self.stays, BASE_REASON: self.reason}
 
 
 @dataclass(frozen=True, slots=True)

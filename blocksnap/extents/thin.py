@@ -20,12 +20,13 @@ from blocksnap.extents.thin_identity import (
     BaseSnapshot,
     Compare,
     Inherit,
+    LostBase,
     ThinIdentity,
     Walk,
     decide,
     decide_base,
 )
-from blocksnap.extents.thin_metadata import ThinMetadata
+from blocksnap.extents.thin_metadata import DisturbedTreeError, NoDeviceInPoolError, ThinMetadata
 
 
 def find_thin_changes(
@@ -33,14 +34,14 @@ def find_thin_changes(
     identity: ThinIdentity,
     size: int,
     parent: Parent | None,
-    base: BaseSnapshot | None = None,
+    base: BaseSnapshot | LostBase | None = None,
     *,
     external_origin: bool,
 ) -> Changes:
     """Say what of a snapshot to read.
 
-    ``base`` is a snapshot that an earlier run left as the parent's base, if there is one. Raises VolumeError
-    when the metadata cannot be read consistently.
+    ``base`` is the snapshot that the parent's run left as a base, or why it is not there; None when it left
+    none. Raises VolumeError when the metadata cannot be read consistently.
     """
     if external_origin:
         # What the volume does not map reads as the bytes of its external origin.
@@ -54,19 +55,40 @@ def find_thin_changes(
     remembered = _remembered(identity, parent)
     doubt = ""
     if base is not None and remembered is not None:
-        decision = decide_base(identity, parent.binding, base, known_here=parent.known_here)
-        if isinstance(decision, Walk):
-            found = _by_tree(metadata, identity, size, parent, remembered, decision)
-            if found is not None:
-                return found
-            decision = Compare("the parent backup remembers more mapped chunks than there are")
-        doubt = f"; the base is not used: {decision.reason}"
+        found = _by_base(metadata, identity, size, parent, remembered, base)
+        if isinstance(found, Changes):
+            return found
+        doubt = f"; the base is not used: {found.reason}"
     by_time = decide(identity, parent.binding, known_here=parent.known_here)
     if not isinstance(by_time, Inherit):
-        return _all(metadata, identity, size, by_time.reason)
+        return _all(metadata, identity, size, by_time.reason + doubt)
     if remembered is None:
         return _all(metadata, identity, size, "the parent backup does not remember which chunks were mapped")
     return _by_time(metadata, identity, size, parent, remembered, by_time.since, by_time.reason + doubt)
+
+
+def _by_base(
+    metadata: ThinMetadata,
+    identity: ThinIdentity,
+    size: int,
+    parent: Parent,
+    remembered: MappedSet,
+    base: BaseSnapshot | LostBase,
+) -> Changes | Compare:
+    """Compare with the base if it is what the parent backup was taken of, before and after the comparison."""
+    if isinstance(base, LostBase):
+        return Compare(base.reason)
+    decision = decide_base(identity, parent.binding, base, known_here=parent.known_here)
+    if not isinstance(decision, Walk):
+        return decision
+    try:
+        found = _by_tree(metadata, identity, size, parent, remembered, decision)
+        still_there = metadata.facts(base.thin_id).is_same_tree(base.facts)
+    except (DisturbedTreeError, NoDeviceInPoolError) as err:
+        return Compare(f"the base snapshot could not be compared with: {err.brief}")
+    if not still_there:
+        return Compare("the base snapshot was changed while it was compared with")
+    return found or Compare("the parent backup remembers more mapped chunks than there are")
 
 
 def _remembered(identity: ThinIdentity, parent: Parent) -> MappedSet | None:
@@ -141,7 +163,7 @@ def _by_tree(
 
     unit = identity.chunk_size
     nr_chunks = -(-size // unit)
-    changed, discarded = metadata.compare(decision.base_id, identity.snapshot_id, nr_chunks=nr_chunks)
+    changed, discarded = metadata.compare(decision.base.thin_id, identity.snapshot_id, nr_chunks=nr_chunks)
     if size != parent.size:
         # See _by_time; mappings that both trees share are in neither list.
         first = _first_resized(size, parent.size, unit) // unit

@@ -28,8 +28,13 @@ from dataclasses import asdict, dataclass, fields
 from blocksnap.extents.changes import Binding, JsonValue
 from blocksnap.extents.thin_metadata import DeviceFacts
 
-_TIME_LIMIT = 1 << 24
-"""A mapping has 24 bits for the time; the superblock has 32."""
+TIME_LIMIT = 1 << 24
+"""A mapping has 24 bits for the time; the superblock has 32.
+
+The kernel does not check it (dm-thin-metadata.c, pack_block_time): beyond that it ors the time's upper bits
+into the block number of every mapping it makes, so that chunks read, and are written, where others lie.
+"""
+_COUNTED_OUT = "the pool has taken more snapshots than the times in its mappings can count"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,13 @@ class BaseSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class LostBase:
+    """The parent's run left a base, which is not there any more, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Inherit:
     """Chunks mapped before pool time ``since`` are those of the parent."""
 
@@ -104,7 +116,7 @@ class Compare:
 class Walk:
     """What changed since the parent is what differs between the trees of the base and of the snapshot."""
 
-    base_id: int
+    base: BaseSnapshot
     reason: str
 
 
@@ -120,7 +132,7 @@ def decide_base(
         doubt = "this host has no record of the parent backup: its state was lost, rolled back or cloned"
     if doubt:
         return Compare(doubt)
-    return Walk(base.thin_id, "the parent's snapshot was kept as base and nobody has touched it")
+    return Walk(base, "the parent's snapshot was kept as base and nobody has touched it")
 
 
 def _doubt_about_base(current: ThinIdentity, known: ThinIdentity, base: BaseSnapshot) -> str | None:
@@ -135,6 +147,8 @@ def _doubt_about_base(current: ThinIdentity, known: ThinIdentity, base: BaseSnap
             "the pool's metadata was moved or replaced since the parent backup, as a repair does",
         ),
         (current.chunk_size != known.chunk_size, "the pool has another chunk size than at the parent backup"),
+        # The same block does not mean the same content any more.
+        (max(current.pool_time, known.pool_time) >= TIME_LIMIT, _COUNTED_OUT),
         (
             current.pool_transaction < known.pool_transaction or current.pool_time < known.pool_time,
             "the pool's counters went backwards since the parent backup",
@@ -201,8 +215,8 @@ def _doubt_about_history(current: ThinIdentity, known: ThinIdentity) -> str | No
     stranger = _device_of_another_history(current, known)
     doubts = (
         (
-            max(current.pool_time, known.pool_time, current.snapshot_time) >= _TIME_LIMIT,
-            "the pool has taken more snapshots than the times in its mappings can count",
+            max(current.pool_time, known.pool_time, current.snapshot_time) >= TIME_LIMIT,
+            _COUNTED_OUT,
         ),
         (known.snapshot_time > known.pool_time, "the parent backup's pool times contradict each other"),
         (current.pool_time < known.pool_time, "the pool's time went backwards since the parent backup"),

@@ -34,6 +34,28 @@ class PoolBusyError(VolumeError):
         )
 
 
+class NoDeviceInPoolError(VolumeError):
+    """The pool has no device of an id."""
+
+    def __init__(self, thin_id: int) -> None:
+        self.thin_id = thin_id
+        super().__init__(
+            f"the metadata of the thin pool makes no sense: there is no device {thin_id}",
+            resolution="run it again; if it stays so, compare what LVM and the pool know: lvs -o +thin_id",
+        )
+
+
+class DisturbedTreeError(VolumeError):
+    """The pool's metadata makes no sense, however often it is read."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(
+            f"the metadata of the thin pool makes no sense: {problem}",
+            resolution="run it again; if it stays so, look at the pool: dmsetup status, and the kernel log",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """What the pool's metadata says about the pool and one thin device."""
@@ -69,25 +91,9 @@ class ThinMetadata:
         self._fd = fd
         self._hold = hold
 
-    def facts(self, thin_id: int, held_root: int = 0) -> DeviceFacts:
-        """Return what identifies one device."""
-        from blocksnap._native import thin_device
-
-        def look() -> DeviceFacts:
-            raw = thin_device(self._fd, thin_id, held_root)
-            return DeviceFacts(
-                pool_time=raw[0],
-                pool_transaction=raw[1],
-                needs_check=bool(raw[2] & _NEEDS_CHECK),
-                held_root=raw[3],
-                chunk_size=raw[4],
-                device_root=raw[8],
-                mapped_chunks=raw[9],
-                transaction=raw[10],
-                created=raw[11],
-            )
-
-        return self._insist(look)
+    def facts(self, thin_id: int) -> DeviceFacts:
+        """Return what identifies one device; raises NoDeviceInPoolError."""
+        return self._undisturbed(lambda held_root: self._look(thin_id, held_root))
 
     def scan(self, thin_id: int, *, since: int, nr_chunks: int) -> tuple[ExtentList, bytes]:
         """Return which chunks of a device are mapped since a pool time, and a bitmap of all mapped ones."""
@@ -96,7 +102,7 @@ class ThinMetadata:
         def walk(held_root: int) -> tuple[ExtentList, bytes]:
             changed, bitmap, _ = thin_scan(self._fd, thin_id, since, nr_chunks, held_root)
             found = int.from_bytes(bitmap, "little").bit_count()
-            mapped = self.facts(thin_id, held_root).mapped_chunks
+            mapped = self._look(thin_id, held_root).mapped_chunks
             if found > mapped:
                 raise ValueError(f"{found} chunks in the tree and {mapped} in the device's details")
             return ExtentList(changed), bitmap
@@ -124,6 +130,22 @@ class ThinMetadata:
 
         return self._undisturbed(walk)
 
+    def _look(self, thin_id: int, held_root: int) -> DeviceFacts:
+        from blocksnap._native import thin_device
+
+        raw = thin_device(self._fd, thin_id, held_root)
+        return DeviceFacts(
+            pool_time=raw[0],
+            pool_transaction=raw[1],
+            needs_check=bool(raw[2] & _NEEDS_CHECK),
+            held_root=raw[3],
+            chunk_size=raw[4],
+            device_root=raw[8],
+            mapped_chunks=raw[9],
+            transaction=raw[10],
+            created=raw[11],
+        )
+
     def _undisturbed(self, walk: Callable[[int], _Answer]) -> _Answer:
         """Walk the live metadata; if the pool is too busy for that, a metadata snapshot."""
         try:
@@ -136,21 +158,20 @@ class ThinMetadata:
 
     def _insist(self, read: Callable[[], _Answer]) -> _Answer:
         """Try again what a commit may have disturbed: blocks of the upper trees are reused."""
-        problem = ""
+        problem: str | int = ""
         for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(_PAUSE_SECONDS)
             try:
                 return read()
             except KeyError as err:
-                problem = f"there is no device {err.args[0]}"
+                problem = int(err.args[0])
             except ValueError as err:
                 problem = str(err)
             except BlockingIOError as err:
                 raise PoolBusyError from err
             except OSError as err:
                 raise VolumeError(f"cannot read the metadata of the thin pool: {err.strerror}") from err
-        raise VolumeError(
-            f"the metadata of the thin pool makes no sense: {problem}",
-            resolution="run it again; if it stays so, look at the pool: dmsetup status, and the kernel log",
-        )
+        if isinstance(problem, int):
+            raise NoDeviceInPoolError(problem)
+        raise DisturbedTreeError(problem)

@@ -23,6 +23,9 @@ from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.system.host import host_id, host_name
 from blocksnap.volumes.base import Snapshot, Volume
 
+_OWNER_DIGITS = 16
+"""Of a repository's id, in the tag of a base: enough to tell the repositories of one host apart."""
+
 
 def back_up(
     repository: Repository,
@@ -109,6 +112,7 @@ def _store(
     for snapshot in session.snapshots:
         snapshot.check()
     session.committing()
+    bases = session.decide_bases(options.base)
 
     def compose(_: RepositoryWriter) -> Manifest:
         # What the run stored last, pack footers and the index, is counted for its last volume.
@@ -123,14 +127,16 @@ def _store(
             program=f"blocksnap {blocksnap.__version__}",
             tags=dict(options.tags or {}),
             backups=tuple(
-                draft.finish(_backup_id(writer.id, number), session.skew_seconds, seconds)
-                for number, draft in enumerate(drafts)
+                draft.finish(
+                    _backup_id(writer.id, number), base, skew_seconds=session.skew_seconds, seconds=seconds
+                )
+                for number, (draft, base) in enumerate(zip(drafts, bases, strict=True))
             ),
         )
 
     manifest, size = writer.commit(compose)
     writer.stop()
-    session.settle(options.base)
+    session.settle(repository.config.id[:_OWNER_DIGITS], bases)
     return [StoredBackup(backup, manifest, size) for backup in manifest.backups]
 
 

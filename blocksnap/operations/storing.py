@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from blocksnap.extents.changes import BasePolicy, Changes, Parent
+from blocksnap.extents.changes import BaseDecision, BasePolicy, Changes, Parent
 from blocksnap.extents.model import ExtentList
 from blocksnap.operations.catalogue import map_root, root_document
 from blocksnap.operations.mapped import load_mapped, store_mapped
@@ -78,8 +78,8 @@ class Draft:
     before: Stored
     stored: Stored
 
-    def finish(self, id_: str, skew_seconds: float, seconds: float) -> Backup:
-        """Return the record for the manifest."""
+    def finish(self, id_: str, base: BaseDecision | None, *, skew_seconds: float, seconds: float) -> Backup:
+        """Return the record for the manifest; ``base`` is None for what has no use for one."""
         plan, snapshot, volume = self.plan, self.plan.snapshot, self.plan.volume
         return Backup(
             id=id_,
@@ -93,7 +93,7 @@ class Draft:
             chunk_size=plan.geometry.chunk_size,
             map=root_document(self.map),
             mapped=self.mapped,
-            source=dict(snapshot.binding),
+            source={**snapshot.binding, **(base.to_binding() if base else {})},
             consistency="crash" if volume.kind == "thin" else "cold",
             statistics=Statistics(
                 changed_bytes=self.changed_bytes,

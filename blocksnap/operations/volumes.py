@@ -22,6 +22,7 @@ class SurveyedVolume:
     tracking: str | None
     supported: bool
     obstacle: str | None
+    bases: tuple[str, ...]
     last_backup: str | None
 
     def document(self) -> dict[str, object]:
@@ -48,6 +49,7 @@ def survey(repository: Repository | None) -> list[SurveyedVolume]:
                 tracking=found.tracking,
                 supported=found.supported,
                 obstacle=found.obstacle,
+                bases=found.bases,
                 last_backup=mine[-1].backup.time.isoformat(timespec="seconds") if mine else None,
             )
         )

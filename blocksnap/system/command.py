@@ -151,7 +151,7 @@ def run_observed(
         child: _Child | None = None
         try:
             # An interrupt between the start and the wait would leave a program running that nobody knows of.
-            with _interrupts_deferred():
+            with interrupts_deferred():
                 child = _Child.start(path, argv, out.fileno(), err.fileno())
             _watch(child, observe, program, interval_seconds, timeout_seconds)
         except CommandTimeoutError:
@@ -168,7 +168,7 @@ def run_observed(
 
 
 @contextmanager
-def _interrupts_deferred() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """Keep signals from raising anything until the end of the block, and raise it then.
 
     Blocking them would not do: where other threads run, the kernel gives the signal to one of those, and

@@ -150,6 +150,19 @@ def snapshot_table(number: int) -> SnapshotTable:
     return parse_snapshot_table(run("dmsetup", "table", *_selected(number)))
 
 
+def reserve_metadata_snapshot(number: int) -> None:
+    """Make a pool hold a metadata snapshot; ``number`` is its ``-tpool`` device.
+
+    Raises CommandError; its message has "busy" in it when the pool holds one already: there is only one.
+    """
+    run("dmsetup", "message", *_selected(number), "0", "reserve_metadata_snap")
+
+
+def release_metadata_snapshot(number: int) -> None:
+    """Let go of the metadata snapshot of a pool, whoever took it; raises CommandError when there is none."""
+    run("dmsetup", "message", *_selected(number), "0", "release_metadata_snap")
+
+
 @cache
 def is_plain_thin(number: int) -> bool:
     """Tell whether a device is one thin volume without an external origin: the unmapped reads as zeros."""

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,13 +23,12 @@ from blocksnap.system.command import CommandError, run, run_observed
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
 
 TAG = "blocksnap"
-BASE_TAG = "blocksnap-base"
-"""On a snapshot of ours that its run left as the base of the next backup."""
 RESTORING_TAG = "blocksnap.restoring"
 """On a volume that a restore makes, until it is whole."""
 SNAPSHOT_PREFIX = "blocksnap-"
 _NAME = re.compile(r"[a-zA-Z0-9+_.][a-zA-Z0-9+_.-]*")
 _RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
+_BASE = re.compile(TAG + r"-base\.([a-zA-Z0-9_]{1,64})\.([a-zA-Z0-9-]{1,64})")
 _REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix", "--binary", "-a", "-o", FIELDS)
 _QUIET_METADATA = "backup/backup=0 backup/archive=0"
 _OUR_REJECTS = (
@@ -40,6 +40,26 @@ _REMOVE_ATTEMPTS = 8
 _DEVICES_FOLDER = Path("/etc/lvm/devices")
 _DEVICE_LINKS = Path("/dev/disk")
 _SYS_BLOCK = Path("/sys/block")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseMark:
+    """What a base says of itself, in a tag: whose base it is, and of which volume, by UUID.
+
+    LVM's own link to the origin does not do: it forgets it when the origin is removed or another snapshot is
+    merged into it. ``owner`` keeps the bases of backups to different repositories apart.
+    """
+
+    owner: str
+    lv_uuid: str
+
+    @property
+    def tag(self) -> str:
+        """The tag; raises UsageError when it could not be read back."""
+        text = f"{TAG}-base.{self.owner}.{self.lv_uuid}"
+        if not _BASE.fullmatch(text):
+            raise UsageError(f"{text!r} cannot be the tag of a base snapshot")
+        return text
 
 
 class NoVolumeError(VolumeError):
@@ -76,6 +96,12 @@ def run_of(tags: Sequence[str]) -> str | None:
     """Return the run that tags name, when they are those of one of our snapshots."""
     runs = [tag.removeprefix(TAG + ".") for tag in tags if tag.startswith(TAG + ".")]
     return runs[0] if TAG in tags and len(runs) == 1 else None
+
+
+def base_of(tags: Sequence[str]) -> BaseMark | None:
+    """Return what a base snapshot says of itself; None when the tags are not those of a base of ours."""
+    found = [match for tag in tags if (match := _BASE.fullmatch(tag))]
+    return BaseMark(found[0][1], found[0][2]) if run_of(tags) is not None and len(found) == 1 else None
 
 
 def report(vg: str | None = None) -> LvReport:
@@ -138,10 +164,10 @@ def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
     The selection makes LVM itself look at the tags under its lock: nothing else is ever removed, whatever
     has that name by now.
     """
-    selection = f'lv_name="{check_name(name)}" && lv_tags={{"{TAG}" && "{run_tag(run_id)}"}}'
     try:
         said = _insist(
-            "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
+            *("lvremove", *_config(), "--autobackup", "n", "--yes"),
+            *("--select", _our_snapshot(name, run_id), check_name(vg)),
         )
     except CommandError as err:
         if f'Volume group "{vg}" not found' in err.message:
@@ -150,10 +176,13 @@ def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
     return "successfully removed" in said
 
 
-def add_tag(vg: str, name: str, tag: str) -> None:
-    """Give a volume a tag."""
-    target = f"{check_name(vg)}/{check_name(name)}"
-    run("lvchange", *_config(), "--autobackup", "n", "--addtag", tag, target)
+def mark_base(vg: str, name: str, run_id: str, mark: BaseMark) -> bool:
+    """Make a snapshot of ours a base; False when there is none of that name and run."""
+    said = run(
+        *("lvchange", *_config(), "--autobackup", "n", "--addtag", mark.tag),
+        *("--select", _our_snapshot(name, run_id), check_name(vg)),
+    )
+    return "changed" in said
 
 
 def delete_tag(vg: str, name: str, tag: str) -> None:
@@ -181,6 +210,11 @@ def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:
         "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
     )
     return "successfully removed" in said
+
+
+def _our_snapshot(name: str, run_id: str) -> str:
+    """Return the selection that fits a snapshot by its name if it carries the tags of its run."""
+    return f'lv_name="{check_name(name)}" && lv_tags={{"{TAG}" && "{run_tag(run_id)}"}}'
 
 
 def _create(vg: str, name: str, kind: Sequence[str], tags: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
+from blocksnap.extents.changes import BaseDecision, BasePolicy, Binding, Changes, Parent
 
 VolumeKind = Literal["thin", "device", "file"]
 Trace = dict[str, str]
@@ -29,6 +29,18 @@ class SnapshotTiming:
 
     taken_at: float
     freeze_seconds: float
+
+
+class Ledger(Protocol):
+    """Where a snapshot writes down what it leaves on the host for a while, beside itself."""
+
+    def add(self, trace: Trace) -> None:
+        """Write it down, durably, before it comes to be."""
+        ...
+
+    def strike(self, trace: Trace) -> None:
+        """It is gone."""
+        ...
 
 
 class Snapshot(Protocol):
@@ -66,11 +78,17 @@ class Snapshot(Protocol):
         """Raise VolumeError when the snapshot cannot be trusted; called at first and before the commit."""
         ...
 
-    def settle(self, policy: BasePolicy) -> bool:
-        """Once the backup is committed: stay as the base of the next one where ``policy`` says so.
+    def decide_base(self, policy: BasePolicy) -> BaseDecision | None:
+        """Decide, right before the commit, whether to stay as the base of the next backup.
 
-        Bases of earlier runs are removed. Returns whether it stays, and ``remove`` then does nothing. A kind
-        that needs no base never stays.
+        None for a kind that has no use for a base.
+        """
+        ...
+
+    def settle(self, owner: str, *, stays: bool) -> None:
+        """Once the backup is committed: become a base of ``owner``, or not, and remove its bases before.
+
+        A snapshot that stays is not removed by ``remove`` any more. Raises BlocksnapError.
         """
         ...
 
@@ -116,8 +134,10 @@ class Volume(Protocol):
         """
         ...
 
-    def take_snapshot(self, run: str) -> Snapshot:
+    def take_snapshot(self, run: str, ledger: Ledger) -> Snapshot:
         """Take a snapshot that carries the tags ``blocksnap`` and ``blocksnap.<run>``.
+
+        ``ledger`` is for what has to be left on the host while the snapshot is looked at.
 
         Raises VolumeError (exit code 14) when the volume is not in a state to be backed up.
         """

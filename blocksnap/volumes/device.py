@@ -16,7 +16,7 @@ from blocksnap.extents.scan import compare_all, scan_file
 from blocksnap.system import blockdev
 from blocksnap.system.host import host_id
 from blocksnap.system.mounts import mounts_of, users_of_device
-from blocksnap.volumes.base import SnapshotTiming, Trace, VolumeKind
+from blocksnap.volumes.base import Ledger, SnapshotTiming, Trace, VolumeKind
 from blocksnap.volumes.errors import NoSuchVolumeError, VolumeChangedError, VolumeInUseError
 
 _STATE_WORDS = ("its size", "its content", "its owner, mode or name")
@@ -67,9 +67,11 @@ class _ColdSnapshot:
         """Yield the descriptor; the reads of a file go through the page cache."""
         yield self._fd
 
-    def settle(self, policy: BasePolicy) -> bool:  # noqa: ARG002 - protocol
+    def decide_base(self, policy: BasePolicy) -> None:
         """There is nothing that could stay."""
-        return False
+
+    def settle(self, owner: str, *, stays: bool) -> None:
+        """There is nothing that could stay."""
 
     def remove(self) -> None:
         """Close the descriptor."""
@@ -90,7 +92,7 @@ class FileVolume(_ColdVolume):
     def prepare(self) -> None:
         """There is nothing to look at."""
 
-    def take_snapshot(self, run: str) -> FileSnapshot:  # noqa: ARG002 - protocol
+    def take_snapshot(self, run: str, ledger: Ledger | None = None) -> FileSnapshot:  # noqa: ARG002 - protocol
         """Open the file and remember its state."""
         return FileSnapshot(self._path)
 
@@ -153,7 +155,7 @@ class DeviceVolume(_ColdVolume):
         """Make sure that it is still unused."""
         os.close(_open_unused(self._path, self._number))
 
-    def take_snapshot(self, run: str) -> DeviceSnapshot:  # noqa: ARG002 - protocol
+    def take_snapshot(self, run: str, ledger: Ledger | None = None) -> DeviceSnapshot:  # noqa: ARG002 - protocol
         """Take the device for ourselves."""
         return DeviceSnapshot(self._path, self._number)
 

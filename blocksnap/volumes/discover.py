@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from blocksnap.system import blockdev
 from blocksnap.system.command import has_program
@@ -12,13 +13,17 @@ from blocksnap.system.mounts import Mount, mounts_of, read_mounts, users_of_devi
 from blocksnap.system.udev import BlockDevice, block_devices
 from blocksnap.volumes.errors import SUPPORTED
 
+if TYPE_CHECKING:
+    from blocksnap.system.lvm_report import LvRecord, LvReport
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """Something that holds data, and whether blocksnap can back it up.
 
     ``tracking`` says how changes are found, ``obstacle`` what is in the way and ``advice`` what to do
-    about it, both None when nothing is.
+    about it, both None when nothing is. ``bases`` are the snapshots that earlier runs left on the host as
+    bases of the next backup.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Candidate:
     obstacle: str | None = None
     advice: str | None = None
     key: str | None = None
+    bases: tuple[str, ...] = ()
 
     @property
     def used_by(self) -> tuple[str, ...]:
@@ -56,6 +62,7 @@ def _logical_volumes(devices: list[BlockDevice], mounts: list[Mount]) -> list[Ca
     by_number = {device.number: device for device in devices}
     found = []
     report = lvm.report()
+    bases = _bases(report)
     for lv in report:
         if lv.is_internal or lvm.run_of(lv.lv_tags):
             continue
@@ -71,14 +78,43 @@ def _logical_volumes(devices: list[BlockDevice], mounts: list[Mount]) -> list[Ca
                 filesystem=device.filesystem if device else "",
                 mountpoints=_points(mounts_of(lv.number, mounts)) if lv.number is not None else (),
                 stacked=_stacked(lv.number, by_number) if lv.number is not None else (),
-                tracking="thin-time" if obstacle is None else None,
+                tracking=("thin-tree" if lv.lv_uuid in bases else "thin-time") if obstacle is None else None,
                 supported=obstacle is None,
                 obstacle=f"it is {obstacle}" if obstacle else None,
                 advice=advice,
                 key=f"lvm:{lv.vg_uuid}/{lv.lv_uuid}",
+                bases=tuple(base.full_name for base in bases.get(lv.lv_uuid, ())),
             )
         )
+    lost = [base for uuid, of_volume in bases.items() if report.find_uuid(uuid) is None for base in of_volume]
+    return found + [_base_of_nothing(base) for base in lost]
+
+
+def _bases(report: LvReport) -> dict[str, list[LvRecord]]:
+    """Return the bases by the UUIDs of their volumes."""
+    from blocksnap.system import lvm
+
+    found: dict[str, list[LvRecord]] = {}
+    for lv in report:
+        mark = lvm.base_of(lv.lv_tags)
+        if mark is not None:
+            found.setdefault(mark.lv_uuid, []).append(lv)
     return found
+
+
+def _base_of_nothing(base: LvRecord) -> Candidate:
+    return Candidate(
+        name=base.full_name,
+        kind="base",
+        size=base.lv_size,
+        filesystem="",
+        mountpoints=(),
+        stacked=(),
+        tracking=None,
+        supported=False,
+        obstacle="it is the base snapshot of a volume that is gone",
+        advice=f"the next backup on this host removes it, or: lvremove {base.full_name}",
+    )
 
 
 def _kind_of(segtype: str, role: str) -> str:

@@ -76,6 +76,21 @@ class PoolHealthError(VolumeError):
         )
 
 
+class PoolWornOutError(VolumeError):
+    """A pool has taken so many snapshots that further ones would make the kernel lose data."""
+
+    def __init__(self, pool: str, taken: int, limit: int) -> None:
+        self.pool = pool
+        self.taken = taken
+        self.limit = limit
+        super().__init__(
+            f"thin pool {pool} has taken {taken} snapshots in its life; beyond {limit - 1} the kernel "
+            "mixes up its blocks",
+            details="a mapping has 24 bits for the time it was made at, and the kernel does not check it",
+            resolution="take no more snapshots in it, whoever does, and copy its volumes to a new pool",
+        )
+
+
 class SnapshotFailedError(VolumeError):
     """LVM refused to take a snapshot."""
 

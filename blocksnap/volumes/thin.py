@@ -1,6 +1,7 @@
 """LVM thin volumes: a read-only snapshot in an instant, and the pool tells what changed.
 
-Nothing is kept on the pool between backups (``extents.thin`` has the reason why that is enough).
+Nothing is kept on the pool between backups (``extents.thin`` has the reason why that is enough), but where a
+base is asked for (``thin_base``).
 """
 
 from __future__ import annotations
@@ -11,38 +12,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Self
 
-from blocksnap.errors import BlocksnapError, VolumeError
-from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
+from blocksnap.errors import BlocksnapError
+from blocksnap.extents.changes import BaseDecision, BasePolicy, Binding, Changes, Parent
 from blocksnap.extents.thin import find_thin_changes
-from blocksnap.extents.thin_identity import BaseSnapshot, ThinIdentity
-from blocksnap.extents.thin_metadata import ThinMetadata
+from blocksnap.extents.thin_identity import BaseSnapshot, LostBase, ThinIdentity
+from blocksnap.extents.thin_metadata import NoDeviceInPoolError, ThinMetadata
 from blocksnap.system import blockdev, devmapper, mounts
 from blocksnap.system.command import CommandError
-from blocksnap.volumes.base import SnapshotTiming, Trace, VolumeKind
-from blocksnap.volumes.errors import (
-    PoolFullError,
-    PoolHealthError,
-    SnapshotFailedError,
-    SnapshotLostError,
-)
+from blocksnap.volumes import thin_base
+from blocksnap.volumes.base import Ledger, SnapshotTiming, Trace, VolumeKind
+from blocksnap.volumes.errors import SnapshotFailedError, SnapshotLostError
+from blocksnap.volumes.thin_hold import hold_metadata
+from blocksnap.volumes.thin_pool import PoolLimits, check_age, check_pool
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport, ThinRecord
-
-
-AUTO_BASE_MAPPINGS = 1 << 25
-"""Mappings of a volume from which on ``auto`` keeps a base: walking them all would take seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolLimits:
-    """How full a pool may be for a snapshot to be taken."""
-
-    data_percent: float = 95.0
-    metadata_percent: float = 90.0
 
 
 class ThinVolume:
@@ -89,7 +77,7 @@ class ThinVolume:
         if self._thin.lv.number is not None:
             mounts.flush_filesystem(self._thin.lv.number)
 
-    def take_snapshot(self, run: str) -> ThinSnapshot:
+    def take_snapshot(self, run: str, ledger: Ledger) -> ThinSnapshot:
         """Take a snapshot and measure how long LVM kept the volume suspended."""
         from blocksnap.system import lvm
 
@@ -101,17 +89,20 @@ class ThinVolume:
                 lvm.create_thin_snapshot(lv.vg_name, lv.name, name, run, watch.observe)
         except CommandError as err:
             raise SnapshotFailedError(self.name, err.message) from err
-        return ThinSnapshot(self._thin, name, run, watch.timing())
+        return ThinSnapshot(self._thin, name, run, watch.timing(), ledger)
 
 
 class ThinSnapshot:
     """A read-only snapshot of a thin volume, inactive unless it is read."""
 
-    def __init__(self, origin: ThinRecord, name: str, run: str, timing: SnapshotTiming) -> None:
+    def __init__(
+        self, origin: ThinRecord, name: str, run: str, timing: SnapshotTiming, ledger: Ledger
+    ) -> None:
         self._origin = origin
         self._name = name
         self._run = run
         self._timing = timing
+        self._ledger = ledger
         self._found: _Found | None = None
         self._removed = False
 
@@ -143,21 +134,17 @@ class ThinSnapshot:
                 external_origin=known.snapshot.external_origin is not None,
             )
 
-    def _base_of(self, parent: Parent, metadata: ThinMetadata) -> BaseSnapshot | None:
-        """Return the snapshot that the parent's run left, if it did and it is still there."""
-        from blocksnap.system import lvm
-
-        known, run = self._known(), parent.binding.get("run")
-        if not isinstance(run, str):
-            return None
-        lv = known.report.find(self._origin.lv.vg_name, snapshot_name(run, self._origin.lv.lv_uuid))
-        if lv is None or lvm.BASE_TAG not in lv.lv_tags or lv.thin_id is None:
-            return None
+    def _base_of(self, parent: Parent, metadata: ThinMetadata) -> BaseSnapshot | LostBase | None:
+        """Return the snapshot that the parent's run left, or why it is not there; None when it left none."""
+        base = thin_base.find_base(self._known().report, self._origin.lv.lv_uuid, parent)
+        if base is None or isinstance(base, LostBase):
+            return base
+        if base.thin_id is None or base.pool_lv_uuid != self._known().identity.pool_uuid:
+            return LostBase("the base snapshot is not in the volume's pool any more")
         try:
-            return BaseSnapshot(lv.lv_uuid, lv.thin_id, metadata.facts(lv.thin_id))
-        except VolumeError:
-            # LVM knows it and the pool does not: it is no base.
-            return None
+            return BaseSnapshot(base.lv_uuid, base.thin_id, metadata.facts(base.thin_id))
+        except NoDeviceInPoolError:
+            return LostBase("the pool does not have the base snapshot, though LVM does")
 
     @contextmanager
     def open_reader(self) -> Iterator[int]:
@@ -188,23 +175,21 @@ class ThinSnapshot:
             raise SnapshotLostError(self._origin.lv.full_name, "the pool's metadata was replaced")
         check_pool(thin, PoolLimits(data_percent=100.0, metadata_percent=100.0))
 
-    def settle(self, policy: BasePolicy) -> bool:
-        """Stay as the base of the next backup, or not, and remove the bases before."""
+    def decide_base(self, policy: BasePolicy) -> BaseDecision:
+        """Decide by the policy, the size of the volume's tree and how full the pool is now."""
+        known = self._known()
+        return thin_base.decide_base(policy, known.identity.snapshot_mapped, known.snapshot)
+
+    def settle(self, owner: str, *, stays: bool) -> None:
+        """Become a base, or not, and remove the bases before."""
         from blocksnap.system import lvm
 
-        known, vg = self._known(), self._origin.lv.vg_name
-        stays = policy == "keep" or (
-            policy == "auto" and known.identity.snapshot_mapped >= AUTO_BASE_MAPPINGS
-        )
+        vg, volume = self._origin.lv.vg_name, self._origin.lv.lv_uuid
         if stays:
-            lvm.add_tag(vg, self._name, lvm.BASE_TAG)
+            if not lvm.mark_base(vg, self._name, self._run, lvm.BaseMark(owner, volume)):
+                raise SnapshotLostError(self._origin.lv.full_name, "it is gone")
             self._removed = True
-        for lv in known.report:
-            run = lvm.run_of(lv.lv_tags)
-            is_base = lvm.BASE_TAG in lv.lv_tags and lv.origin_uuid == self._origin.lv.lv_uuid
-            if is_base and run is not None and lv.name != self._name:
-                lvm.remove_snapshot(vg, lv.name, run)
-        return stays
+        thin_base.remove_bases(self._known().report, owner, volume, but=self._name if stays else None)
 
     def remove(self) -> None:
         """Remove the snapshot."""
@@ -239,6 +224,7 @@ class ThinSnapshot:
         thin = report.thin(lv)
         with self._metadata(thin) as metadata:
             mine, its = metadata.facts(lv.thin_id), metadata.facts(origin.thin_id)
+        check_age(thin.pool.full_name, mine.pool_time)
         identity = ThinIdentity(
             vg_uuid=lv.vg_uuid,
             lv_uuid=origin.lv_uuid,
@@ -276,7 +262,15 @@ class ThinSnapshot:
                 raise SnapshotLostError(self._origin.lv.full_name, "its pool cannot be activated")
             fd = blockdev.open_by_number(metadata.number)
             stack.callback(os.close, fd)
-            yield ThinMetadata(fd)
+            trace = {
+                "vg": thin.pool.vg_name,
+                "pool": thin.pool.full_name,
+                "pool_uuid": thin.pool.lv_uuid,
+                "run": self._run,
+            }
+            number = devmapper.pool_above(metadata.number)
+            hold = partial(hold_metadata, fd, number, trace, self._ledger) if number is not None else None
+            yield ThinMetadata(fd, hold)
 
     @contextmanager
     def _active(self, lv: LvRecord) -> Iterator[int]:
@@ -379,30 +373,3 @@ def snapshot_name(run: str, lv_uuid: str) -> str:
     digest = blake2b(f"{run}/{lv_uuid}".encode(), digest_size=5).hexdigest()
     prefix = "".join(letter for letter in run if letter.isalnum())[:12]
     return f"blocksnap-{prefix}-{digest}"
-
-
-def check_pool(thin: ThinRecord, limits: PoolLimits) -> None:
-    """Raise VolumeError when the pool of a volume is damaged or too full for a snapshot."""
-    pool = thin.pool
-    if pool.lv_check_needed:
-        raise PoolHealthError(pool.full_name, "its metadata needs a check")
-    if pool.lv_health_status not in ("", "out_of_data"):
-        raise PoolHealthError(pool.full_name, pool.lv_health_status)
-    metadata = thin.metadata.number
-    number = devmapper.pool_above(metadata) if metadata is not None else None
-    if number is None:
-        return
-    status = devmapper.pool_status(number)
-    if status.mode != "rw":
-        modes = {
-            "ro": "it is read-only",
-            "fail": "it has failed",
-            "out_of_data_space": "it is out of data space",
-        }
-        raise PoolHealthError(pool.full_name, modes[status.mode])
-    if status.needs_check:
-        raise PoolHealthError(pool.full_name, "its metadata needs a check")
-    if status.data_percent > limits.data_percent:
-        raise PoolFullError(pool.full_name, "data", status.data_percent, limits.data_percent)
-    if status.metadata_percent > limits.metadata_percent:
-        raise PoolFullError(pool.full_name, "metadata", status.metadata_percent, limits.metadata_percent)

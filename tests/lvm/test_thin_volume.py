@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import random
 import shutil
@@ -13,83 +12,25 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from blocksnap.controller.recover import find_leftovers, recover
+from blocksnap.controller.recover import find_leftovers, read_report, recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import VolumeError
-from blocksnap.extents.changes import Changes, MappedSet, Parent
 from blocksnap.system import blockdev, lvm
-from blocksnap.volumes.base import Snapshot
 from blocksnap.volumes.discover import discover
 from blocksnap.volumes.errors import PoolFullError, SnapshotLostError
 from blocksnap.volumes.resolve import resolve_volume
-from blocksnap.volumes.thin import PoolLimits, ThinVolume
+from blocksnap.volumes.thin import ThinVolume
+from blocksnap.volumes.thin_pool import PoolLimits
 from support.lvm_lab import ThinPool, remove_group, scratch_disks, tool, write_at
+from support.thin_lab import Backups, read_all
 
 UNIT = 65536
 NAME = "data-1.x+y"
 REPOSITORY = Path(__file__).parents[2]
-
-
-@dataclass
-class Taken:
-    """What a repository would hold of one backup."""
-
-    run: str
-    content: bytes
-    binding: dict[str, object]
-    mapped: MappedSet | None
-    changes: Changes
-
-    def parent(self, *, known_here: bool) -> Parent:
-        return Parent(len(self.content), self.binding, known_here, lambda: self.mapped)  # type: ignore[arg-type]
-
-
-class Backups:
-    """Takes backups of one volume as operations does, and proves each of them."""
-
-    def __init__(self, volume: str, state: Path) -> None:
-        self.volume = volume
-        self.state = state
-        self.count = 0
-
-    def take(self, parent: Taken | None = None) -> Taken:
-        self.count += 1
-        run = f"{os.getpid():x}x{self.count}"
-        volume = resolve_volume(self.volume)
-        with SnapshotSession([volume], run, self.state) as session:
-            (snapshot,) = session.snapshots
-            known = parent is not None and session.remembers(volume, parent.run)
-            changes = snapshot.find_changes(parent.parent(known_here=known) if parent else None)
-            content = read_all(snapshot)
-            snapshot.check()
-            session.committing()
-            taken = Taken(run, content, dict(snapshot.binding), changes.mapped, changes)
-        assert (session.warnings, session.recovered) == ([], [])
-        assert rebuilt(parent, changes, content) == content
-        return taken
-
-
-def read_all(snapshot: Snapshot) -> bytes:
-    buffer = mmap.mmap(-1, snapshot.size)
-    with snapshot.open_reader() as fd:
-        assert os.preadv(fd, [buffer], 0) == snapshot.size
-    return bytes(buffer)
-
-
-def rebuilt(parent: Taken | None, changes: Changes, content: bytes) -> bytes:
-    """The content as it follows from the parent's and what was read."""
-    before = parent.content if parent and changes.inherits else b""
-    made = bytearray(before[: len(content)].ljust(len(content), b"\0"))
-    for hole in changes.discarded:
-        made[hole.offset : hole.end] = bytes(hole.length)
-    for extent in changes.changed:
-        made[extent.offset : extent.end] = content[extent.offset : extent.end]
-    return bytes(made)
 
 
 @pytest.fixture
@@ -551,7 +492,7 @@ def test_snapshot_of_an_unknown_run_is_left_to_doctor(pool: ThinPool, volume: st
         assert len(pool.snapshots()) == 2
     assert session.recovered == []
     assert "which this state directory does not know" in session.warnings[0]
-    assert [each.run_state for each in find_leftovers(state / "elsewhere")] == ["unknown"]
+    assert [each.run_state for each in find_leftovers(read_report(), [])] == ["unknown"]
     assert len(recover(state / "elsewhere", force=True).removed) == 1
 
 

@@ -160,7 +160,7 @@ class ThinPool:
 
 
 @contextmanager
-def thin_pool(root: Path, *, group: str = GROUP, pool: str = POOL) -> Iterator[ThinPool]:
+def thin_pool(root: Path, *, group: str = GROUP, pool: str = POOL, chunk: str = "64k") -> Iterator[ThinPool]:
     """Make a group with a pool on all scratch disks, and take everything away again."""
     disks = scratch_disks()
     tool("vgcreate", "-y", group, *disks)
@@ -174,6 +174,8 @@ def thin_pool(root: Path, *, group: str = GROUP, pool: str = POOL) -> Iterator[T
             "512M",
             "--poolmetadatasize",
             "8M",
+            "--chunksize",
+            chunk,
             "-n",
             pool,
             group,

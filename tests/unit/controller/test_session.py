@@ -18,7 +18,7 @@ from blocksnap.controller.recover import Leftover, may_remove, parse_lvm_time, r
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import BusyError, UsageError, VolumeError
 from blocksnap.system import lvm
-from blocksnap.volumes.base import SnapshotTiming
+from blocksnap.volumes.base import Ledger, SnapshotTiming
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
 from support.mock_command import MockCommands
 
@@ -63,7 +63,7 @@ class FakeVolume:
     def prepare(self) -> None:
         self.happen("prepare")
 
-    def take_snapshot(self, run: str) -> FakeSnapshot:
+    def take_snapshot(self, run: str, ledger: Ledger) -> FakeSnapshot:
         self.happen("take")
         return FakeSnapshot(self, self.taken_at)
 
@@ -76,7 +76,7 @@ def log() -> list[str]:
 @pytest.fixture(autouse=True)
 def _no_lvm(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "mock" not in request.fixturenames:
-        monkeypatch.setattr(recover_module, "find_leftovers", lambda *_: [])
+        monkeypatch.setattr(recover_module, "read_report", lambda *_: None)
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ sys.path[:0] = sys.argv[3:]
 from pathlib import Path
 from blocksnap.controller import recover, session
 from test_session import FakeVolume
-recover.find_leftovers = lambda *_: []
+recover.read_report = lambda *_: None
 host, state = Path(sys.argv[1]), Path(sys.argv[1]) / "state"
 steps = int(sys.argv[2])
 

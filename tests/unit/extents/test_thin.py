@@ -20,6 +20,7 @@ from blocksnap.extents.thin_identity import (
     BaseSnapshot,
     Compare,
     Inherit,
+    LostBase,
     ThinIdentity,
     Walk,
     decide,
@@ -52,6 +53,7 @@ PARENT = ThinIdentity(
 )
 CURRENT = replace(
     PARENT,
+    snapshot_id=8,
     snapshot_time=14,
     snapshot_uuid="snapshot",
     snapshot_root=5,
@@ -152,7 +154,7 @@ UNTOUCHED = BaseSnapshot(
 
 def test_untouched_base_is_walked() -> None:
     decision = decide_base(CURRENT, PARENT.to_binding(), UNTOUCHED, known_here=True)
-    assert decision == Walk(7, "the parent's snapshot was kept as base and nobody has touched it")
+    assert decision == Walk(UNTOUCHED, "the parent's snapshot was kept as base and nobody has touched it")
     # What happened to the volume meanwhile, a merge for example, does not matter to two trees.
     merged = replace(CURRENT, thin_id=9, origin_transaction=25, origin_time=12)
     assert isinstance(decide_base(merged, PARENT.to_binding(), UNTOUCHED, known_here=True), Walk)
@@ -164,6 +166,7 @@ BASE_DOUBTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = 
     ({"pool_uuid": "x"}, {}, {}, "another logical volume or pool"),
     ({"metadata_place": "x"}, {}, {}, "as a repair does"),
     ({"chunk_size": 131072}, {}, {}, "another chunk size"),
+    ({"pool_time": 1 << 24}, {}, {}, "more snapshots than the times"),
     ({"pool_time": 9}, {}, {}, "went backwards"),
     ({"pool_transaction": 19}, {}, {}, "went backwards"),
     ({}, {"lv_uuid": "x"}, {}, "not that of the parent"),
@@ -201,6 +204,46 @@ def test_base_that_cannot_be_used_is_named_in_the_reason(use: Any) -> None:
     assert changes.reason.endswith(
         "the base is not used: the base snapshot was changed since the parent backup"
     )
+
+
+def test_base_that_is_gone_is_named_in_the_reason(use: Any) -> None:
+    use(Pool({0: 12}))
+    for of, reason in ((parent(), "thin-time"), (parent(identity=replace(PARENT, thin_id=4)), "compare")):
+        changes = thin.find_thin_changes(
+            ThinMetadata(0), CURRENT, 16 * UNIT, of, LostBase("the base is gone"), external_origin=False
+        )
+        assert changes.method == reason
+        assert changes.reason.endswith("; the base is not used: the base is gone")
+
+
+@pytest.mark.parametrize("when", ["before", "within", "after"])
+def test_base_that_changes_while_it_is_compared_with_is_not_used(
+    use: Any, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    from blocksnap import _native
+
+    pool = use(Pool({0: 12}))
+    root = [UNTOUCHED.facts.device_root]
+
+    def look(_fd: int, device: int, _held: int) -> tuple[int, ...]:
+        if device != UNTOUCHED.thin_id:
+            return pool.thin_device(0, device, 0)
+        return (15, 30, 0, 0, UNIT, 2048, 1, 2, root[0], 100, 19, 10)
+
+    def compare(*_: int) -> tuple[bytes, bytes, int]:
+        if when == "within":
+            raise ValueError("the device changed while it was read")
+        root[0] = 9
+        return b"", b"", 1
+
+    monkeypatch.setattr(_native, "thin_device", look)
+    monkeypatch.setattr(_native, "thin_diff", compare)
+    base = replace(UNTOUCHED, facts=replace(UNTOUCHED.facts, device_root=9 if when == "before" else 4))
+    changes = thin.find_thin_changes(
+        ThinMetadata(0), CURRENT, 16 * UNIT, parent(*range(12)), base, external_origin=False
+    )
+    assert changes.method == "thin-time"
+    assert "the base is not used: the base snapshot" in changes.reason
 
 
 @given(

@@ -9,7 +9,7 @@ from blocksnap.system import lvm
 from blocksnap.system.mounts import Mount
 from blocksnap.system.udev import BlockDevice
 from blocksnap.volumes import discover as module
-from support.lvm_lab import report_text, row, thin_rows
+from support.lvm_lab import report_text, row, thin_rows, uuid_of
 from support.mock_command import MockCommands
 
 
@@ -64,6 +64,24 @@ def test_everything_that_holds_data_is_shown_once(host: MockCommands) -> None:
     assert (found["/home"].kind, found["/home"].supported, found["/home"].size) == ("btrfs", False, 2 << 30)
     assert found["/dev/sdb"].obstacle == "it has no snapshots and is in use: mounted on /mnt"
     assert (found["/dev/sde"].supported, found["/dev/sde"].tracking) == (True, "compare")
+
+
+def test_bases_are_shown_with_their_volume_or_as_what_is_in_the_way(host: MockCommands) -> None:
+    rows = thin_rows("data")
+    bases = [
+        row(
+            f"blocksnap-{number}",
+            lv_tags=f"blocksnap,blocksnap.r,{lvm.BaseMark('owner', uuid_of(of)).tag}",
+            segtype="thin",
+        )
+        for number, of in enumerate(("data", "gone"))
+    ]
+    host.add("lvs", out=report_text(*rows, *bases))
+    found = {each.name: each for each in module.discover()}
+    assert (found["vg0/data"].tracking, found["vg0/data"].bases) == ("thin-tree", ("vg0/blocksnap-0",))
+    assert "vg0/blocksnap-0" not in found
+    assert found["vg0/blocksnap-1"].supported is False
+    assert found["vg0/blocksnap-1"].obstacle == "it is the base snapshot of a volume that is gone"
 
 
 def test_works_without_lvm(host: MockCommands, monkeypatch: pytest.MonkeyPatch) -> None:

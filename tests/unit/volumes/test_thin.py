@@ -9,9 +9,10 @@ import pytest
 from blocksnap.system import devmapper
 from blocksnap.system.devmapper import PoolStatus, decode_name, encode_name
 from blocksnap.system.lvm_report import ThinRecord, parse_report
-from blocksnap.volumes import thin
-from blocksnap.volumes.errors import PoolFullError, PoolHealthError
-from blocksnap.volumes.thin import PoolLimits, check_pool, snapshot_name
+from blocksnap.volumes import thin, thin_pool
+from blocksnap.volumes.errors import PoolFullError, PoolHealthError, PoolWornOutError
+from blocksnap.volumes.thin import snapshot_name
+from blocksnap.volumes.thin_pool import PoolLimits, check_age, check_pool
 from support.lvm_lab import report_text, thin_rows
 
 UUID = "4zm1NG-BjNf-KLNp-7M3I-jxEI-qFop-X0R8bQ"
@@ -75,6 +76,14 @@ def test_pool_is_looked_at_before_it_gets_a_snapshot(
 def test_what_lvm_says_about_the_pool_counts_too(fields: dict[str, str]) -> None:
     with pytest.raises(PoolHealthError):
         check_pool(pool(**fields), PoolLimits())
+
+
+def test_pool_that_runs_out_of_times_gets_no_more_snapshots() -> None:
+    last = (1 << 24) - 1
+    check_age("vg0/pool", last - thin_pool.SPARE_SNAPSHOTS)
+    for taken in (last - thin_pool.SPARE_SNAPSHOTS + 1, last, last + 9):
+        with pytest.raises(PoolWornOutError, match=f"has taken {taken} snapshots"):
+            check_age("vg0/pool", taken)
 
 
 def test_inactive_pool_has_no_status() -> None:
