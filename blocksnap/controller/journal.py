@@ -77,6 +77,7 @@ class Owner:
 class Rotation:
     """A committed run's decision: its snapshot stays as base, or not, and the bases before it go."""
 
+    volume: str
     vg: str
     snapshot: str
     owner: str
@@ -119,6 +120,7 @@ class Entry:
         """Return what was to become of the bases, if the run got so far: its backups are committed then."""
         return [
             Rotation(
+                volume=str(step.get("volume")),
                 vg=str(step["vg"]),
                 snapshot=str(step["lv"]),
                 owner=str(step["owner"]),

@@ -136,8 +136,8 @@ def recover(
     if report is not None:
         for entry in dead:
             _release_holds(entry, report, found)
-            for rotation in entry.rotations():
-                _finish_rotation(entry, rotation, report, found)
+        for entry in entries:
+            _finish_rotations(entry, volumes, report, found)
     for leftover in find_leftovers(report, entries):
         if (leftover.vg, leftover.name) in found.bases:
             continue
@@ -182,19 +182,37 @@ def _remove(leftover: Leftover, *, force: bool, found: _Findings) -> None:
         found.removed.append(f"removed {name}, a snapshot of {leftover.origin} that run {leftover.run} left")
 
 
+def _finish_rotations(
+    entry: Entry, volumes: Collection[str] | None, report: LvReport, found: _Findings
+) -> None:
+    """Finish those of a dead run that are of these volumes."""
+    for rotation in entry.rotations() if not entry.alive else ():
+        if volumes is None or rotation.volume in volumes:
+            _finish_rotation(entry, rotation, report, found)
+
+
 def _finish_rotation(entry: Entry, rotation: Rotation, report: LvReport, found: _Findings) -> None:
-    """Do what a committed run would have done with its snapshot and the bases before it."""
+    """Make the snapshot of a committed run the base that it was to become, and remove the bases before.
+
+    The journal of a group stays until all its volumes had a run, so one may be met again: once a later run
+    has put another base in its place, the snapshot is not there any more, and nothing is done. A run that
+    was to keep none leaves the bases before to the next.
+    """
     from blocksnap.system import lvm
     from blocksnap.volumes.thin_base import remove_bases
 
     name = f"{rotation.vg}/{rotation.snapshot}"
-    stays = rotation.snapshot if rotation.stays else None
+    snapshot = report.find(rotation.vg, rotation.snapshot)
+    if not rotation.stays or snapshot is None or lvm.run_of(snapshot.lv_tags) != entry.run:
+        return
     try:
         mark = lvm.BaseMark(rotation.owner, rotation.lv_uuid)
-        if stays is not None and lvm.mark_base(rotation.vg, stays, entry.run, mark):
-            found.bases.add((rotation.vg, stays))
-            found.removed.append(f"kept {name}, which run {entry.run} left, as the base it was meant to be")
-        for each in remove_bases(report, rotation.owner, rotation.lv_uuid, but=stays):
+        if lvm.base_of(snapshot.lv_tags) is None and lvm.mark_base(
+            rotation.vg, snapshot.name, entry.run, mark
+        ):
+            found.bases.add((rotation.vg, snapshot.name))
+            found.removed.append(f"kept {name}, which run {entry.run} left, as the base it was to be")
+        for each in remove_bases(report, rotation.owner, rotation.lv_uuid, but=snapshot.name):
             found.removed.append(f"removed {each}, a base before that of run {entry.run}")
     except BlocksnapError as err:
         found.kept.add(entry.run)

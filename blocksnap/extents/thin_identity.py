@@ -41,7 +41,7 @@ _COUNTED_OUT = "the pool has taken more snapshots than the times in its mappings
 class ThinIdentity:
     """What tells one snapshot of one thin volume, and the history it belongs to, from all others.
 
-    ``devices`` are those of the pool, as ``id@transaction`` of their making, without our snapshots. The
+    ``devices`` are those of the pool, as ``id@transaction`` of their making. The
     snapshot's UUID, root, transaction and mapped chunks prove it untouched when it is kept as a base.
     """
 

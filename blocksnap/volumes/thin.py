@@ -241,7 +241,8 @@ class ThinSnapshot:
             snapshot_transaction=mine.transaction,
             snapshot_mapped=mine.mapped_chunks,
             pool_time=mine.pool_time,
-            pool_transaction=mine.pool_transaction,
+            # What LVM says is of the same instant as the list of devices; what the pool says may be younger.
+            pool_transaction=min(mine.pool_transaction, thin.pool.transaction_id or mine.pool_transaction),
             chunk_size=mine.chunk_size,
             devices=_devices_of(report, thin.pool.lv_uuid),
             run=self._run,
@@ -300,13 +301,14 @@ class _Found:
 
 
 def _devices_of(report: LvReport, pool_uuid: str) -> str:
-    """Return the devices of a pool and the transactions that made them, but for our own snapshots."""
-    from blocksnap.system import lvm
+    """Return the devices of a pool and the transactions that made them.
 
+    Our own snapshots too: one that was kept as a base is somebody's volume after a merge.
+    """
     return " ".join(
         f"{lv.thin_id}@{lv.transaction_id}"
         for lv in sorted(report, key=lambda lv: lv.thin_id or 0)
-        if lv.is_thin and lv.pool_lv_uuid == pool_uuid and lvm.run_of(lv.lv_tags) is None
+        if lv.is_thin and lv.pool_lv_uuid == pool_uuid
     )
 
 

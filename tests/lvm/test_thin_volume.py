@@ -202,6 +202,10 @@ def test_external_origin_is_read_whole(pool: ThinPool, state: Path) -> None:
     second = backups.take(first)
     assert second.changes.method == "compare"
     assert "external origin" in second.changes.reason
+    with SnapshotSession([resolve_volume(f"{pool.group}/ext2")], "wish", state) as session:
+        (decision,) = session.decide_bases("keep")
+        assert decision is not None
+        assert (decision.stays, len(session.warnings)) == (False, 1)
     assert second.content[: 1 << 20] != bytes(1 << 20)
     pool.remove("ext2", "ext", "plain")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,11 @@ def test_a_base_stays_where_it_is_wanted_and_there_is_room(
     assert decision.stays is stays
     assert reason in decision.reason
     assert decision.to_binding() == {"base_kept": stays, "base_reason": decision.reason}
+
+
+def test_a_volume_with_an_external_origin_needs_no_base(pool: Any) -> None:
+    decision = decide_base("keep", 0, replace(pool(), external_origin="vg0/image"))
+    assert (decision.stays, "external origin" in decision.reason) == (False, True)
 
 
 def parent(**binding: Any) -> Parent:
