@@ -98,10 +98,11 @@ host-test:
 	$(PYTEST) -n 2 $(HOST_TESTS)
 
 # Two labs at once, one for each core; the second one's output follows the first one's.
+LAB_THIN := $(addprefix tests/lvm/test_thin_,histories.py metadata.py time_limit.py volume.py)
 lab-test:
 	@mkdir -p build
-	@vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 tests/lvm/test_thin_volume.py > build/lab-thin.log 2>&1 & \
+	@vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(LAB_THIN) > build/lab-thin.log 2>&1 & \
 	thin=$$!; \
-	vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 --ignore tests/lvm/test_thin_volume.py tests/lvm; \
+	vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(addprefix --ignore ,$(LAB_THIN)) tests/lvm; \
 	rest=$$?; wait $$thin; code=$$?; cat build/lab-thin.log; \
 	test $$rest -eq 0 && test $$code -eq 0
