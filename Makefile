@@ -54,7 +54,7 @@ soak-xfs: bootstrap ## 2,100 rounds of everything that happens to files, against
 	XFS_ROUNDS=$${XFS_ROUNDS:-700} XFS_SEED=$${XFS_SEED:-1000} $(PYTEST) -n 2 -rP tests/xfs/test_fiemap_rounds.py
 
 soak-thin: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
-	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK=40 -- $(PYTEST) --timeout 7000 \
+	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=40 -- $(PYTEST) --timeout 7000 \
 		tests/lvm/test_thin_histories.py tests/lvm/test_thin_metadata.py -k 'random_histories or lock_free'
 
 vagrant-test: bootstrap-vagrant ## bring a Vagrant VM up, run the LVM and btrfs tests in it, destroy it

@@ -1,6 +1,6 @@
 """Random histories of a thin pool: the difference of any two snapshots, by the core, the tool and a model.
 
-A pool of device-mapper's own, on a disk that no volume group has; BLOCKSNAP_SOAK multiplies the rounds.
+A pool of device-mapper's own, on a disk of no volume group; BLOCKSNAP_SOAK_ROUNDS multiplies the rounds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from blocksnap.extents.model import ExtentList
 from support.dm_pool import DmPool, delta_by_model, delta_by_tool, diff, dm_pool, holding, read_metadata
 
 KIB = 1 << 10
-SOAK = int(os.environ.get("BLOCKSNAP_SOAK", "1"))
+SOAK = int(os.environ.get("BLOCKSNAP_SOAK_ROUNDS", "1"))
 
 
 @pytest.mark.parametrize("chunk_size", [64 * KIB, 192 * KIB])

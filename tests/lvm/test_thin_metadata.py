@@ -1,6 +1,6 @@
 """Reading the metadata of a pool that is in use: without a lock, with a metadata snapshot, against others.
 
-``thin_delta`` and the plain reference model are asked the same; BLOCKSNAP_SOAK multiplies the rounds.
+``thin_delta`` and the plain reference model are asked the same; BLOCKSNAP_SOAK_ROUNDS multiplies the rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from support.lvm_lab import ThinPool, tool, write_at
 from support.thin_lab import Backups
 
 KIB, MIB = 1 << 10, 1 << 20
-SOAK = int(os.environ.get("BLOCKSNAP_SOAK", "1"))
+SOAK = int(os.environ.get("BLOCKSNAP_SOAK_ROUNDS", "1"))
 SIZE = 16 * MIB
 
 WRITER = """
