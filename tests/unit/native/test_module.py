@@ -45,9 +45,6 @@ def fails(expected: type[BaseException], call: Callable[[], object]) -> None:
         pytest.fail("did not fail")
 
 
-FIEMAP_RECORDS = b"".join(struct.pack("<QQQ16xI12x", n << 13, n << 12, 4096, 0) for n in range(100))
-NUMBERS = (257).to_bytes(8, "little")
-STREAM = bytes(send_stream.Writer(2).everything())
 @cache
 def store() -> int:
     """A descriptor of an exception store, in memory, for as long as the tests run."""
@@ -56,19 +53,12 @@ def store() -> int:
     return fd
 
 
+FIEMAP_RECORDS = b"".join(struct.pack("<QQQ16xI12x", n << 13, n << 12, 4096, 0) for n in range(100))
+NUMBERS = (257).to_bytes(8, "little")
+STREAM = bytes(send_stream.Writer(2).everything())
+
 # Every exported function, on its good ways and on its bad ones.
 LOOPS: dict[str, list[Callable[[int], object]]] = {
-    "btrfs_send": [
-        lambda fd: fails(OSError, lambda: _native.btrfs_send(fd, 0, 1)),
-        lambda _: fails(OSError, lambda: _native.btrfs_send(-1, 5, 2)),
-        lambda _: fails(OverflowError, lambda: _native.btrfs_send(0, 5, -1)),
-    ],
-    "btrfs_send_steps": [
-        lambda _: _native.btrfs_send_steps(STREAM),
-        lambda _: fails(ValueError, lambda: _native.btrfs_send_steps(STREAM[:-5])),
-        lambda _: fails(ValueError, lambda: _native.btrfs_send_steps(STREAM + b"x")),
-        lambda _: fails(TypeError, lambda: _native.btrfs_send_steps(7)),  # type: ignore[arg-type]
-    ],
     "thin_device": [
         lambda fd: _native.thin_device(fd, 1, 0),
         lambda fd: fails(KeyError, lambda: _native.thin_device(fd, 2, 0)),
@@ -90,15 +80,6 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda fd: fails(ValueError, lambda: _native.thin_diff(fd, 1, 3, 0, 5000, 7)),
         lambda _: fails(OSError, lambda: _native.thin_diff(-1, 1, 3, 0, 5000, 0)),
     ],
-    "cow_scan": [
-        lambda _: _native.cow_scan(store(), 0, 0),
-        lambda _: _native.cow_scan(store(), 4000 * 4096, 3),
-        lambda _: fails(ValueError, lambda: _native.cow_scan(store(), 4096, 0)),
-        lambda _: fails(ValueError, lambda: _native.cow_scan(store(), 1 << 63, 0)),
-        lambda fd: fails(ValueError, lambda: _native.cow_scan(fd, 0, 0)),
-        lambda _: fails(OSError, lambda: _native.cow_scan(-1, 0, 0)),
-        lambda _: fails(OverflowError, lambda: _native.cow_scan(0, -1, 0)),
-    ],
     "bitmap_extents": [
         lambda _: _native.bitmap_extents(b"\x55" * 5000, 4096),
         lambda _: fails(OverflowError, lambda: _native.bitmap_extents(b"\x55" * 5000, 1 << 60)),
@@ -114,11 +95,10 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda _: fails(ValueError, lambda: _native.bitmap_update(b"", 8, 1, b"short", b"")),
         lambda _: fails(OverflowError, lambda: _native.bitmap_update(b"", 8, 1, b"\xff" * 16, b"")),
     ],
-    "compare_files": [
-        lambda fd: _native.compare_files(fd, fd, 4096),
-        lambda fd: fails(ValueError, lambda: _native.compare_files(fd, fd, 5)),
-        lambda fd: fails(OSError, lambda: _native.compare_files(fd, -1, 4096)),
-        lambda fd: fails(OverflowError, lambda: _native.compare_files(fd, fd, -1)),
+    "data_extents": [
+        lambda fd: _native.data_extents(fd, 0, 1 << 30),
+        lambda _: fails(OSError, lambda: _native.data_extents(-1, 0, 1)),
+    ],
     "btrfs_diff": [
         lambda fd: _native.btrfs_diff(fd, -1, b"", b"", 4096, True, 1),
         lambda fd: fails(OSError, lambda: _native.btrfs_diff(fd, fd, NUMBERS, b"", 4096, False, 1)),
@@ -130,13 +110,35 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda fd: fails(OSError, lambda: _native.btrfs_diff_file(fd, 257, fd, 257, 4096)),
         lambda fd: fails(ValueError, lambda: _native.btrfs_diff_file(fd, 257, fd, 257, 0)),
     ],
+    "btrfs_send": [
+        lambda fd: fails(OSError, lambda: _native.btrfs_send(fd, 0, 1)),
+        lambda _: fails(OSError, lambda: _native.btrfs_send(-1, 5, 2)),
+        lambda _: fails(OverflowError, lambda: _native.btrfs_send(0, 5, -1)),
+    ],
+    "btrfs_send_steps": [
+        lambda _: _native.btrfs_send_steps(STREAM),
+        lambda _: fails(ValueError, lambda: _native.btrfs_send_steps(STREAM[:-5])),
+        lambda _: fails(ValueError, lambda: _native.btrfs_send_steps(STREAM + b"x")),
+        lambda _: fails(TypeError, lambda: _native.btrfs_send_steps(7)),  # type: ignore[arg-type]
+    ],
     "btrfs_touched": [
         lambda fd: fails(OSError, lambda: _native.btrfs_touched(fd, 0)),
         lambda _: fails(OverflowError, lambda: _native.btrfs_touched(-1, -1)),
     ],
-    "data_extents": [
-        lambda fd: _native.data_extents(fd, 0, 1 << 30),
-        lambda _: fails(OSError, lambda: _native.data_extents(-1, 0, 1)),
+    "compare_files": [
+        lambda fd: _native.compare_files(fd, fd, 4096),
+        lambda fd: fails(ValueError, lambda: _native.compare_files(fd, fd, 5)),
+        lambda fd: fails(OSError, lambda: _native.compare_files(fd, -1, 4096)),
+        lambda fd: fails(OverflowError, lambda: _native.compare_files(fd, fd, -1)),
+    ],
+    "cow_scan": [
+        lambda _: _native.cow_scan(store(), 0, 0),
+        lambda _: _native.cow_scan(store(), 4000 * 4096, 3),
+        lambda _: fails(ValueError, lambda: _native.cow_scan(store(), 4096, 0)),
+        lambda _: fails(ValueError, lambda: _native.cow_scan(store(), 1 << 63, 0)),
+        lambda fd: fails(ValueError, lambda: _native.cow_scan(fd, 0, 0)),
+        lambda _: fails(OSError, lambda: _native.cow_scan(-1, 0, 0)),
+        lambda _: fails(OverflowError, lambda: _native.cow_scan(0, -1, 0)),
     ],
     "fiemap_diff": [
         lambda fd: fails(ValueError, lambda: _native.fiemap_diff(fd, fd)),
