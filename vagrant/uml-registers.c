@@ -11,7 +11,6 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
-#include <errno.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -30,30 +29,31 @@ enum {
 
 typedef long (*ptrace_fn)(enum __ptrace_request request, ...);
 
-/* Set the registers of `pid` from a buffer that is shorter than the host's own. */
-static long set_short_state(ptrace_fn next, pid_t pid, void *kind, const struct iovec *given)
+/*
+ * Make a buffer of the host's size of one that may be shorter; NULL when that is not needed. errno says
+ * nothing here: User Mode Linux handles signals in this thread, and they may change it at any moment.
+ */
+static const struct iovec *widen(ptrace_fn next, pid_t pid, void *kind, const struct iovec *given)
 {
         static _Thread_local uint8_t state[STATE_SIZE] __attribute__((aligned(64)));
-        static _Thread_local size_t whole_size;
-        struct iovec whole = {.iov_base = state, .iov_len = sizeof(state)};
+        static _Thread_local struct iovec whole;
         uint64_t components;
 
-        if (whole_size == 0) {
-                if (next(PTRACE_GETREGSET, pid, kind, &whole) < 0)
-                        return -1;
-                whole_size = whole.iov_len;
+        if (whole.iov_len == 0) {
+                struct iovec asked = {.iov_base = state, .iov_len = sizeof(state)};
+
+                if (next(PTRACE_GETREGSET, pid, kind, &asked) < 0)
+                        return NULL;
+                whole = asked;
         }
-        whole.iov_len = whole_size;
-        if (given->iov_len >= whole.iov_len || given->iov_len < COMPONENTS_OFFSET + sizeof(components)) {
-                errno = EFAULT;
-                return -1;
-        }
+        if (given->iov_len >= whole.iov_len || given->iov_len < COMPONENTS_OFFSET + sizeof(components))
+                return NULL;
         memset(state, 0, whole.iov_len);
         memcpy(state, given->iov_base, given->iov_len);
         memcpy(&components, state + COMPONENTS_OFFSET, sizeof(components));
         components &= ~(uint64_t)AMX_COMPONENTS;
         memcpy(state + COMPONENTS_OFFSET, &components, sizeof(components));
-        return next(PTRACE_SETREGSET, pid, kind, &whole);
+        return &whole;
 }
 
 long ptrace(enum __ptrace_request request, ...)
@@ -71,11 +71,11 @@ long ptrace(enum __ptrace_request request, ...)
 
                 memcpy(&next, &symbol, sizeof(next));
         }
+        if (request == PTRACE_SETREGSET && address == (void *)(uintptr_t)NT_X86_XSTATE) {
+                const struct iovec *whole = widen(next, pid, address, data);
 
-        long result = next(request, pid, address, data);
-
-        if (result < 0 && errno == EFAULT && request == PTRACE_SETREGSET &&
-            address == (void *)(uintptr_t)NT_X86_XSTATE)
-                return set_short_state(next, pid, address, data);
-        return result;
+                if (whole)
+                        return next(request, pid, address, whole);
+        }
+        return next(request, pid, address, data);
 }
