@@ -44,7 +44,7 @@ enum {
         /* So small that its end is met. */
         BS_THIN_BATCH_BLOCKS = 96,
 #else
-        BS_THIN_BATCH_BLOCKS = 1024,
+        BS_THIN_BATCH_BLOCKS = 512,
 #endif
 };
 

@@ -182,14 +182,19 @@ class ThinBuilder:
         begin, count = self._next_data, len(chunks)
         leaves = parts(count, per_leaf or self._most, self._most)
         self._next_data += len(leaves) * max((len(chunks[leaf]) for leaf in leaves), default=0)
-        order = self._block_numbers(len(leaves), scattered=scattered_nodes)
+        order = list(range(len(leaves)))
+        if scattered_nodes:
+            random.Random(count).shuffle(order)
         children = []
-        for number, (leaf, block) in enumerate(zip(leaves, order, strict=True)):
+        # Blocks are written in their order, whichever leaf each is.
+        for number in order:
+            leaf = leaves[number]
             keys = chunks[leaf]
             # In a volume written at random neighbours are far apart: here by the number of leaves.
             step, first = (len(leaves), number) if scattered_data else (1, leaf.start)
             values = range((begin + first) << 24 | self.time, 1 << 64, step << 24)[: len(keys)]
-            children.append((keys[0], self.save(Node(leaf=True, keys=keys, values=values), block)))
+            children.append((keys[0], self.save(Node(leaf=True, keys=keys, values=values))))
+        children.sort()
         root = (
             self._stack(children, per_node or self._most)
             if children
@@ -364,12 +369,6 @@ class ThinBuilder:
             raise ValueError(f"{self.blocks} metadata blocks are too few")
         self.taken.append(block)
         return block
-
-    def _block_numbers(self, count: int, *, scattered: bool) -> list[int]:
-        numbers = [self.allocate_block() for _ in range(count)]
-        if scattered:
-            random.Random(count).shuffle(numbers)
-        return numbers
 
     def _allocate_data(self) -> int:
         if self._free_data:
