@@ -5,6 +5,7 @@ They take from some hundred microseconds to a second, so they are chosen rarely.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from support import btrfs_calls as calls
 from support.btrfs_operations import opened
 from support.btrfs_work import Operation, Workload
-from support.loops import call
 
 OPERATIONS: dict[str, tuple[float, Operation]] = {}
 """What needs nothing but the subvolume."""
@@ -61,7 +61,12 @@ def defragment_all(work: Workload) -> None:
 @upkeep(0.04, OPERATIONS)
 def balance(work: Workload) -> None:
     what = work.random.choice((["--full-balance"], ["-d"], ["-m"], ["-dusage=80"], ["-musage=80"]))
-    call("btrfs", "balance", "start", "--force", *what, work.root)
+    argv = ["btrfs", "balance", "start", "--force", *what, work.root]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    if "No space left" in done.stderr:
+        # A small filesystem that is nearly full has nowhere to move blocks to.
+        raise OSError(errno.ENOSPC, done.stderr)
+    assert done.returncode == 0, (argv, done.stderr)
 
 
 @upkeep(0.3, OPERATIONS)
