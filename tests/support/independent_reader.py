@@ -1,0 +1,305 @@
+"""Reads a blocksnap repository without blocksnap: written from docs/design.md, section 3, and nothing else.
+
+It proves that the document is enough, and it is what to reach for when blocksnap itself is gone:
+
+    python independent_reader.py REPOSITORY                     list the backups
+    python independent_reader.py REPOSITORY BACKUP OUT          restore one to a sparse file
+    python independent_reader.py REPOSITORY BACKUP OUT mapped   write its set of mapped units
+    python independent_reader.py REPOSITORY verify              read and prove every byte
+
+BACKUP is an id or the beginning of one; the passphrase is taken from BLOCKSNAP_PASSPHRASE. It needs the
+packages blake3, cryptography and zstandard, takes nothing on trust, and keeps the index in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import zstandard
+from blake3 import blake3
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+DATA, NODE, ATTACHMENT, CONFIG, KEY, MANIFEST, WRITER, FOOTER = 1, 2, 3, 16, 17, 18, 19, 20
+FRAME, OVERHEAD, MOST = struct.Struct("<4sBBBBII32s24s"), 72 + 16, 64 << 20
+HOLE, ZERO = "hole", "zero"
+FEATURES: frozenset[str] = frozenset()
+
+
+class DamagedError(Exception):
+    """A stored thing is not what the document says it is."""
+
+
+class NewerError(Exception):
+    """A stored thing is of a version that this reader does not know."""
+
+
+class Row(NamedTuple):
+    """Where a frame lies."""
+
+    pack: str
+    offset: int
+    length: int
+    type: int
+
+
+def require(truth: bool, what: str) -> None:
+    """Like assert, which -O removes."""
+    if not truth:
+        raise DamagedError(what)
+
+
+def derive(key: bytes, purpose: str) -> bytes:
+    return blake3(key, derive_key_context=f"blocksnap 2026-11 v1 {purpose}").digest()
+
+
+class Keys:
+    """What names, opens and checks (3.3); without a master key, that of a repository without encryption."""
+
+    def __init__(self, repository_id: bytes, master: bytes | None) -> None:
+        self.repository_id, self.encrypted = repository_id, master is not None
+        zero = bytes(32)
+        self.id_key, self.data_key, self.meta_key = (
+            derive(master, f"{name} key") if master else zero for name in ("id", "data", "meta")
+        )
+        self.index_key = derive(self.meta_key, "index key")
+
+    def open(self, frame: bytes, type_: int, what: str, id_: bytes | None = None) -> bytes:
+        """Open a frame that has to be all of ``frame`` (3.2)."""
+        require(len(frame) >= OVERHEAD, f"{what}: cut short")
+        magic, kind, codec, cipher, zero, payload, length, id_here, salt = FRAME.unpack_from(frame)
+        require(magic == b"BSF1" and zero == 0, f"{what}: no frame")
+        if kind not in (1, 2, 3, 16, 17, 18, 19, 20) or codec > 1 or cipher > 1:
+            raise NewerError(f"{what}: frame of type {kind}, codec {codec}, cipher {cipher}")
+        require(kind == type_ and id_ in (None, id_here), f"{what}: another frame")
+        require(cipher == int(self.encrypted), f"{what}: sealed in another way")
+        require(payload + OVERHEAD == len(frame) and length <= MOST, f"{what}: wrong length")
+        header, body = frame[:72], frame[72:]
+        if cipher:
+            key = blake3(salt + id_here, key=self.data_key if kind == DATA else self.meta_key).digest()
+            try:
+                plain = AESGCM(key).decrypt(bytes(12), body, self.repository_id + header)
+            except InvalidTag as err:
+                raise DamagedError(f"{what}: not authentic") from err
+        else:
+            plain, tag = body[:-16], body[-16:]
+            require(blake3(self.repository_id + header + plain).digest(16) == tag, f"{what}: wrong checksum")
+        if codec == 1:
+            try:
+                require(zstandard.frame_content_size(plain) == length, f"{what}: wrong content size")
+                plain = zstandard.ZstdDecompressor().decompress(plain)
+            except zstandard.ZstdError as err:
+                raise DamagedError(f"{what}: {err}") from err
+        require(len(plain) == length, f"{what}: wrong content size")
+        id_key = derive(self.id_key, f"id of type {kind}")
+        require(blake3(plain, key=id_key).digest() == id_here, f"{what}: not what its id names")
+        return plain
+
+
+def document(plain: bytes, what: str) -> dict[str, Any]:
+    """Parse a document; one of a later format is not damaged (3.7)."""
+    try:
+        found = json.loads(plain)
+    except ValueError as err:
+        raise DamagedError(f"{what}: no JSON") from err
+    require(isinstance(found, dict) and isinstance(found.get("format"), int), f"{what}: no document")
+    if found["format"] > 1:
+        raise NewerError(f"{what}: format {found['format']}")
+    return dict(found)
+
+
+class Repository:
+    """A repository that lies in a directory."""
+
+    def __init__(self, place: str | Path, passphrase: bytes | None = None) -> None:
+        self.place = Path(place)
+        public = Keys(bytes(16), None)
+        stored = self.read("config")
+        self.config = document(public.open(stored, CONFIG, "config"), "config")
+        if unknown := set(self.config["features"]["read"]) - FEATURES:
+            raise NewerError(f"reading needs {sorted(unknown)}")
+        master = None
+        if self.config["encryption"] != "none":
+            require(self.config["encryption"] == "aes-256-gcm", "config: unknown encryption")
+            master = self._master(public, passphrase or b"", blake3(stored).hexdigest())
+        self.keys = Keys(bytes.fromhex(self.config["id"]), master)
+        # Manifests before the index: what they lead to was listed before they came to be (3.8).
+        self._manifests = [(name, self.read(name)) for name in self.names("manifests")]
+        self.rows = {id_: row for name in self.names("index") for id_, row in self.segment(name)}
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.place / name).read_bytes()
+        except OSError as err:
+            raise DamagedError(f"{name}: {err.strerror}") from err
+
+    def names(self, folder: str) -> list[str]:
+        found = (path for path in (self.place / folder).rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.place)) for path in found)
+
+    def _master(self, public: Keys, passphrase: bytes, config_hash: str) -> bytes:
+        for name in self.names("keys"):
+            key = document(public.open(self.read(name), KEY, name), name)
+            kdf, salt = key["kdf"], bytes.fromhex(key["kdf"]["salt"])
+            cost = {"iterations": kdf["passes"], "lanes": kdf["lanes"], "memory_cost": kdf["memory_kib"]}
+            wrapping = Argon2id(salt=salt, length=32, **cost).derive(passphrase)
+            try:
+                unwrapped = AESGCM(wrapping).decrypt(bytes(12), bytes.fromhex(key["wrapped"]), salt)
+            except InvalidTag:
+                continue
+            material = json.loads(unwrapped)
+            require(material["config"] == config_hash, "config: not the one the repository was made with")
+            return bytes.fromhex(material["master"])
+        raise DamagedError("the passphrase opens no key")
+
+    def segment(self, name: str) -> Iterator[tuple[bytes, Row]]:
+        """Check an index segment and yield its rows (3.6)."""
+        data = self.read(name)
+        require(len(data) >= 64, f"{name}: cut short")
+        magic, version, rows, packs, row_size, _ = struct.unpack_from("<8sIIIIQ", data)
+        require(magic == b"BSINDEX1", f"{name}: no index segment")
+        if version != 1:
+            raise NewerError(f"{name}: version {version}")
+        table, end = 32 + rows * 44, 32 + rows * 44 + packs * 56
+        require(row_size == 44 and end + 32 == len(data), f"{name}: wrong length")
+        require(blake3(data[:end], key=self.keys.index_key).digest() == data[end:], f"{name}: wrong checksum")
+        listed = []
+        for writer, hash_, size in struct.iter_unpack("<16s32sQ", data[table:end]):
+            listed.append(f"packs/{hash_.hex()[:2]}/{writer.hex()}-{hash_.hex()}")
+            found = self.place / listed[-1]
+            require(found.is_file() and found.stat().st_size == size, f"{listed[-1]}: missing or cut")
+        before = b""
+        for id_, ordinal, offset, packed in struct.iter_unpack("<32sIII", data[32:table]):
+            require(before <= id_ and ordinal < packs, f"{name}: a row makes no sense")
+            before = id_
+            yield id_, Row(listed[ordinal], offset, packed & 0xFFFFFF, packed >> 24)
+
+    def backups(self) -> list[dict[str, Any]]:
+        """Return the backups of all runs, oldest first; a fence has none (3.7)."""
+        found = []
+        for name, stored in self._manifests:
+            manifest = document(self.keys.open(stored, MANIFEST, name), name)
+            require(f"manifests/{manifest['writer']}" == name, f"{name}: another run's")
+            for number, backup in enumerate(manifest.get("backups", ())):
+                seed = bytes.fromhex(manifest["writer"]) + struct.pack("<I", number)
+                require(backup["id"] == blake3(seed).hexdigest()[:32], f"{name}: a wrong id")
+                found.append(backup)
+        return sorted(found, key=lambda backup: backup["time"])
+
+    def blob(self, type_: int, id_: bytes) -> bytes:
+        """Return a chunk, node or attachment."""
+        row = self.rows.get(id_)
+        require(row is not None and row.type == type_, f"{id_.hex()[:16]}: in no pack")
+        with (self.place / row.pack).open("rb") as file:
+            file.seek(row.offset)
+            return self.keys.open(file.read(row.length), type_, f"{row.pack} at {row.offset}", id_)
+
+    def entries(self, root: dict[str, Any], count: int) -> Iterator[tuple[int, int, str | bytes]]:
+        """Yield (first chunk, number of chunks, hole, zero or id) of a map, in order (3.4)."""
+        levels = next(n for n in range(1, 64) if 64**n >= count)
+        require(root["levels"] == levels, "a map has another number of levels than its chunks ask for")
+        entry = root["root"] if root["root"] in (HOLE, ZERO) else bytes.fromhex(root["root"])
+        yield from self._below(entry, levels, 0, count)
+
+    def _below(
+        self, entry: str | bytes, level: int, at: int, count: int
+    ) -> Iterator[tuple[int, int, str | bytes]]:
+        if at >= count:
+            require(entry == HOLE, "a map goes on beyond its end")
+        elif level == 0 or isinstance(entry, str):
+            yield at, min(64**level, count - at), entry
+        else:
+            for slot, child in enumerate(self._node(entry, level - 1)):
+                yield from self._below(child, level - 1, at + slot * 64 ** (level - 1), count)
+
+    def _node(self, id_: bytes, level: int) -> list[str | bytes]:
+        plain, what = self.blob(NODE, id_), f"node {id_.hex()[:16]}"
+        require(len(plain) >= 72, f"{what}: cut short")
+        found_level, version, ids, zero = struct.unpack_from("<BBHI", plain)
+        if version != 1:
+            raise NewerError(f"{what}: version {version}")
+        kinds, body = plain[8:72], plain[72:]
+        require((found_level, zero, max(kinds) <= 2) == (level, 0, True), f"{what}: of another level")
+        require(kinds.count(2) == ids and len(body) == ids * 32, f"{what}: contradicts itself")
+        require(kinds not in (bytes(64), b"\1" * 64), f"{what}: should not have been stored")
+        rest = iter(body[at : at + 32] for at in range(0, len(body), 32))
+        return [next(rest) if kind == 2 else (HOLE, ZERO)[kind] for kind in kinds]
+
+    def restore(self, backup: dict[str, Any], out: str | Path) -> None:
+        """Write the volume to a new sparse file."""
+        size, chunk = backup["size"], backup["chunk_size"]
+        with Path(out).open("xb") as file:
+            for first, _, entry in self.entries(backup["map"], -(-size // chunk)):
+                if isinstance(entry, bytes):
+                    plain = self.blob(DATA, entry)
+                    require(len(plain) == min(chunk, size - first * chunk), f"chunk {first}: wrong length")
+                    file.seek(first * chunk)
+                    file.write(plain)
+            file.truncate(size)
+
+    def mapped(self, backup: dict[str, Any]) -> bytes | None:
+        """Return the bitmap of mapped units, if one was stored (3.7)."""
+        record = backup["mapped"]
+        if record is None:
+            return None
+        pages = []
+        for _, count, entry in self.entries(record["map"], max(-(-record["length"] // 4096), 1)):
+            pages.append(self.blob(ATTACHMENT, entry) if isinstance(entry, bytes) else bytes(4096) * count)
+            require(len(pages[-1]) == 4096 * count, "a page of a mapped set has another length")
+        return b"".join(pages)[: record["length"]]
+
+    def verify(self) -> int:
+        """Prove every pack, frame and writer record (3.5); return the number of frames."""
+        for name in self.names("writers"):
+            record = document(self.keys.open(self.read(name), WRITER, name), name)
+            require(f"writers/{record['writer']}.{record['sequence']}" == name, f"{name}: another run's")
+        frames = {row for name in self.names("packs") for row in self._pack(name)}
+        require(set(self.rows.items()) <= frames, "the index lists a frame that its pack does not have")
+        return len(frames)
+
+    def _pack(self, name: str) -> Iterator[tuple[bytes, Row]]:
+        data, (writer, _, hash_) = self.read(name), name.rpartition("/")[2].partition("-")
+        require(blake3(data).hexdigest() == hash_ and name.split("/")[1] == hash_[:2], f"{name}: wrong hash")
+        magic, version, zero, repository, author, _ = struct.unpack_from("<8sII16s16s16s", data)
+        require((magic, zero, author.hex()) == (b"BSPACK1\0", 0, writer), f"{name}: no pack")
+        if version != 1:
+            raise NewerError(f"{name}: version {version}")
+        require(repository == self.keys.repository_id, f"{name}: of another repository")
+        footer, length, end = struct.unpack("<QI4s", data[-16:])
+        require(end == b"BSPT" and footer + length + 16 == len(data), f"{name}: wrong trailer")
+        table, at = self.keys.open(data[footer:-16], FOOTER, f"footer of {name}"), 64
+        for id_, offset, size, plain, type_, zeros in struct.iter_unpack("<32sIIIB3s", table):
+            require((offset, zeros) == (at, bytes(3)), f"{name}: its frames do not follow one another")
+            at += size
+            found = self.keys.open(data[offset:at], type_, f"{name} at {offset}", id_)
+            require(len(found) == plain, f"{name} at {offset}: wrong content size")
+            yield id_, Row(name, offset, size, type_)
+        require(at == footer, f"{name}: its frames do not follow one another")
+
+
+def main(place: str, *words: str) -> None:
+    repository = Repository(place, os.environb.get(b"BLOCKSNAP_PASSPHRASE"))
+    if words == ("verify",):
+        print(f"{repository.verify()} frames are sound")
+        return
+    for backup in repository.backups():
+        if not words:
+            print(backup["id"], backup["time"], backup["size"], backup["volume"]["name"])
+        elif backup["id"].startswith(words[0]):
+            if words[2:] == ("mapped",):
+                Path(words[1]).write_bytes(repository.mapped(backup) or b"")
+            else:
+                repository.restore(backup, words[1])
+            return
+    require(not words, f"there is no backup {words[:1]}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
