@@ -13,7 +13,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin soak-xfs soak-btrfs
+.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin soak-xfs soak-btrfs soak-tamper
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -56,6 +56,9 @@ soak-xfs: bootstrap ## 2,100 rounds of everything that happens to files, against
 soak-thin: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=40 -- $(PYTEST) --timeout 7000 \
 		tests/lvm/test_thin_histories.py tests/lvm/test_thin_metadata.py -k 'random_histories or lock_free'
+
+soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
+	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/unit/repository/test_tampering.py
 
 vagrant-test: bootstrap-vagrant ## bring a Vagrant VM up, run the LVM and btrfs tests in it, destroy it
 	vagrant/vagrant-test.sh

@@ -138,19 +138,30 @@ class Checker:
         self._try("config", lambda: open_public(backend, "config", FrameType.CONFIG, Config))
         for info in backend.list("keys/"):
             self._try(info.name, partial(open_public, backend, info.name, FrameType.KEY, Key))
-        for info in backend.list("writers/"):
-            self._try(
-                info.name, partial(self._repository.read_document, info.name, FrameType.WRITER, WriterRecord)
-            )
+        self._writers()
         known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/")
         for info in backend.list(""):
             if info.name != "config" and not info.name.startswith(known):
                 self.result.garbage(info.name, "it is no part of a repository")
 
-    def _writer_record(self, name: str) -> None:
+    def _writers(self) -> None:
+        backend = self._repository.backend
+        records = [info.name for info in backend.list("writers/")]
+        # Listed after the records, or a run that commits meanwhile would seem not to have.
+        ended = {info.name.removeprefix("manifests/") for info in backend.list("manifests/")}
+        for name in sorted(records):
+            self._try(name, partial(self._writer_record, name, ended))
+
+    def _writer_record(self, name: str, ended: set[str]) -> None:
         record = self._repository.read_document(name, FrameType.WRITER, WriterRecord)
         if name != f"writers/{record.writer}.{record.sequence}":
             raise DamagedObjectError(name, "it is another run's record")
+        if record.sequence == 0 and record.writer not in ended:
+            self.result.garbage(
+                name,
+                f"the run of {record.hostname} that began at {record.time:%Y-%m-%d %H:%M:%S %Z} has no "
+                "manifest: it is at work, was interrupted, or somebody has removed the manifest",
+            )
 
     def _load_segments(self) -> None:
         for info in self._repository.backend.list("index/"):

@@ -57,8 +57,11 @@ class KeyRing:
 
     @cached_property
     def index_key(self) -> bytes:
-        """Key of the checksum at the end of an index segment."""
-        return _derive("index key", self.meta_key)
+        """Key of the checksum at the end of an index segment.
+
+        The repository's id is in it because without encryption ``meta_key`` is the same everywhere.
+        """
+        return _derive("index key", self.meta_key + self.repository_id)
 
     def identify(self, kind: int, plain: bytes | memoryview) -> bytes:
         """Return the 32-byte id of a blob: keyed BLAKE3, with a key for each type."""

@@ -69,7 +69,7 @@ class Keys:
         self.id_key, self.data_key, self.meta_key = (
             derive(master, f"{name} key") if master else zero for name in ("id", "data", "meta")
         )
-        self.index_key = derive(self.meta_key, "index key")
+        self.index_key = derive(self.meta_key + repository_id, "index key")
 
     def open(self, frame: bytes, type_: int, what: str, id_: bytes | None = None) -> bytes:
         """Open a frame that has to be all of ``frame`` (3.2)."""
