@@ -6,7 +6,7 @@ import re
 
 import click
 
-from blocksnap.cli.context import Settings, common_options
+from blocksnap.cli.context import EXIT_WARNINGS, Settings, common_options
 from blocksnap.cli.output import format_size, format_time, print_facts, print_json, print_table
 from blocksnap.errors import PassphraseError, UsageError
 
@@ -169,8 +169,8 @@ def check_command(settings: Settings, *, read_data: bool) -> None:
         )
     elif settings.verbosity < 0:
         for finding in result.findings:
-            if finding.severity == "damage":
-                click.echo(f"damage: {finding.object}: {finding.message}", err=True)
+            if finding.severity != "garbage":
+                click.echo(f"{finding.severity}: {finding.object}: {finding.message}", err=True)
     else:
         looked = (
             f"{result.backups} backups, {result.nodes} nodes, {result.chunks} chunks, {result.packs} packs"
@@ -179,3 +179,5 @@ def check_command(settings: Settings, *, read_data: bool) -> None:
         click.echo(f"{'DAMAGED' if result.damaged else 'sound'}: {looked}{read}")
     if result.damaged:
         click.get_current_context().exit(EXIT_DAMAGE)
+    if not result.complete:
+        click.get_current_context().exit(EXIT_WARNINGS)

@@ -225,7 +225,8 @@ def verify_command(settings: Settings, *, backup: str, volume: str | None) -> No
             click.echo(f"backup {stored.backup.id[:8]} of {stored.backup.volume.name}: {what}")
     if any(isinstance(problem, DamageError) for problem in problems):
         code = DamageError.exit_code
-    click.get_current_context().exit(code)
+    if code:
+        click.get_current_context().exit(code)
 
 
 def _repository_named(settings: Settings) -> bool:

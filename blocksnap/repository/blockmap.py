@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
-from blocksnap.repository.errors import DamagedObjectError
+from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 
 FANOUT = 64
 HOLE = b"\x00"
@@ -66,7 +66,12 @@ def encode_node(level: int, entries: list[Entry]) -> bytes:
 
 
 def decode_node(plain: bytes | memoryview, *, level: int, where: str) -> list[Entry]:
-    """Return a node's 64 entries; raises DamagedObjectError when it is not a node of this level."""
+    """Return a node's 64 entries.
+
+    Raises DamagedObjectError when it is not a node of this level, NewerFormatError for a later version.
+    """
+    if len(plain) >= 2 and plain[1] > 1:
+        raise NewerFormatError(where, f"map nodes of version {plain[1]}")
     if len(plain) < _HEADER.size + FANOUT:
         raise DamagedObjectError(where, "the map node is too short")
     found_level, version, ids, zero = _HEADER.unpack_from(plain)

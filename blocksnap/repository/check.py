@@ -17,7 +17,7 @@ from blake3 import blake3
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
 from blocksnap.repository.documents import Config, Key, Root, WriterRecord
-from blocksnap.repository.errors import DamagedObjectError
+from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment
 from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, frame_at, read_footer
@@ -30,7 +30,7 @@ _BLOCK = 5 << 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong (``damage``), or merely of no use (``garbage``)."""
+    """One thing that is wrong (``damage``), of no use (``garbage``), or of a later version (``newer``)."""
 
     severity: str
     object: str
@@ -54,9 +54,18 @@ class CheckResult:
         """Whether anything is wrong."""
         return any(finding.severity == "damage" for finding in self.findings)
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything could be looked at: what a later version wrote could not."""
+        return all(finding.severity != "newer" for finding in self.findings)
+
     def damage(self, name: str, message: str) -> None:
         """Note damage."""
         self.findings.append(Finding("damage", name, message))
+
+    def trouble(self, name: str, err: BlocksnapError) -> None:
+        """Note what an error says: damage, unless it is only this version that is too old."""
+        self.findings.append(_finding(name, err))
 
     def garbage(self, name: str, message: str) -> None:
         """Note something that no backup needs."""
@@ -79,7 +88,8 @@ class Checker:
         self.result = CheckResult()
 
     def check_structure(self) -> None:
-        """Look at everything but the data."""
+        """Look at everything but the data; raises NewerFormatError where this version cannot check."""
+        self._repository.require("check")
         # Manifests first: what they need was stored before them, so what is listed later holds it.
         self._listed = list(self._backups())
         self._documents()
@@ -125,7 +135,7 @@ class Checker:
             try:
                 manifest = self._repository.load_manifest(info.name)
             except BlocksnapError as err:
-                self.result.damage(info.name, err.brief)
+                self.result.trouble(info.name, err)
                 continue
             if manifest is None:
                 continue
@@ -142,7 +152,7 @@ class Checker:
         known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/")
         for info in backend.list(""):
             if info.name != "config" and not info.name.startswith(known):
-                self.result.garbage(info.name, "it is no part of a repository")
+                self.result.garbage(info.name, "it is no part of a repository that this version knows")
 
     def _writers(self) -> None:
         backend = self._repository.backend
@@ -169,7 +179,7 @@ class Checker:
                 self._segments.append(self._repository.open_segment(info.name))
             except BlocksnapError as err:
                 self._whole_index = False
-                self.result.damage(info.name, err.brief)
+                self.result.trouble(info.name, err)
         if not self._whole_index:
             # Readers find what a damaged segment listed in the packs' own tables, and so does this.
             self._segments = list(self._repository.index.segments)
@@ -193,9 +203,12 @@ class Checker:
         reader = MapReader(self._repository.load_node)
         for stored in backups:
             backup = stored.backup
-            self._walk(reader, self._root(backup.map), FrameType.DATA, seen)
-            if backup.mapped:
-                self._walk(reader, self._root(backup.mapped.map), FrameType.ATTACHMENT, seen)
+            try:
+                self._walk(reader, self._root(backup.map), FrameType.DATA, seen)
+                if backup.mapped:
+                    self._walk(reader, self._root(backup.mapped.map), FrameType.ATTACHMENT, seen)
+            except NewerFormatError as err:
+                self.result.trouble(f"backup {backup.id[:8]} of {backup.volume.name}", err)
 
     def _walk(self, reader: MapReader, root: MapRoot, leaf: FrameType, seen: set[bytes]) -> None:
         def note(id_: bytes, err: DamageError) -> None:
@@ -210,7 +223,7 @@ class Checker:
             if self._find(id_) != leaf:
                 self.result.bad_ids.add(id_)
 
-    def _find(self, id_: bytes) -> FrameType | None:
+    def _find(self, id_: bytes) -> int | None:
         for segment in reversed(self._segments):
             found = segment.find(id_)
             if found is not None and found.pack.name in self._sizes:
@@ -226,15 +239,18 @@ class Checker:
             return [Finding("garbage", name, "its name is not that of a pack")], bad
         size = self._sizes[name]
         buffer = memoryview(bytearray(_BLOCK))
+        whole = False
         try:
-            if self._hash_pack(name, size, buffer) != pack.hash:
+            whole = self._hash_pack(name, size, buffer) == pack.hash
+            if not whole:
                 findings.append(Finding("damage", name, "its bytes do not have the hash in its name"))
             self._repository.read_range(name, 0, buffer[: HEADER.size])
             check_header(bytes(buffer[: HEADER.size]), pack, self._repository.keys.repository_id)
             for row in read_footer(self._repository.backend, self._repository.keys, name, size):
                 self._read_frame(row, name, buffer, findings, bad)
         except BlocksnapError as err:
-            findings.append(Finding("damage", name, err.brief))
+            # What does not have its hash is not believed to be of a later version.
+            findings.append(_finding(name, err) if whole else Finding("damage", name, err.brief))
         self._advance(size)
         return findings, bad
 
@@ -260,14 +276,20 @@ class Checker:
                 frame, where=f"frame at {row.offset} of {name}", kind=row.type, id_=row.id
             )
         except DamageError as err:
-            findings.append(Finding("damage", name, err.brief))
+            findings.append(_finding(name, err))
             bad.add(row.id)
+        except NewerFormatError as err:
+            findings.append(_finding(name, err))
 
     def _try(self, name: str, read: Callable[[], object]) -> None:
         try:
             read()
         except BlocksnapError as err:
-            self.result.damage(name, err.brief)
+            self.result.trouble(name, err)
+
+
+def _finding(name: str, err: BlocksnapError) -> Finding:
+    return Finding("newer" if isinstance(err, NewerFormatError) else "damage", name, err.brief)
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 FORMAT_VERSION = 1
 FEATURES: frozenset[str] = frozenset()
-"""Mandatory features that this version knows."""
+"""Features that this version knows."""
+Operation = Literal["read", "write", "gc", "check"]
+"""What a repository may need features for."""
 
 Hex16 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -31,7 +33,7 @@ class Document(BaseModel):
 
 
 class Features(Document):
-    """Names a program has to know before it may do each of these."""
+    """Names a program has to know before it may do each of these; whatever it does, it has to read."""
 
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()

@@ -51,12 +51,13 @@ class RepositoryExistsError(UsageError):
 
 
 class NewerFormatError(BlocksnapError):
-    """The repository was written by a later version."""
+    """A repository or an object in it was written by a later version, and is not damaged."""
 
-    def __init__(self, place: str, needs: str) -> None:
+    def __init__(self, what: str, needs: str) -> None:
+        self.what = what
         self.needs = needs
         super().__init__(
-            f"repository {place} needs a newer blocksnap: {needs}",
+            f"{what} needs a newer blocksnap: {needs}",
             resolution="upgrade blocksnap on this host; nothing was changed",
         )
 

@@ -22,7 +22,7 @@ from itertools import count
 
 from blake3 import blake3
 
-from blocksnap.repository.errors import DamagedObjectError
+from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.keys import KeyRing
 
 MAGIC = b"BSF1"
@@ -53,11 +53,14 @@ class FrameType(IntEnum):
     FOOTER = 20
 
 
+_TYPES = frozenset(FrameType)
+
+
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
-    """The parsed header of a frame."""
+    """The parsed header of a frame; its type and codec may be ones that only a later version knows."""
 
-    type: FrameType
+    type: int
     codec: int
     cipher: int
     payload_length: int
@@ -78,12 +81,9 @@ class FrameHeader:
         magic, kind, codec, cipher, zero, payload, plain, id_, salt = HEADER.unpack_from(data)
         if magic != MAGIC or zero:
             raise DamagedObjectError(where, "no frame begins there")
-        if codec > CODEC_ZSTD or cipher > CIPHER_AES_256_GCM or payload > MAX_PLAIN or plain > MAX_PLAIN:
+        if cipher > CIPHER_AES_256_GCM or payload > MAX_PLAIN or plain > MAX_PLAIN:
             raise DamagedObjectError(where, "the frame's header makes no sense")
-        try:
-            return cls(FrameType(kind), codec, cipher, payload, plain, id_, salt)
-        except ValueError as err:
-            raise DamagedObjectError(where, f"unknown frame type {kind}") from err
+        return cls(kind, codec, cipher, payload, plain, id_, salt)
 
 
 class Sealer:
@@ -161,11 +161,12 @@ class Opener:
         self._scratch = bytearray(1 << 18)
 
     def open(
-        self, frame: memoryview, *, where: str, kind: FrameType | None = None, id_: bytes | None = None
+        self, frame: memoryview, *, where: str, kind: int | None = None, id_: bytes | None = None
     ) -> bytes | memoryview:
         """Return the plaintext of a frame, of the type and with the id that were expected.
 
-        The result may be a view of a buffer that the next call overwrites. Raises DamagedObjectError.
+        The result may be a view of a buffer that the next call overwrites. Raises DamagedObjectError, and
+        NewerFormatError for a frame of an unknown type or codec that is authentic.
         """
         header = FrameHeader.parse(frame, where=where)
         if len(frame) < header.frame_length:
@@ -175,7 +176,13 @@ class Opener:
         # A frame without encryption in an encrypted repository is a forgery.
         if header.cipher != (CIPHER_AES_256_GCM if self._keys.encrypted else CIPHER_NONE):
             raise DamagedObjectError(where, "the frame is not sealed the way this repository is")
-        plain = self._decompress(header, self._unseal(header, frame, where), where)
+        body = self._unseal(header, frame, where)
+        # Only now is it sure that these bytes were meant to be what they are.
+        if header.type not in _TYPES:
+            raise NewerFormatError(where, f"frames of type {header.type}")
+        if header.codec > CODEC_ZSTD:
+            raise NewerFormatError(where, f"codec {header.codec}")
+        plain = self._decompress(header, body, where)
         if len(plain) != header.plain_length:
             raise DamagedObjectError(where, "the content has another length than it should have")
         if self._keys.identify(header.type, plain) != header.id:

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from blocksnap.repository.errors import DamagedObjectError
-from blocksnap.repository.frame import FrameType
+from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.pack import PackId, SealedPack
 
 MAGIC = b"BSINDEX1"
@@ -41,7 +40,7 @@ class Location:
     pack: PackId
     offset: int
     length: int
-    type: FrameType
+    type: int
 
 
 def segment_name(epoch: int, writer: bytes, number: int) -> str:
@@ -71,18 +70,21 @@ class Segment:
     """One segment, as bytes or mapped."""
 
     def __init__(self, data: memoryview, *, name: str, index_key: bytes) -> None:
-        """Check the segment whole; raises DamagedObjectError."""
+        """Check the segment whole; raises DamagedObjectError, NewerFormatError."""
         self.name = name
         if len(data) < HEADER.size + CHECK_SIZE:
             raise DamagedObjectError(name, "cut short")
         magic, version, rows, packs, row_size, zero = HEADER.unpack_from(data)
-        if (magic, version, row_size, zero) != (MAGIC, 1, ROW.size, 0):
+        if magic != MAGIC:
             raise DamagedObjectError(name, "it is not an index segment")
-        end = HEADER.size + rows * ROW.size + packs * PACK.size
-        if end + CHECK_SIZE != len(data):
-            raise DamagedObjectError(name, "it has the wrong length")
-        if blake3(data[:end], key=index_key).digest() != data[end:]:
+        # In every version a segment ends with the checksum of what comes before.
+        if blake3(data[:-CHECK_SIZE], key=index_key).digest() != data[-CHECK_SIZE:]:
             raise DamagedObjectError(name, "its checksum is wrong")
+        if version != 1:
+            raise NewerFormatError(name, f"index segments of version {version}")
+        end = HEADER.size + rows * ROW.size + packs * PACK.size
+        if (row_size, zero) != (ROW.size, 0) or end + CHECK_SIZE != len(data):
+            raise DamagedObjectError(name, "it contradicts itself")
         self._rows: memoryview = data[HEADER.size : HEADER.size + rows * ROW.size]
         self._count: int = rows
         self._absent: frozenset[int] = frozenset()
@@ -127,8 +129,8 @@ class Segment:
         if ordinal in self._absent:
             return None
         try:
-            return Location(self.packs[ordinal][0], offset, packed & MAX_FRAME, FrameType(packed >> 24))
-        except (IndexError, ValueError) as err:
+            return Location(self.packs[ordinal][0], offset, packed & MAX_FRAME, packed >> 24)
+        except IndexError as err:
             raise DamagedObjectError(self.name, "a row points nowhere") from err
 
 

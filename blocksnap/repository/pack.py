@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from blocksnap.backends.base import Backend
-from blocksnap.repository.errors import DamagedObjectError
+from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import HEADER as FRAME_HEADER
 from blocksnap.repository.frame import FrameHeader, FrameType, Opener, Sealer
 from blocksnap.repository.keys import KeyRing
@@ -58,13 +58,13 @@ class PackId:
 
 @dataclass(frozen=True, slots=True)
 class PackRow:
-    """Where one frame lies in a pack."""
+    """Where one frame lies in a pack; its type may be one that only a later version knows."""
 
     id: bytes
     offset: int
     length: int
     plain_length: int
-    type: FrameType
+    type: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +148,7 @@ def _parse_rows(table: bytes | memoryview, name: str, *, limit: int) -> Iterator
     for id_, offset, length, plain, kind, _ in ROW.iter_unpack(table):
         if offset < HEADER.size or length < FRAME_HEADER.size or offset + length > limit:
             raise DamagedObjectError(name, "its table points outside")
-        try:
-            yield PackRow(id_, offset, length, plain, FrameType(kind))
-        except ValueError as err:
-            raise DamagedObjectError(name, f"unknown frame type {kind}") from err
+        yield PackRow(id_, offset, length, plain, kind)
 
 
 def _read(backend: Backend, name: str, offset: int, buffer: memoryview) -> None:
@@ -162,11 +159,16 @@ def _read(backend: Backend, name: str, offset: int, buffer: memoryview) -> None:
 
 
 def check_header(header: bytes, pack: PackId, repository_id: bytes) -> None:
-    """Raise DamagedObjectError unless these 64 bytes begin this pack of this repository."""
+    """Raise DamagedObjectError unless these 64 bytes begin this pack of this repository.
+
+    Raises NewerFormatError for a later version: call it when the pack's hash has been found right.
+    """
     if len(header) < HEADER.size:
         raise DamagedObjectError(pack.name, "cut short")
     magic, version, zero, repository, writer, _ = HEADER.unpack(header)
-    if (magic, version, zero, repository, writer) != (MAGIC, 1, 0, repository_id, pack.writer):
+    if magic == MAGIC and version != 1:
+        raise NewerFormatError(pack.name, f"packs of version {version}")
+    if (magic, zero, repository, writer) != (MAGIC, 0, repository_id, pack.writer):
         raise DamagedObjectError(pack.name, "its header is not that of this pack")
 
 

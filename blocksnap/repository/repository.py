@@ -20,9 +20,9 @@ from pydantic import BaseModel, ValidationError
 
 from blocksnap.backends.base import Backend
 from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
-from blocksnap.errors import DamageError
+from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository import documents
-from blocksnap.repository.documents import Backup, Config, Fence, Kdf, Key, KeyMaterial, Manifest
+from blocksnap.repository.documents import Backup, Config, Fence, Kdf, Key, KeyMaterial, Manifest, Operation
 from blocksnap.repository.errors import (
     DamagedObjectError,
     MissingChunkError,
@@ -73,8 +73,8 @@ class Repository:
         self.keys = keys
         self._index: Index | None = None
         self._refreshed = 0.0
-        self.damage: list[DamageError] = []
-        """What was found damaged and could be passed over; commands warn of it."""
+        self.damage: list[BlocksnapError] = []
+        """What was found damaged, or too new, and could be passed over; commands warn of it."""
         self.bad_ids: set[bytes] = set()
         """Blobs that could not be read; a writer stores them anew when it meets their content."""
         self._thread = threading.local()
@@ -129,7 +129,7 @@ class Repository:
         except ObjectMissingError as err:
             raise NotARepositoryError(backend.place) from err
         config = _open_document(_PUBLIC, stored, "config", FrameType.CONFIG, Config)
-        _require_known(backend.place, config)
+        _require_features(backend.place, config, "read")
         repository_id = bytes.fromhex(config.id)
         if config.encryption == "none":
             return cls(backend, config, KeyRing.plain(repository_id))
@@ -138,6 +138,10 @@ class Repository:
             raise NoPassphraseError(backend.place)
         master = _find_master(backend, secret, blake3(stored).hexdigest())
         return cls(backend, config, KeyRing.from_master(master, repository_id=repository_id))
+
+    def require(self, operation: Operation) -> None:
+        """Raise NewerFormatError when this version must not do that to this repository."""
+        _require_features(self.backend.place, self.config, operation)
 
     @property
     def chunk_size(self) -> int:
@@ -155,7 +159,8 @@ class Repository:
     def refresh_index(self) -> None:
         """Add segments that were stored since the index was loaded.
 
-        A damaged segment is passed over, and what it listed is read from the packs' own tables.
+        A segment that is damaged or too new is passed over, and what it listed is read from the packs' own
+        tables.
         """
         index = self._index = self._index or Index()
         self._refreshed = time.monotonic()
@@ -165,7 +170,7 @@ class Repository:
             if info.name not in known:
                 try:
                     index.add(self.open_segment(info.name))
-                except DamagedObjectError as err:
+                except (DamagedObjectError, NewerFormatError) as err:
                     damaged = True
                     self._note(err)
         if damaged and _SALVAGED not in known:
@@ -180,12 +185,12 @@ class Repository:
             try:
                 rows = read_footer(self.backend, self.keys, info.name, info.size)
                 packs.append(SealedPack(PackId.parse(info.name), info.size, rows))
-            except (DamagedObjectError, ValueError):
+            except (DamagedObjectError, NewerFormatError, ValueError):
                 continue
         key = self.keys.index_key
         index.add(Segment(memoryview(encode_segment(packs, key)), name=_SALVAGED, index_key=key))
 
-    def _note(self, err: DamageError) -> None:
+    def _note(self, err: BlocksnapError) -> None:
         if all(str(known) != str(err) for known in self.damage):
             self.damage.append(err)
 
@@ -246,19 +251,19 @@ class Repository:
     def manifests(self) -> Iterator[tuple[Manifest, int]]:
         """Yield every manifest with the size of its object.
 
-        Shut-out writers' places are passed over, and so are damaged ones (``damage``).
+        Shut-out writers' places are passed over, and so is what is damaged or too new (``damage``).
         """
         for info in self.backend.list("manifests/"):
             try:
                 manifest = self.load_manifest(info.name)
-            except DamageError as err:
+            except (DamageError, NewerFormatError) as err:
                 self._note(err)
                 continue
             if manifest is not None:
                 yield manifest, info.size
 
     def load_manifest(self, name: str) -> Manifest | None:
-        """Return one manifest, or None for a fence; raises DamagedObjectError."""
+        """Return one manifest, or None for a fence; raises DamagedObjectError, NewerFormatError."""
         plain = self._open_plain(name, FrameType.MANIFEST)
         writer = name.removeprefix("manifests/")
         _require_format(plain, name)
@@ -347,13 +352,12 @@ def _to_json(document: BaseModel) -> bytes:
     return document.model_dump_json().encode()
 
 
-def _require_known(place: str, config: Config) -> None:
-    if config.format > documents.FORMAT_VERSION:
-        raise NewerFormatError(place, f"format {config.format}")
-    wanted = {*config.features.read, *config.features.write, *config.features.check}
-    unknown = sorted(wanted - documents.FEATURES)
+def _require_features(place: str, config: Config, operation: Operation) -> None:
+    needed: tuple[str, ...] = getattr(config.features, operation)
+    unknown = sorted(set(needed) - documents.FEATURES)
     if unknown:
-        raise NewerFormatError(place, f"feature {unknown[0]}")
+        doing = {"gc": "collect garbage in"}.get(operation, operation)
+        raise NewerFormatError(f"to {doing} repository {place}", f"feature {', '.join(unknown)}")
 
 
 def _put_key(backend: Backend, material: KeyMaterial, passphrase: bytes, cost: KdfCost) -> str:

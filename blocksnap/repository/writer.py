@@ -70,7 +70,11 @@ class RepositoryWriter:
     """
 
     def __init__(self, repository: Repository, *, host: str, hostname: str) -> None:
-        """Announce the run, then learn what is stored (in this order: see fencing in the design)."""
+        """Announce the run, then learn what is stored (in this order: see fencing in the design).
+
+        Raises NewerFormatError for a repository that this version must not write to.
+        """
+        repository.require("write")
         self._repository = repository
         self._host, self._hostname = host, hostname
         self.id = os.urandom(16)
@@ -87,7 +91,9 @@ class RepositoryWriter:
         self._sequence = 0
         self._announce()
         if next(iter(repository.backend.list("gc/")), None) is not None:
-            raise NewerFormatError(repository.backend.place, "garbage collection was begun there")
+            raise NewerFormatError(
+                f"repository {repository.backend.place}", "garbage collection was begun there"
+            )
         repository.refresh_index()
         # A lost pack's chunks have to be stored again, so its rows must not be believed.
         sizes = {info.name: info.size for info in repository.backend.list("packs/")}
