@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from blocksnap.cli import passphrases
 from blocksnap.cli.reporting import JsonReporter, TextReporter
-from blocksnap.errors import PassphraseError, UsageError
+from blocksnap.errors import BlocksnapError, UsageError
 
 if TYPE_CHECKING:
+    from blocksnap.backends.base import Backend
     from blocksnap.config import Configuration
     from blocksnap.repository.repository import Repository
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 DEFAULT_STATE_DIRECTORY = "/var/lib/blocksnap"
 EXIT_WARNINGS = 3
-_CREDENTIAL = "blocksnap.passphrase"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Settings:
     passphrase_file: str | None
     json: bool
     verbosity: int
+    key: str | None = None
     opened: list[Repository] = field(default_factory=list)
+    damage: list[BlocksnapError] = field(default_factory=list)
 
     @functools.cached_property
     def configuration(self) -> Configuration | None:
@@ -63,20 +65,27 @@ class Settings:
         configured = self.configuration.state_directory if self.configuration else None
         return os.environ.get("BLOCKSNAP_STATE_DIRECTORY") or configured or DEFAULT_STATE_DIRECTORY
 
-    def open_repository(self) -> Repository:
-        """Open the repository that was named."""
+    def open_backend(self) -> Backend:
+        """Open the place that was named, until the command ends."""
         from blocksnap.backends import open_backend
-        from blocksnap.repository.repository import Repository
 
         backend = open_backend(self.repository_url)
         click.get_current_context().call_on_close(backend.close)
-        repository = Repository.open(backend, self.passphrase)
+        return backend
+
+    def open_repository(self) -> Repository:
+        """Open the repository that was named."""
+        from blocksnap.repository.repository import Repository
+        from blocksnap.system.host import host_name
+
+        backend = self.open_backend()
+        repository = Repository.open(backend, self.passphrase, key=self.key or "", host=host_name())
         self.opened.append(repository)
         return repository
 
     def warn_of_damage(self) -> bool:
         """Tell on standard error what was found damaged and passed over, and whether there was any."""
-        damage = [err for repository in self.opened for err in repository.damage]
+        damage = [*self.damage, *(err for repository in self.opened for err in repository.damage)]
         for err in damage:
             click.echo(f"warning: {err.brief}", err=True)
             if err.resolution:
@@ -90,24 +99,8 @@ class Settings:
         BLOCKSNAP_PASSPHRASE_COMMAND, a systemd credential, the configuration, and at last the
         terminal.
         """
-        if self.passphrase_file:
-            return _read_secret(self.passphrase_file)
-        if "BLOCKSNAP_PASSPHRASE" in os.environ:
-            return _not_empty(os.environb[b"BLOCKSNAP_PASSPHRASE"], "BLOCKSNAP_PASSPHRASE")
-        if path := os.environ.get("BLOCKSNAP_PASSPHRASE_FILE"):
-            return _read_secret(path)
-        if command := os.environ.get("BLOCKSNAP_PASSPHRASE_COMMAND"):
-            return _ask_command(command)
-        if directory := os.environ.get("CREDENTIALS_DIRECTORY"):
-            path = f"{directory}/{_CREDENTIAL}"
-            if os.path.exists(path):
-                return _read_secret(path)
-        if self.configuration and self.configuration.passphrase_file:
-            return _read_secret(self.configuration.passphrase_file)
-        if sys.stdin.isatty():
-            asked: str = click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True)
-            return _not_empty(asked.encode(), "the passphrase")
-        return None
+        configured = self.configuration.passphrase_file if self.configuration else None
+        return passphrases.CURRENT.find(self.passphrase_file, configured=configured, confirm=confirm)
 
 
 def common_options(command: _Command) -> _Command:
@@ -117,13 +110,14 @@ def common_options(command: _Command) -> _Command:
     def wrapped(
         repo: str | None,
         passphrase_file: str | None,
+        key: str | None,
         *,
         json: bool,
         quiet: bool,
         verbose: int,
         **arguments: object,
     ) -> object:
-        settings = Settings(repo, passphrase_file, json, -1 if quiet else verbose)
+        settings = Settings(repo, passphrase_file, json, -1 if quiet else verbose, key)
         result = command(settings=settings, **arguments)
         if settings.warn_of_damage():
             click.get_current_context().exit(EXIT_WARNINGS)
@@ -140,6 +134,12 @@ def common_options(command: _Command) -> _Command:
             "BLOCKSNAP_PASSPHRASE_COMMAND or a systemd credential do as well.",
         ),
         click.option(
+            "--key",
+            envvar="BLOCKSNAP_KEY",
+            metavar="ID",
+            help="Try the passphrase on this key only, instead of one after the other.",
+        ),
+        click.option(
             "--json", is_flag=True, help="Print JSON: one document, or one event a line while running."
         ),
         click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong."),
@@ -149,35 +149,3 @@ def common_options(command: _Command) -> _Command:
     for option in reversed(options):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
-
-
-def _read_secret(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            secret = file.readline().rstrip(b"\r\n")
-    except OSError as err:
-        raise PassphraseError(f"cannot read the passphrase from {path}: {err.strerror}") from err
-    return _not_empty(secret, f"the passphrase file {path}")
-
-
-def _not_empty(secret: bytes, source: str) -> bytes:
-    if not secret:
-        raise PassphraseError(f"{source} is empty", resolution="give a passphrase that nobody guesses")
-    return secret
-
-
-def _ask_command(command: str) -> bytes:
-    import shlex
-
-    from blocksnap.system.command import run
-
-    try:
-        words = shlex.split(command)
-    except ValueError as err:
-        raise PassphraseError(f"BLOCKSNAP_PASSPHRASE_COMMAND is no command: {err}") from err
-    if not words:
-        raise PassphraseError(
-            "BLOCKSNAP_PASSPHRASE_COMMAND is blank", resolution="unset it, or name a command"
-        )
-    answer = run(*words).split("\n", 1)[0].rstrip("\r")
-    return _not_empty(answer.encode(errors="surrogateescape"), "what BLOCKSNAP_PASSPHRASE_COMMAND printed")

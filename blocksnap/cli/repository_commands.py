@@ -34,9 +34,9 @@ def init_command(settings: Settings, *, chunk_size: str, no_encryption: bool) ->
 
     It is encrypted with a passphrase. Whoever loses the passphrase loses the backups.
     """
-    from blocksnap.backends import open_backend
     from blocksnap.repository.documents import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE
     from blocksnap.repository.repository import Repository
+    from blocksnap.system.host import host_name
 
     size = parse_size(chunk_size)
     if size & (size - 1) or not MIN_CHUNK_SIZE <= size <= MAX_CHUNK_SIZE:
@@ -49,9 +49,9 @@ def init_command(settings: Settings, *, chunk_size: str, no_encryption: bool) ->
                 "a repository is encrypted, and no passphrase was given",
                 resolution="give --passphrase-file FILE or BLOCKSNAP_PASSPHRASE, or say --no-encryption",
             )
-    backend = open_backend(settings.repository_url)
-    click.get_current_context().call_on_close(backend.close)
-    repository = Repository.create(backend, chunk_size=size, passphrase=passphrase)
+    repository = Repository.create(
+        settings.open_backend(), chunk_size=size, passphrase=passphrase, host=host_name()
+    )
     config = repository.config
     if settings.json:
         print_json(
@@ -60,6 +60,7 @@ def init_command(settings: Settings, *, chunk_size: str, no_encryption: bool) ->
                 "id": config.id,
                 "chunk_size": config.chunk_size,
                 "encryption": config.encryption,
+                "key": repository.key.about.id if repository.key else None,
             }
         )
     elif settings.verbosity >= 0:

@@ -18,6 +18,7 @@ from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry, MapReader
 from blocksnap.repository.documents import Backup
+from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import restore_to_stream, restore_to_target
 from blocksnap.restore.targets import DeviceTarget, FileTarget, Target
@@ -124,9 +125,10 @@ def execute_restore(
 ) -> RestoreResult:
     """Do it.
 
-    Raises TargetError before anything is written when the target cannot take the backup, and
-    DamageError, with the volume's byte range, when the repository cannot give it.
+    Raises MissingRightError, and TargetError when the target cannot take the backup, before anything is
+    written, and DamageError, with the volume's byte range, when the repository cannot give it.
     """
+    repository.keys.require(Right.READ)
     began = time.monotonic()
     backup = plan.backup
     geometry = Geometry(backup.size, backup.chunk_size)

@@ -13,6 +13,7 @@ from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.documents import Backup
+from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import UnreadableChunkError, verify_chunks
 from blocksnap.volumes.base import Volume
@@ -37,7 +38,8 @@ class MoreDifferencesError(BlocksnapError):
 
 
 def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> list[UnreadableChunkError]:
-    """Read every chunk of a backup; return what cannot be read."""
+    """Read every chunk of a backup; return what cannot be read. Raises MissingRightError."""
+    repository.keys.require(Right.READ)
     geometry = Geometry(backup.size, backup.chunk_size)
     runs = MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count)
     with phase(report, f"verifying {backup.volume.name}", backup.size):
@@ -47,7 +49,11 @@ def verify_repository(repository: Repository, backup: Backup, report: Reporter) 
 def verify_volume(
     repository: Repository, backup: Backup, volume: Volume, state_directory: str, report: Reporter
 ) -> list[BlocksnapError]:
-    """Compare a backup with a snapshot that is taken now and removed again; return the ranges that differ."""
+    """Compare a backup with a snapshot that is taken now and removed again; return the ranges that differ.
+
+    Raises MissingRightError before it is taken. It needs no right to read: content is compared by its id.
+    """
+    repository.keys.require(Right.IDENTIFY)
     with open_session([volume], secrets.token_hex(16), state_directory, report) as session:
         snapshot = session.snapshots[0]
         changes = snapshot.find_changes(None)

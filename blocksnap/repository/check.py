@@ -16,12 +16,15 @@ from blake3 import blake3
 
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
-from blocksnap.repository.documents import Config, Key, Root, WriterRecord
+from blocksnap.repository.decoding import open_public
+from blocksnap.repository.documents import Config, Root, WriterRecord
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment
+from blocksnap.repository.key_objects import read_key
+from blocksnap.repository.keys import Right
 from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, frame_at, read_footer
-from blocksnap.repository.repository import Repository, StoredBackup, open_public
+from blocksnap.repository.repository import Repository, StoredBackup
 
 _THREADS = 2
 _BLOCK = 5 << 20
@@ -99,7 +102,11 @@ class Checker:
         self._maps(self._listed)
 
     def check_data(self) -> None:
-        """Read every pack whole; call after ``check_structure``."""
+        """Read every pack whole; call after ``check_structure``.
+
+        Raises MissingRightError when the repository's key may not read data.
+        """
+        self._repository.keys.require(Right.READ)
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="blocksnap-check") as pool:
             for findings, bad in pool.map(self._read_pack, sorted(self._sizes)):
                 self.result.findings.extend(findings)
@@ -147,7 +154,7 @@ class Checker:
         backend = self._repository.backend
         self._try("config", lambda: open_public(backend, "config", FrameType.CONFIG, Config))
         for info in backend.list("keys/"):
-            self._try(info.name, partial(open_public, backend, info.name, FrameType.KEY, Key))
+            self._try(info.name, partial(read_key, backend, info.name))
         self._writers()
         known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/")
         for info in backend.list(""):

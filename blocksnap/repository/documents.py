@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
+from blocksnap.repository.keys import Role
+
 FORMAT_VERSION = 1
 FEATURES: frozenset[str] = frozenset()
 """Features that this version knows."""
@@ -19,6 +21,9 @@ Operation = Literal["read", "write", "gc", "check"]
 
 Hex16 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+Line = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Text that somebody typed, on one line."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 ChunkSize = Annotated[int, Field(ge=16 << 10, le=4 << 20)]
 
@@ -62,25 +67,37 @@ class Kdf(Document):
     salt: Hex32
 
 
+class KeyAbout(Document):
+    """What anybody may know of a key; ``host`` is the name of the host it was made for."""
+
+    id: Hex16
+    created: datetime
+    label: Line = ""
+    role: Role
+    host: Line = ""
+
+
 class Key(Document):
     """An object ``keys/<id>``: key material, wrapped by a passphrase."""
 
     format: int = FORMAT_VERSION
-    created: datetime
-    label: str = ""
+    about: KeyAbout
     kdf: Kdf
     wrapped: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32,4096}$")]
 
 
 class KeyMaterial(Document):
-    """What is wrapped in a key: all of it for role admin, a part for later roles.
+    """What is wrapped in a key.
 
-    ``config`` is the BLAKE3 of the config object, which is thereby authenticated.
+    ``keys`` are those of the role, by name. ``about`` is the object's own, and ``config`` the BLAKE3 of the
+    config object: both are thereby authenticated.
     """
 
-    role: Literal["admin"] = "admin"
-    master: Hex32
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    about: KeyAbout
     config: Hex32
+    keys: dict[str, Hex32] = Field(repr=False)
 
 
 class WriterRecord(Document):
@@ -166,6 +183,14 @@ class Manifest(Document):
     program: str
     tags: dict[str, str] = {}
     backups: Annotated[tuple[Backup, ...], Field(min_length=1)]
+
+
+class Signed(Document):
+    """What the object of a signed document holds: the document as text, and who vouches for it."""
+
+    format: int = FORMAT_VERSION
+    document: str
+    signature: Hex64
 
 
 class Fence(Document):

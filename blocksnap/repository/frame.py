@@ -5,11 +5,14 @@ A frame is a 72-byte header, the payload, and a 16-byte tag (docs/design.md, "Fr
     0  4s  magic ``BSF1``          8  u32  payload length        48  24s  salt
     4  u8  type                   12  u32  plaintext length      72       payload
     5  u8  codec: 0 raw, 1 zstd   16  32s  id of the plaintext            tag, 16 bytes
-    6  u8  cipher: 0 none, 1 AES-256-GCM
+    6  u8  cipher: 0 none, 1 AES-256-GCM, 2 the same after X25519
     7  u8  zero
 
 All integers are little endian. The header is authenticated with the payload, together with the
 repository's id. Frames do not depend on where they lie, so garbage collection may move them as they are.
+
+The payload of a data chunk (cipher 2) begins with the sender, 32 bytes: a public key of the thread that
+sealed it.
 """
 
 from __future__ import annotations
@@ -23,19 +26,22 @@ from itertools import count
 from blake3 import blake3
 
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
-from blocksnap.repository.keys import KeyRing
+from blocksnap.repository.keys import KeyRing, frame_cipher
 
 MAGIC = b"BSF1"
 HEADER = struct.Struct("<4sBBBBII32s24s")
 TAG_SIZE = 16
-OVERHEAD = HEADER.size + TAG_SIZE
+SENDER_SIZE = 32
+OVERHEAD = HEADER.size + SENDER_SIZE + TAG_SIZE
+"""A frame is longer than its plaintext by no more."""
 ID_SIZE = 32
 MAX_PLAIN = 64 << 20
 """No blob is larger; a header that claims more is damage, not a reason to allocate."""
 
 CODEC_RAW, CODEC_ZSTD = 0, 1
-CIPHER_NONE, CIPHER_AES_256_GCM = 0, 1
+CIPHER_NONE, CIPHER_AES_256_GCM, CIPHER_X25519_AES_256_GCM = 0, 1, 2
 _NONCE = bytes(12)
+_REMEMBERED_SENDERS = 4096
 NO_REPOSITORY = bytes(16)
 """Stands for the repository's id in frames that are read before it is known."""
 
@@ -71,7 +77,7 @@ class FrameHeader:
     @property
     def frame_length(self) -> int:
         """Bytes of the whole frame."""
-        return OVERHEAD + self.payload_length
+        return HEADER.size + self.payload_length + TAG_SIZE
 
     @classmethod
     def parse(cls, data: memoryview, *, where: str) -> FrameHeader:
@@ -81,7 +87,10 @@ class FrameHeader:
         magic, kind, codec, cipher, zero, payload, plain, id_, salt = HEADER.unpack_from(data)
         if magic != MAGIC or zero:
             raise DamagedObjectError(where, "no frame begins there")
-        if cipher > CIPHER_AES_256_GCM or payload > MAX_PLAIN or plain > MAX_PLAIN:
+        sender = SENDER_SIZE if cipher == CIPHER_X25519_AES_256_GCM else 0
+        if cipher > CIPHER_X25519_AES_256_GCM or plain > MAX_PLAIN:
+            raise DamagedObjectError(where, "the frame's header makes no sense")
+        if not sender <= payload <= MAX_PLAIN + sender:
             raise DamagedObjectError(where, "the frame's header makes no sense")
         return cls(kind, codec, cipher, payload, plain, id_, salt)
 
@@ -97,6 +106,7 @@ class Sealer:
         # A key is used once: it is derived from the id and a salt that no other frame has.
         self._salt_prefix = os.urandom(16)
         self._salt_count = count()
+        self._sender: tuple[bytes, bytes] | None = None
 
     def seal_into(
         self,
@@ -118,11 +128,28 @@ class Sealer:
             if len(packed) < len(plain):
                 body, codec = packed, CODEC_ZSTD
         salt = self._salt_prefix + next(self._salt_count).to_bytes(8, "little")
-        cipher = CIPHER_AES_256_GCM if self._keys.encrypted else CIPHER_NONE
-        HEADER.pack_into(out, 0, MAGIC, kind, codec, cipher, 0, len(body), len(plain), id_, salt)
-        end = HEADER.size + len(body) + TAG_SIZE
-        _protect(self._keys, kind, bytes(out[: HEADER.size]), body, out[HEADER.size : end])
+        cipher = _cipher_of(self._keys, kind)
+        sender, key = self._key_for(cipher)
+        begin = HEADER.size + len(sender)
+        end = begin + len(body) + TAG_SIZE
+        payload = len(sender) + len(body)
+        HEADER.pack_into(out, 0, MAGIC, kind, codec, cipher, 0, payload, len(plain), id_, salt)
+        out[HEADER.size : begin] = sender
+        associated = self._keys.repository_id + bytes(out[: HEADER.size])
+        if cipher == CIPHER_NONE:
+            out[begin : end - TAG_SIZE] = body
+            out[end - TAG_SIZE : end] = plain_tag(associated, body)
+        else:
+            frame_cipher(key, salt=salt, id_=id_).encrypt_into(_NONCE, body, associated, out[begin:end])
         return end
+
+    def _key_for(self, cipher: int) -> tuple[bytes, bytes]:
+        """Return the sender that goes into the frame, and the key that the frame's own is derived from."""
+        if cipher != CIPHER_X25519_AES_256_GCM:
+            return b"", self._keys.meta_key
+        if self._sender is None:
+            self._sender = self._keys.new_sender()
+        return self._sender
 
     def seal(self, kind: FrameType, plain: bytes, *, compress: bool = True) -> bytes:
         """Return the frame of a blob whose id is not known yet."""
@@ -133,16 +160,11 @@ class Sealer:
         return bytes(out[:end])
 
 
-def _protect(
-    keys: KeyRing, kind: FrameType, header: bytes, body: bytes | memoryview, out: memoryview
-) -> None:
-    associated = keys.repository_id + header
-    if keys.encrypted:
-        cipher = keys.frame_cipher(kind, salt=header[48:72], id_=header[16:48])
-        cipher.encrypt_into(_NONCE, body, associated, out)
-        return
-    out[: len(body)] = body
-    out[len(body) :] = plain_tag(associated, body)
+def _cipher_of(keys: KeyRing, kind: int) -> int:
+    """Return how frames of a type are sealed: a frame that is not is a forgery."""
+    if not keys.encrypted:
+        return CIPHER_NONE
+    return CIPHER_X25519_AES_256_GCM if kind == FrameType.DATA else CIPHER_AES_256_GCM
 
 
 def plain_tag(associated: bytes, body: bytes | memoryview) -> bytes:
@@ -159,6 +181,7 @@ class Opener:
         self._keys = keys
         self._decompressor = ZstdDecompressor()
         self._scratch = bytearray(1 << 18)
+        self._run_keys: dict[bytes, bytes] = {}
 
     def open(
         self, frame: memoryview, *, where: str, kind: int | None = None, id_: bytes | None = None
@@ -166,15 +189,15 @@ class Opener:
         """Return the plaintext of a frame, of the type and with the id that were expected.
 
         The result may be a view of a buffer that the next call overwrites. Raises DamagedObjectError, and
-        NewerFormatError for a frame of an unknown type or codec that is authentic.
+        MissingRightError for a data chunk when the keys are of a role that may not read, NewerFormatError for
+        a frame of an unknown type or codec that is authentic.
         """
         header = FrameHeader.parse(frame, where=where)
         if len(frame) < header.frame_length:
             raise DamagedObjectError(where, "cut short")
         if (kind is not None and header.type != kind) or (id_ is not None and header.id != id_):
             raise DamagedObjectError(where, "another frame lies there")
-        # A frame without encryption in an encrypted repository is a forgery.
-        if header.cipher != (CIPHER_AES_256_GCM if self._keys.encrypted else CIPHER_NONE):
+        if header.cipher != _cipher_of(self._keys, header.type):
             raise DamagedObjectError(where, "the frame is not sealed the way this repository is")
         body = self._unseal(header, frame, where)
         # Only now is it sure that these bytes were meant to be what they are.
@@ -197,10 +220,15 @@ class Opener:
             if plain_tag(associated, body) != sealed[-TAG_SIZE:]:
                 raise DamagedObjectError(where, "its checksum is wrong")
             return body
-        if len(self._scratch) < header.payload_length:
-            self._scratch = bytearray(header.payload_length)
-        out = memoryview(self._scratch)[: header.payload_length]
-        cipher = self._keys.frame_cipher(header.type, salt=header.salt, id_=header.id)
+        key = self._keys.meta_key
+        if header.cipher == CIPHER_X25519_AES_256_GCM:
+            key = self._run_key(bytes(sealed[:SENDER_SIZE]), where)
+            sealed = sealed[SENDER_SIZE:]
+        length = len(sealed) - TAG_SIZE
+        if len(self._scratch) < length:
+            self._scratch = bytearray(length)
+        out = memoryview(self._scratch)[:length]
+        cipher = frame_cipher(key, salt=header.salt, id_=header.id)
         from cryptography.exceptions import InvalidTag
 
         try:
@@ -208,6 +236,18 @@ class Opener:
         except InvalidTag as err:
             raise DamagedObjectError(where, "it does not pass authentication") from err
         return out
+
+    def _run_key(self, sender: bytes, where: str) -> bytes:
+        known = self._run_keys.get(sender)
+        if known is None:
+            try:
+                known = self._keys.run_key(sender)
+            except ValueError as err:
+                raise DamagedObjectError(where, "its sender is no public key") from err
+            if len(self._run_keys) >= _REMEMBERED_SENDERS:
+                self._run_keys.clear()
+            self._run_keys[sender] = known
+        return known
 
     def _decompress(self, header: FrameHeader, body: memoryview, where: str) -> bytes | memoryview:
         if header.codec == CODEC_RAW:

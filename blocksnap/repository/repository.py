@@ -6,7 +6,6 @@ index they then load (docs/design.md, "Order of writes").
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -16,13 +15,14 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from blake3 import blake3
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from blocksnap.backends.base import Backend
 from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository import documents
-from blocksnap.repository.documents import Backup, Config, Fence, Kdf, Key, KeyMaterial, Manifest, Operation
+from blocksnap.repository.decoding import decode_manifest, decode_public, open_frame, seal_public, validate
+from blocksnap.repository.documents import Backup, Config, Manifest, Operation
 from blocksnap.repository.errors import (
     DamagedObjectError,
     MissingChunkError,
@@ -32,25 +32,23 @@ from blocksnap.repository.errors import (
     RepositoryExistsError,
     WrongPassphraseError,
 )
-from blocksnap.repository.frame import NO_REPOSITORY, FrameHeader, FrameType, Opener, Sealer
+from blocksnap.repository.frame import FrameType, Opener
 from blocksnap.repository.index import Index, Location, Segment, encode_segment
-from blocksnap.repository.keys import (
-    DEFAULT_COST,
-    MAXIMUM_COST,
-    MINIMUM_COST,
-    KdfCost,
-    KeyRing,
-    new_master,
-    passphrase_key,
-    unwrap,
-    wrap,
+from blocksnap.repository.key_objects import (
+    FOLDER,
+    OpenKey,
+    create_key,
+    find_key_name,
+    find_open_key,
+    open_key,
+    read_key,
 )
+from blocksnap.repository.keys import KdfCost, KeyRing, Role, new_master
 from blocksnap.repository.pack import PackId, SealedPack, read_footer
 
 _REFRESH_SECONDS = 2.0
 _SALVAGED = "salvaged from the packs"
 _Model = TypeVar("_Model", bound=BaseModel)
-_PUBLIC = KeyRing.plain(NO_REPOSITORY)
 ASKED = Callable[[], bytes | None]
 """Returns the passphrase, or None when the user gave none; called only when one is needed."""
 
@@ -67,10 +65,14 @@ class StoredBackup:
 class Repository:
     """An open repository."""
 
-    def __init__(self, backend: Backend, config: Config, keys: KeyRing) -> None:
+    def __init__(
+        self, backend: Backend, config: Config, keys: KeyRing, *, key: OpenKey | None = None
+    ) -> None:
         self.backend = backend
         self.config = config
         self.keys = keys
+        self.key = key
+        """The key that opened it; None where there is no encryption."""
         self._index: Index | None = None
         self._refreshed = 0.0
         self.damage: list[BlocksnapError] = []
@@ -81,15 +83,21 @@ class Repository:
 
     @classmethod
     def create(
-        cls, backend: Backend, *, chunk_size: int, passphrase: bytes | None, cost: KdfCost = DEFAULT_COST
+        cls,
+        backend: Backend,
+        *,
+        chunk_size: int,
+        passphrase: bytes | None,
+        host: str = "",
+        cost: KdfCost | None = None,
     ) -> Repository:
-        """Create a repository; without a passphrase it is not encrypted.
+        """Create a repository; without a passphrase it is not encrypted, with one it has an admin key.
 
         The config object is written last: what is interrupted before is no repository yet, and may be
         created again. That creation never replaces is tried out on the config itself.
         """
         backend.create()
-        if any(not info.name.startswith("keys/") for info in backend.list("")):
+        if any(not info.name.startswith(FOLDER) for info in backend.list("")):
             raise RepositoryExistsError(backend.place)
         config = Config(
             format=documents.FORMAT_VERSION,
@@ -98,14 +106,14 @@ class Repository:
             chunk_size=chunk_size,
             encryption="none" if passphrase is None else "aes-256-gcm",
         )
-        stored = Sealer(_PUBLIC).seal(FrameType.CONFIG, _to_json(config))
+        stored = seal_public(FrameType.CONFIG, config)
         repository_id = bytes.fromhex(config.id)
-        keys = KeyRing.plain(repository_id)
+        keys, key = KeyRing.plain(repository_id), None
         if passphrase is not None:
-            master = new_master()
-            keys = KeyRing.from_master(master, repository_id=repository_id)
-            material = KeyMaterial(master=master.hex(), config=blake3(stored).hexdigest())
-            _put_key(backend, material, passphrase, cost)
+            keys = KeyRing.from_master(new_master(), repository_id=repository_id)
+            digest = blake3(stored).hexdigest()
+            made = create_key(backend, keys, Role.ADMIN, passphrase, config=digest, host=host, cost=cost)
+            key = OpenKey(made.about, keys, digest)
         try:
             backend.put("config", stored)
         except ObjectExistsError as err:
@@ -113,31 +121,37 @@ class Repository:
         try:
             backend.put("config", b"")
         except ObjectExistsError:
-            return cls(backend, config, keys)
+            return cls(backend, config, keys, key=key)
         raise DamagedObjectError(
             "config", "the storage replaces objects, which a repository cannot live with"
         )
 
     @classmethod
-    def open(cls, backend: Backend, passphrase: ASKED) -> Repository:
-        """Open a repository.
+    def open(cls, backend: Backend, passphrase: ASKED, *, key: str = "", host: str = "") -> Repository:
+        """Open a repository with the key whose id begins with ``key``, or any; those for ``host`` come first.
 
-        Raises NoRepositoryError, PassphraseError, DamageError, NewerFormatError.
+        Raises NoRepositoryError, PassphraseError, DamageError, NewerFormatError, NoSuchKeyError.
         """
-        try:
-            stored = backend.read("config")
-        except ObjectMissingError as err:
-            raise NotARepositoryError(backend.place) from err
-        config = _open_document(_PUBLIC, stored, "config", FrameType.CONFIG, Config)
-        _require_features(backend.place, config, "read")
+        config, digest = load_config(backend)
         repository_id = bytes.fromhex(config.id)
         if config.encryption == "none":
             return cls(backend, config, KeyRing.plain(repository_id))
         secret = passphrase()
         if secret is None:
             raise NoPassphraseError(backend.place)
-        master = _find_master(backend, secret, blake3(stored).hexdigest())
-        return cls(backend, config, KeyRing.from_master(master, repository_id=repository_id))
+        damage: list[BlocksnapError] = []
+        if key:
+            named = read_key(backend, find_key_name(backend, key))
+            opened = open_key(named, secret, config=digest, repository_id=repository_id)
+            if opened is None:
+                raise WrongPassphraseError(backend.place, key=named.about.id)
+        else:
+            opened = find_open_key(
+                backend, secret, config=digest, repository_id=repository_id, host=host, note=damage.append
+            )
+        repository = cls(backend, config, opened.ring, key=opened)
+        repository.damage += damage
+        return repository
 
     def require(self, operation: Operation) -> None:
         """Raise NewerFormatError when this version must not do that to this repository."""
@@ -264,22 +278,7 @@ class Repository:
 
     def load_manifest(self, name: str) -> Manifest | None:
         """Return one manifest, or None for a fence; raises DamagedObjectError, NewerFormatError."""
-        plain = self._open_plain(name, FrameType.MANIFEST)
-        writer = name.removeprefix("manifests/")
-        _require_format(plain, name)
-        try:
-            manifest = Manifest.model_validate_json(bytes(plain))
-        except ValidationError as err:
-            try:
-                fence = Fence.model_validate_json(bytes(plain))
-            except ValidationError:
-                raise DamagedObjectError(name, f"it is not a manifest: {_first(err)}") from err
-            if fence.writer != writer:
-                raise DamagedObjectError(name, "it belongs to another run") from err
-            return None
-        if manifest.writer != writer:
-            raise DamagedObjectError(name, "it belongs to another run")
-        return manifest
+        return decode_manifest(self._open_plain(name, FrameType.MANIFEST), name, self.keys)
 
     def backups(self) -> list[StoredBackup]:
         """Return all backups, oldest first."""
@@ -292,7 +291,7 @@ class Repository:
 
     def read_document(self, name: str, kind: FrameType, model: type[_Model]) -> _Model:
         """Return a document that is not a manifest; raises DamagedObjectError."""
-        return _validate(self._open_plain(name, kind), name, model)
+        return validate(self._open_plain(name, kind), name, model)
 
     def close(self) -> None:
         """Let go of the backend."""
@@ -303,53 +302,22 @@ class Repository:
             stored = self.backend.read(name)
         except ObjectMissingError as err:
             raise DamagedObjectError(name, "it is missing") from err
-        return _open_frame(self.opener(), stored, name, kind)
+        return open_frame(self.opener(), stored, name, kind)
 
 
-def open_public(backend: Backend, name: str, kind: FrameType, model: type[_Model]) -> _Model:
-    """Return a document that is readable without a key: the config, or a wrapped key."""
-    return _open_document(_PUBLIC, backend.read(name), name, kind, model)
+def load_config(backend: Backend) -> tuple[Config, str]:
+    """Return the config of a repository, and the BLAKE3 of its object.
 
-
-def _open_document(keys: KeyRing, stored: bytes, name: str, kind: FrameType, model: type[_Model]) -> _Model:
-    return _validate(_open_frame(Opener(keys), stored, name, kind), name, model)
-
-
-def _open_frame(opener: Opener, stored: bytes, name: str, kind: FrameType) -> bytes | memoryview:
-    view = memoryview(stored)
-    plain = opener.open(view, where=name, kind=kind)
-    if FrameHeader.parse(view, where=name).frame_length != len(stored):
-        raise DamagedObjectError(name, "it is longer than it should be")
-    return plain
-
-
-def _require_format(plain: bytes | memoryview, name: str) -> None:
-    """A document of a later format is not damage, whatever else it says."""
+    Nothing vouches for it until a key has been opened. Raises NoRepositoryError, DamageError,
+    NewerFormatError.
+    """
     try:
-        document = json.loads(bytes(plain))
-    except ValueError as err:
-        raise DamagedObjectError(name, "it is no document") from err
-    version = document.get("format") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > documents.FORMAT_VERSION:
-        raise NewerFormatError(name, f"format {version}")
-
-
-def _validate(plain: bytes | memoryview, name: str, model: type[_Model]) -> _Model:
-    _require_format(plain, name)
-    try:
-        return model.model_validate_json(bytes(plain))
-    except ValidationError as err:
-        raise DamagedObjectError(name, f"it does not say what it should: {_first(err)}") from err
-
-
-def _first(err: ValidationError) -> str:
-    problem = err.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    return f"{place}: {problem['msg']}"
-
-
-def _to_json(document: BaseModel) -> bytes:
-    return document.model_dump_json().encode()
+        stored = backend.read("config")
+    except ObjectMissingError as err:
+        raise NotARepositoryError(backend.place) from err
+    config = decode_public(stored, "config", FrameType.CONFIG, Config)
+    _require_features(backend.place, config, "read")
+    return config, blake3(stored).hexdigest()
 
 
 def _require_features(place: str, config: Config, operation: Operation) -> None:
@@ -358,43 +326,3 @@ def _require_features(place: str, config: Config, operation: Operation) -> None:
     if unknown:
         doing = {"gc": "collect garbage in"}.get(operation, operation)
         raise NewerFormatError(f"to {doing} repository {place}", f"feature {', '.join(unknown)}")
-
-
-def _put_key(backend: Backend, material: KeyMaterial, passphrase: bytes, cost: KdfCost) -> str:
-    salt = os.urandom(32)
-    wrapping = passphrase_key(passphrase, salt=salt, cost=cost)
-    kdf = Kdf(memory_kib=cost.memory_kib, passes=cost.passes, lanes=cost.lanes, salt=salt.hex())
-    wrapped = wrap(_to_json(material), wrapping_key=wrapping, associated=salt)
-    key = Key(created=datetime.now(UTC), kdf=kdf, wrapped=wrapped.hex())
-    name = f"keys/{os.urandom(16).hex()}"
-    backend.put(name, Sealer(_PUBLIC).seal(FrameType.KEY, _to_json(key)))
-    return name
-
-
-def _find_master(backend: Backend, passphrase: bytes, config_hash: str) -> bytes:
-    """Try every key; a damaged one does not stand in the way of another."""
-    damage: DamageError | None = None
-    for info in sorted(backend.list("keys/"), key=lambda info: info.name):
-        try:
-            key = open_public(backend, info.name, FrameType.KEY, Key)
-            secret = _unwrap_key(key, info.name, passphrase)
-        except DamageError as err:
-            damage = err
-            continue
-        if secret is None:
-            continue
-        material = _validate(secret, info.name, KeyMaterial)
-        if material.config == config_hash:
-            return bytes.fromhex(material.master)
-        damage = DamagedObjectError("config", "it is not the one this repository was created with")
-    raise damage or WrongPassphraseError(backend.place)
-
-
-def _unwrap_key(key: Key, name: str, passphrase: bytes) -> bytes | None:
-    cost = KdfCost(key.kdf.memory_kib, key.kdf.passes, key.kdf.lanes)
-    for field in ("memory_kib", "passes", "lanes"):
-        if not getattr(MINIMUM_COST, field) <= getattr(cost, field) <= getattr(MAXIMUM_COST, field):
-            raise DamagedObjectError(name, f"its {field} is out of bounds")
-    salt = bytes.fromhex(key.kdf.salt)
-    wrapping = passphrase_key(passphrase, salt=salt, cost=cost)
-    return unwrap(bytes.fromhex(key.wrapped), wrapping_key=wrapping, associated=salt)

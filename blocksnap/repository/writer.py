@@ -18,10 +18,12 @@ from typing import Self
 
 from blocksnap.backends.errors import ObjectExistsError
 from blocksnap.errors import BlocksnapError
+from blocksnap.repository.decoding import encode_signed
 from blocksnap.repository.documents import Manifest, WriterRecord
 from blocksnap.repository.errors import FencedError, NewerFormatError
 from blocksnap.repository.frame import OVERHEAD, FrameType, Sealer
 from blocksnap.repository.index import SEGMENT_ROWS, encode_segment, segment_name
+from blocksnap.repository.keys import Right
 from blocksnap.repository.pack import PackWriter, SealedPack, pack_target
 from blocksnap.repository.repository import Repository
 
@@ -72,9 +74,11 @@ class RepositoryWriter:
     def __init__(self, repository: Repository, *, host: str, hostname: str) -> None:
         """Announce the run, then learn what is stored (in this order: see fencing in the design).
 
-        Raises NewerFormatError for a repository that this version must not write to.
+        Raises NewerFormatError for a repository that this version must not write to, and MissingRightError
+        when the repository's key may not back up.
         """
         repository.require("write")
+        repository.keys.require(Right.STORE)
         self._repository = repository
         self._host, self._hostname = host, hostname
         self.id = os.urandom(16)
@@ -180,8 +184,9 @@ class RepositoryWriter:
         """
         self.flush()
         manifest = compose(self)
-        sealed = self._sealer.seal(FrameType.MANIFEST, manifest.model_dump_json().encode())
         name = f"manifests/{self.id.hex()}"
+        plain = encode_signed(manifest, name, self._repository.keys, Right.STORE)
+        sealed = self._sealer.seal(FrameType.MANIFEST, plain)
         try:
             self._repository.backend.put(name, sealed)
         except ObjectExistsError as err:

@@ -285,7 +285,7 @@ def _let_finish(is_alive: Callable[[], bool]) -> None:
 
 def _environment() -> dict[str, str]:
     # The passphrase is nobody's business but ours.
-    kept_back = ("LC_", "BLOCKSNAP_PASSPHRASE")
+    kept_back = ("LC_", "BLOCKSNAP_PASSPHRASE", "BLOCKSNAP_NEW_PASSPHRASE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(kept_back)}
     environment |= {"LC_ALL": "C", "PATH": _search_path(), "LVM_SUPPRESS_FD_WARNINGS": "1"}
     return environment

@@ -12,7 +12,7 @@ import hashlib
 import random
 
 from blocksnap.repository.blockmap import MapReader, MapRoot, MapWriter
-from blocksnap.repository.frame import OVERHEAD
+from blocksnap.repository.frame import OVERHEAD, SENDER_SIZE
 from blocksnap.repository.index import ROW as INDEX_ROW
 from blocksnap.repository.pack import ROW as PACK_ROW
 
@@ -32,7 +32,7 @@ class Nodes:
         id_ = hashlib.blake2b(plain, digest_size=32).digest()
         if id_ not in self.plain:
             self.plain[id_] = plain
-            self.frame_bytes += len(plain) + OVERHEAD
+            self.frame_bytes += len(plain) + OVERHEAD - SENDER_SIZE
             self.count += 1
         return id_
 

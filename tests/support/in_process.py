@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from blocksnap.cli.main import run
-from blocksnap.repository import repository as repository_module
+from blocksnap.repository import keys as keys_module
 from blocksnap.repository.keys import MINIMUM_COST
 
 PASSPHRASE = "correct horse battery staple"
@@ -31,10 +31,7 @@ class InProcess:
         monkeypatch.setenv("BLOCKSNAP_PASSPHRASE", PASSPHRASE)
         monkeypatch.setenv("BLOCKSNAP_CONFIG", str(folder / "blocksnap.toml"))
         # argon2id's memory is 16,000 page faults, the slowest thing there is in the lab.
-        monkeypatch.setattr(repository_module, "DEFAULT_COST", MINIMUM_COST)
-        monkeypatch.setattr(
-            repository_module.Repository.create.__func__, "__kwdefaults__", {"cost": MINIMUM_COST}
-        )
+        monkeypatch.setattr(keys_module, "DEFAULT_COST", MINIMUM_COST)
 
     def __call__(self, *arguments: str | Path) -> tuple[int, bytes, str]:
         """Return exit code, standard output and standard error."""

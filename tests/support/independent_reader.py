@@ -7,8 +7,9 @@ It proves that the document is enough, and it is what to reach for when blocksna
     python independent_reader.py REPOSITORY BACKUP OUT mapped   write its set of mapped units
     python independent_reader.py REPOSITORY verify              read and prove every byte
 
-BACKUP is an id or the beginning of one; the passphrase is taken from BLOCKSNAP_PASSPHRASE. It needs the
-packages blake3, cryptography and zstandard, takes nothing on trust, and keeps the index in memory.
+BACKUP is an id or the beginning of one; the passphrase is taken from BLOCKSNAP_PASSPHRASE, and its key has
+to be of role admin or restore. It needs the packages blake3, cryptography and zstandard, takes nothing on
+trust, and keeps the index in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from typing import Any, NamedTuple
 
 import zstandard
 from blake3 import blake3
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
@@ -61,29 +64,59 @@ def derive(key: bytes, purpose: str) -> bytes:
 
 
 class Keys:
-    """What names, opens and checks (3.3); without a master key, that of a repository without encryption."""
+    """What names, opens and checks (3.3); with no keys held, that of a repository without encryption."""
 
-    def __init__(self, repository_id: bytes, master: bytes | None) -> None:
-        self.repository_id, self.encrypted = repository_id, master is not None
-        zero = bytes(32)
-        self.id_key, self.data_key, self.meta_key = (
-            derive(master, f"{name} key") if master else zero for name in ("id", "data", "meta")
-        )
-        self.index_key = derive(self.meta_key + repository_id, "index key")
+    def __init__(self, repository_id: bytes, held: dict[str, bytes] | None) -> None:
+        self.repository_id, self.encrypted = repository_id, held is not None
+        if held and "master" in held:
+            for name in ("id key", "meta key", "data secret", "commit secret"):
+                held[name.replace(" ", "_")] = derive(held["master"], name)
+            signer = Ed25519PrivateKey.from_private_bytes(held["commit_secret"])
+            held["commit_public"] = signer.public_key().public_bytes_raw()
+        self.held = held or {"id_key": bytes(32), "meta_key": bytes(32)}
+        self.index_key = derive(self.held["meta_key"] + repository_id, "index key")
+        self.run_keys: dict[bytes, bytes] = {}
+
+    def run_key(self, sender: bytes, what: str) -> bytes:
+        """Return the key that a sender stands for (3.2)."""
+        if sender not in self.run_keys:
+            secret = X25519PrivateKey.from_private_bytes(self.held["data_secret"])
+            try:
+                shared = secret.exchange(X25519PublicKey.from_public_bytes(sender))
+            except ValueError as err:
+                raise DamagedError(f"{what}: its sender is no key") from err
+            public = secret.public_key().public_bytes_raw()
+            key = derive(self.held["id_key"], "run key")
+            self.run_keys[sender] = blake3(shared + sender + public, key=key).digest()
+        return self.run_keys[sender]
+
+    def signed(self, document: dict[str, Any], name: str) -> bytes:
+        """Return what a Signed vouches for (3.7)."""
+        text = str(document["document"]).encode()
+        message = b"blocksnap 2026-11 v1 signed" + self.repository_id + name.encode() + b"\0" + text
+        signer = Ed25519PublicKey.from_public_bytes(self.held["commit_public"])
+        try:
+            signer.verify(bytes.fromhex(document["signature"]), message)
+        except InvalidSignature as err:
+            raise DamagedError(f"{name}: not signed by who may") from err
+        return text
 
     def open(self, frame: bytes, type_: int, what: str, id_: bytes | None = None) -> bytes:
         """Open a frame that has to be all of ``frame`` (3.2)."""
         require(len(frame) >= OVERHEAD, f"{what}: cut short")
         magic, kind, codec, cipher, zero, payload, length, id_here, salt = FRAME.unpack_from(frame)
         require(magic == b"BSF1" and zero == 0, f"{what}: no frame")
-        if kind not in (1, 2, 3, 16, 17, 18, 19, 20) or codec > 1 or cipher > 1:
+        if kind not in (1, 2, 3, 16, 17, 18, 19, 20) or codec > 1 or cipher > 2:
             raise NewerError(f"{what}: frame of type {kind}, codec {codec}, cipher {cipher}")
         require(kind == type_ and id_ in (None, id_here), f"{what}: another frame")
-        require(cipher == int(self.encrypted), f"{what}: sealed in another way")
+        require(cipher == (0, 1 + (kind == DATA))[self.encrypted], f"{what}: sealed in another way")
         require(payload + OVERHEAD == len(frame) and length <= MOST, f"{what}: wrong length")
         header, body = frame[:72], frame[72:]
         if cipher:
-            key = blake3(salt + id_here, key=self.data_key if kind == DATA else self.meta_key).digest()
+            key = self.held["meta_key"]
+            if cipher == 2:
+                key, body = self.run_key(body[:32], what), body[32:]
+            key = blake3(salt + id_here, key=key).digest()
             try:
                 plain = AESGCM(key).decrypt(bytes(12), body, self.repository_id + header)
             except InvalidTag as err:
@@ -98,7 +131,7 @@ class Keys:
             except zstandard.ZstdError as err:
                 raise DamagedError(f"{what}: {err}") from err
         require(len(plain) == length, f"{what}: wrong content size")
-        id_key = derive(self.id_key, f"id of type {kind}")
+        id_key = derive(self.held["id_key" if kind == DATA else "meta_key"], f"id of type {kind}")
         require(blake3(plain, key=id_key).digest() == id_here, f"{what}: not what its id names")
         return plain
 
@@ -125,11 +158,11 @@ class Repository:
         self.config = document(public.open(stored, CONFIG, "config"), "config")
         if unknown := set(self.config["features"]["read"]) - FEATURES:
             raise NewerError(f"reading needs {sorted(unknown)}")
-        master = None
+        held = None
         if self.config["encryption"] != "none":
             require(self.config["encryption"] == "aes-256-gcm", "config: unknown encryption")
-            master = self._master(public, passphrase or b"", blake3(stored).hexdigest())
-        self.keys = Keys(bytes.fromhex(self.config["id"]), master)
+            held = self._held(public, passphrase or b"", blake3(stored).hexdigest())
+        self.keys = Keys(bytes.fromhex(self.config["id"]), held)
         # Manifests before the index: what they lead to was listed before they came to be (3.8).
         self._manifests = [(name, self.read(name)) for name in self.names("manifests")]
         self.rows = {id_: row for name in self.names("index") for id_, row in self.segment(name)}
@@ -144,7 +177,7 @@ class Repository:
         found = (path for path in (self.place / folder).rglob("*") if path.is_file())
         return sorted(str(path.relative_to(self.place)) for path in found)
 
-    def _master(self, public: Keys, passphrase: bytes, config_hash: str) -> bytes:
+    def _held(self, public: Keys, passphrase: bytes, config_hash: str) -> dict[str, bytes]:
         for name in self.names("keys"):
             key = document(public.open(self.read(name), KEY, name), name)
             kdf, salt = key["kdf"], bytes.fromhex(key["kdf"]["salt"])
@@ -155,8 +188,12 @@ class Repository:
             except InvalidTag:
                 continue
             material = json.loads(unwrapped)
+            require(material["about"] == key["about"], f"{name}: relabelled")
+            require(name == f"keys/{key['about']['id']}", f"{name}: another key's")
             require(material["config"] == config_hash, "config: not the one the repository was made with")
-            return bytes.fromhex(material["master"])
+            held = {part: bytes.fromhex(value) for part, value in material["keys"].items()}
+            require("master" in held or "data_secret" in held, f"{name}: its role may not read")
+            return held
         raise DamagedError("the passphrase opens no key")
 
     def segment(self, name: str) -> Iterator[tuple[bytes, Row]]:
@@ -186,6 +223,9 @@ class Repository:
         found = []
         for name, stored in self._manifests:
             manifest = document(self.keys.open(stored, MANIFEST, name), name)
+            if self.keys.encrypted and "fenced" not in manifest:
+                require("signature" in manifest, f"{name}: not signed")
+                manifest = document(self.keys.signed(manifest, name), name)
             require(f"manifests/{manifest['writer']}" == name, f"{name}: another run's")
             for number, backup in enumerate(manifest.get("backups", ())):
                 seed = bytes.fromhex(manifest["writer"]) + struct.pack("<I", number)

@@ -16,12 +16,14 @@ import pytest
 from blake3 import blake3
 
 from blocksnap.errors import DamageError
-from blocksnap.repository.documents import Config, Key, WriterRecord
+from blocksnap.repository.decoding import open_public
+from blocksnap.repository.documents import Config, WriterRecord
 from blocksnap.repository.errors import NewerFormatError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment
+from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.pack import HEADER, PackId, check_header, frame_at, read_footer
-from blocksnap.repository.repository import Repository, open_public
+from blocksnap.repository.repository import Repository
 from support import independent_reader
 from support.repositories import PASSPHRASE
 from support.tampering import Memory, Scene, judge, make_scene
@@ -58,7 +60,7 @@ def read_object(scene: Scene, name: str, content: bytes) -> None:
         case "config":
             open_public(backend, name, FrameType.CONFIG, Config)
         case "keys/":
-            open_public(backend, name, FrameType.KEY, Key)
+            read_key(backend, name)
         case "manifests/":
             repository.load_manifest(name)
         case "writers/":
