@@ -27,6 +27,7 @@ _COMMANDS = {
     "restore": "volume_commands",
     "verify": "volume_commands",
     "check": "repository_commands",
+    "key": "key_commands",
     "debug": "debug_commands",
 }
 EXIT_WARNINGS = 3
