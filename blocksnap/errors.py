@@ -46,7 +46,7 @@ class BusyError(BlocksnapError):
 
 
 class PassphraseError(BlocksnapError):
-    """No passphrase, or one that opens no key (exit code 12)."""
+    """No passphrase, one that opens no key, or one whose key may not do this (exit code 12)."""
 
     exit_code = 12
 

@@ -36,12 +36,18 @@ def key_command() -> None:
 @common_options
 def list_command(settings: Settings) -> None:
     """List the keys, oldest first; needs no passphrase."""
+    from blocksnap.operations.keys import StrangeKeyError
     from blocksnap.repository.key_objects import list_keys
     from blocksnap.repository.repository import load_config
 
     backend = settings.open_backend()
-    config, _ = load_config(backend)
-    keys = list_keys(backend, settings.damage.append)
+    config, digest = load_config(backend)
+    keys = []
+    for key in list_keys(backend, settings.damage.append):
+        if key.about.config == digest:
+            keys.append(key)
+        else:
+            settings.damage.append(StrangeKeyError(key.about))
     if settings.json:
         print_json({"encryption": config.encryption, "keys": [_describe(key) for key in keys]})
         return

@@ -38,6 +38,17 @@ class NotEncryptedError(UsageError):
         )
 
 
+class StrangeKeyError(BlocksnapError):
+    """A key lies there that was made for another repository, or by an init that was interrupted."""
+
+    def __init__(self, about: KeyAbout) -> None:
+        self.key = about.id
+        super().__init__(
+            f"key {about.id[:8]} ({about.role}) opens another repository, or the config object was replaced",
+            resolution=f"if this repository opens with your passphrase: blocksnap key remove {about.id[:8]}",
+        )
+
+
 class PassphraseInUseError(UsageError):
     """A new passphrase opens a key already, and the first key that it opens would decide the role."""
 
@@ -140,7 +151,7 @@ def _create(
 ) -> Key:
     backend = repository.backend
     made = create_key(
-        backend, repository.keys, role, passphrase, config=opened.config, label=label, host=host
+        backend, repository.keys, role, passphrase, config=opened.about.config, label=label, host=host
     )
     # What was asked to be stored is nothing to rely on before it was read back and has opened.
     name = FOLDER + made.about.id
@@ -151,21 +162,24 @@ def _create(
 
 
 def _open(repository: Repository, opened: OpenKey, key: Key, passphrase: bytes) -> OpenKey | None:
-    return open_key(key, passphrase, config=opened.config, repository_id=bytes.fromhex(repository.config.id))
+    return open_key(
+        key, passphrase, config=opened.about.config, repository_id=bytes.fromhex(repository.config.id)
+    )
 
 
 def _opened_by(repository: Repository, passphrase: bytes) -> OpenKey | None:
     return first_opened(
         _keys(repository),
         passphrase,
-        config=_require_key(repository).config,
+        config=_require_key(repository).about.config,
         repository_id=bytes.fromhex(repository.config.id),
         note=_pass_over,
     )
 
 
 def _keys(repository: Repository) -> list[Key]:
-    return list_keys(repository.backend, _pass_over)
+    config = _require_key(repository).about.config
+    return [key for key in list_keys(repository.backend, _pass_over) if key.about.config == config]
 
 
 def _pass_over(err: BlocksnapError) -> None:

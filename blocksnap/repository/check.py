@@ -16,15 +16,14 @@ from blake3 import blake3
 
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
-from blocksnap.repository.decoding import open_public
-from blocksnap.repository.documents import Config, Root, WriterRecord
+from blocksnap.repository.documents import Root, WriterRecord
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment
 from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
 from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, frame_at, read_footer
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository, StoredBackup, load_config
 
 _THREADS = 2
 _BLOCK = 5 << 20
@@ -88,6 +87,7 @@ class Checker:
         self._segments: list[Segment] = []
         self._listed: list[StoredBackup] = []
         self._whole_index = True
+        self._config_hash = ""
         self.result = CheckResult()
 
     def check_structure(self) -> None:
@@ -152,14 +152,22 @@ class Checker:
 
     def _documents(self) -> None:
         backend = self._repository.backend
-        self._try("config", lambda: open_public(backend, "config", FrameType.CONFIG, Config))
+        self._try("config", self._config)
         for info in backend.list("keys/"):
-            self._try(info.name, partial(read_key, backend, info.name))
+            self._try(info.name, partial(self._key, info.name))
         self._writers()
         known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/")
         for info in backend.list(""):
             if info.name != "config" and not info.name.startswith(known):
                 self.result.garbage(info.name, "it is no part of a repository that this version knows")
+
+    def _config(self) -> None:
+        _, self._config_hash = load_config(self._repository.backend)
+
+    def _key(self, name: str) -> None:
+        key = read_key(self._repository.backend, name)
+        if self._config_hash and key.about.config != self._config_hash:
+            self.result.garbage(name, "it opens another repository, or what an interrupted init began")
 
     def _writers(self) -> None:
         backend = self._repository.backend

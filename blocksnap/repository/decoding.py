@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from blocksnap.backends.base import Backend
 from blocksnap.repository import documents
 from blocksnap.repository.documents import Fence, Manifest, Signed
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
@@ -33,13 +32,8 @@ def seal_public(kind: FrameType, document: BaseModel) -> bytes:
     return Sealer(_PUBLIC).seal(kind, encode(document))
 
 
-def open_public(backend: Backend, name: str, kind: FrameType, model: type[Model]) -> Model:
-    """Return a document that is readable without a key; raises DamagedObjectError, ObjectMissingError."""
-    return decode_public(backend.read(name), name, kind, model)
-
-
 def decode_public(stored: bytes, name: str, kind: FrameType, model: type[Model]) -> Model:
-    """Return the document in an object that is readable without a key."""
+    """Return a document that is readable without a key; raises DamagedObjectError, NewerFormatError."""
     return validate(open_frame(Opener(_PUBLIC), stored, name, kind), name, model)
 
 

@@ -68,13 +68,18 @@ class Kdf(Document):
 
 
 class KeyAbout(Document):
-    """What anybody may know of a key; ``host`` is the name of the host it was made for."""
+    """What anybody may know of a key.
+
+    ``host`` is the name of the host it was made for, and ``config`` the BLAKE3 of the config object of the
+    repository that it opens.
+    """
 
     id: Hex16
     created: datetime
     label: Line = ""
     role: Role
     host: Line = ""
+    config: Hex32
 
 
 class Key(Document):
@@ -89,14 +94,13 @@ class Key(Document):
 class KeyMaterial(Document):
     """What is wrapped in a key.
 
-    ``keys`` are those of the role, by name. ``about`` is the object's own, and ``config`` the BLAKE3 of the
-    config object: both are thereby authenticated.
+    ``keys`` are those of the role, by name. ``about`` is what the object says in the clear, which is thereby
+    authenticated, and with it the config object.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
     about: KeyAbout
-    config: Hex32
     keys: dict[str, Hex32] = Field(repr=False)
 
 

@@ -42,11 +42,10 @@ FOLDER = "keys/"
 
 @dataclass(frozen=True, slots=True)
 class OpenKey:
-    """A key that a passphrase has opened, and the hash of the config object that it vouches for."""
+    """A key that a passphrase has opened."""
 
     about: KeyAbout
     ring: KeyRing
-    config: str
 
     @property
     def name(self) -> str:
@@ -67,11 +66,18 @@ def create_key(
 ) -> Key:
     """Store what a role holds of a key ring under a passphrase; raises MissingRightError."""
     cost = cost or keys_module.DEFAULT_COST
-    about = KeyAbout(id=os.urandom(16).hex(), created=datetime.now(UTC), label=label, role=role, host=host)
+    about = KeyAbout(
+        id=os.urandom(16).hex(),
+        created=datetime.now(UTC),
+        label=label,
+        role=role,
+        host=host,
+        config=config,
+    )
     held = {name: key.hex() for name, key in ring.held_by(role).items()}
     salt = os.urandom(32)
     wrapped = wrap(
-        encode(KeyMaterial(about=about, config=config, keys=held)),
+        encode(KeyMaterial(about=about, keys=held)),
         wrapping_key=passphrase_key(passphrase, salt=salt, cost=cost),
         associated=salt,
     )
@@ -125,22 +131,20 @@ def open_key(key: Key, passphrase: bytes, *, config: str, repository_id: bytes) 
     It costs an argon2id. Raises DamagedObjectError when the passphrase is right and the rest is not.
     """
     name = FOLDER + key.about.id
+    if key.about.config != config:
+        raise _stranger(key)
     material = _unwrap(key, name, passphrase)
     if material is None:
         return None
     if material.about != key.about:
         raise DamagedObjectError(name, "what it says in the clear is not what it says inside")
-    if material.config != config:
-        raise DamagedObjectError(
-            name, "it belongs to another repository, or the object config was replaced since it was made"
-        )
     held = {part: bytes.fromhex(value) for part, value in material.keys.items()}
     try:
         ring = KeyRing.of_role(material.about.role, held, repository_id=repository_id)
     except ValueError:
         # Whatever the exception says, it was made from keys.
         raise DamagedObjectError(name, "it does not hold the keys of its role") from None
-    return OpenKey(key.about, ring, config)
+    return OpenKey(key.about, ring)
 
 
 def find_open_key(
@@ -159,7 +163,9 @@ def find_open_key(
     """
     unread: list[BlocksnapError] = []
     unfit: list[BlocksnapError] = []
-    found = list_keys(backend, unread.append)
+    listed = list_keys(backend, unread.append)
+    # One of another repository may lie there since an init that was interrupted.
+    found = [key for key in listed if key.about.config == config]
     found.sort(key=lambda key: key.about.host != host)
     opened = first_opened(found, passphrase, config=config, repository_id=repository_id, note=unfit.append)
     if opened is None:
@@ -167,6 +173,8 @@ def find_open_key(
             raise unfit[0]
         if found:
             raise WrongPassphraseError(backend.place, damaged=len(unread))
+        if listed:
+            raise _stranger(listed[0])
         raise unread[0] if unread else NoKeysError(backend.place)
     for err in (*unread, *unfit):
         note(err)
@@ -191,6 +199,13 @@ def first_opened(
         if opened is not None:
             return opened
     return None
+
+
+def _stranger(key: Key) -> DamagedObjectError:
+    return DamagedObjectError(
+        FOLDER + key.about.id,
+        "it belongs to another repository, or the object config was replaced since it was made",
+    )
 
 
 def _unwrap(key: Key, name: str, passphrase: bytes) -> KeyMaterial | None:

@@ -113,7 +113,7 @@ class Repository:
             keys = KeyRing.from_master(new_master(), repository_id=repository_id)
             digest = blake3(stored).hexdigest()
             made = create_key(backend, keys, Role.ADMIN, passphrase, config=digest, host=host, cost=cost)
-            key = OpenKey(made.about, keys, digest)
+            key = OpenKey(made.about, keys)
         try:
             backend.put("config", stored)
         except ObjectExistsError as err:

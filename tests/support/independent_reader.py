@@ -190,7 +190,7 @@ class Repository:
             material = json.loads(unwrapped)
             require(material["about"] == key["about"], f"{name}: relabelled")
             require(name == f"keys/{key['about']['id']}", f"{name}: another key's")
-            require(material["config"] == config_hash, "config: not the one the repository was made with")
+            require(key["about"]["config"] == config_hash, "config: not the one the repository was made with")
             held = {part: bytes.fromhex(value) for part, value in material["keys"].items()}
             require("master" in held or "data_secret" in held, f"{name}: its role may not read")
             return held

@@ -101,6 +101,28 @@ def test_every_shape_is_restored(blocksnap: InProcess, chunk_size: str, encrypti
     assert read_all(blocksnap) == expected
 
 
+def test_what_a_backup_key_stores_a_restore_key_reads(
+    blocksnap: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocksnap.done("init")
+    path = blocksnap.folder / "volume"
+    write_noise(path, random.Random(3))
+    for role in ("backup", "restore", "gc"):
+        monkeypatch.setenv("BLOCKSNAP_NEW_PASSPHRASE", role)
+        blocksnap.done("key", "add", "--role", role)
+    monkeypatch.setenv("BLOCKSNAP_PASSPHRASE", "backup")
+    stored = blocksnap.backup(str(path))["id"]
+    repository = independent_reader.Repository(blocksnap.folder / "repository", b"restore")
+    repository.verify()
+    (backup,) = repository.backups()
+    assert backup["id"] == stored
+    repository.restore(backup, blocksnap.folder / "out")
+    assert (blocksnap.folder / "out").read_bytes() == path.read_bytes()
+    for role in (b"backup", b"gc"):
+        with pytest.raises(independent_reader.DamagedError, match="may not read"):
+            independent_reader.Repository(blocksnap.folder / "repository", role)
+
+
 def test_incrementals_of_a_volume_that_grows_and_shrinks(blocksnap: InProcess) -> None:
     blocksnap.done("init", "--chunk-size", "16K")
     dice, path, expected = random.Random(2), blocksnap.folder / "volume", {}

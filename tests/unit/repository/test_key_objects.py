@@ -141,7 +141,7 @@ def test_two_keys_with_one_passphrase(place: Path) -> None:
     admin = opened(place)
     assert admin.key is not None
     made = [
-        create_key(admin.backend, admin.keys, role, NEW, config=admin.key.config, host=host)
+        create_key(admin.backend, admin.keys, role, NEW, config=admin.key.about.config, host=host)
         for role, host in ((Role.GC, "two"), (Role.RESTORE, "three"))
     ]
     assert opened(place, NEW, host="two").keys.role is Role.GC
@@ -320,8 +320,32 @@ def test_a_key_of_another_repository_opens_nothing(place: Path, tmp_path: Path) 
     (path,) = (other / "keys").iterdir()
     shutil.copy(path, place / "keys")
     assert opened(place).damage == []
+    with pytest.raises(WrongPassphraseError):
+        opened(place, NEW)
+    with pytest.raises(DamagedObjectError, match="another repository"):
+        opened(place, NEW, key=path.name)
+    repository = opened(place)
+    assert repository.key is not None
+    # It counts as no admin's, and can be removed; its passphrase is free.
+    with pytest.raises(LastKeyError, match="last key"):
+        remove_key(repository, repository.key.about.id, force=False)
+    add(place, NEW)
+    remove_key(repository, path.name, force=False)
+    (place / "keys" / repository.key.about.id).unlink()
+    shutil.copy(path, place / "keys")
+    for key in list_keys(repository.backend, pytest.fail):
+        if key.about.role is Role.BACKUP:
+            key_file(place, key).unlink()
     with pytest.raises(DamagedObjectError, match="another repository"):
         opened(place, NEW)
+
+
+def test_what_an_interrupted_init_left_is_no_trouble(place: Path) -> None:
+    (place / "config").unlink()
+    Repository.create(LocalBackend(str(place)), chunk_size=16384, passphrase=ADMIN)
+    repository = opened(place)
+    assert repository.damage == []
+    assert len(list_keys(repository.backend, pytest.fail)) == 2
 
 
 def test_the_storage_cannot_relabel_or_rename_a_key(place: Path) -> None:
@@ -422,7 +446,7 @@ def test_the_passphrase_is_in_no_exception(place: Path, monkeypatch: pytest.Monk
     assert admin.key is not None
     with monkeypatch.context() as patch:
         patch.setattr(key_objects, "encode", lambda document: b'{"about": "%s", "x' % secret)
-        create_key(admin.backend, admin.keys, Role.GC, NEW, config=admin.key.config)
+        create_key(admin.backend, admin.keys, Role.GC, NEW, config=admin.key.about.config)
     with pytest.raises(DamagedObjectError, match="makes no sense") as damaged:
         opened(place, NEW)
     assert "unguessable" not in everything_of(damaged.value)

@@ -309,10 +309,9 @@ def test_rights_are_named_with_the_roles_that_have_them() -> None:
 
 
 def test_nothing_prints_a_key() -> None:
-    about = KeyAbout(id="ab" * 16, created=datetime.now(UTC), role=Role.ADMIN)
+    about = KeyAbout(id="ab" * 16, created=datetime.now(UTC), role=Role.ADMIN, config="cd" * 32)
     material = KeyMaterial(
         about=about,
-        config="cd" * 32,
         keys={name: key.hex() for name, key in ADMIN.held_by(Role.ADMIN).items()},
     )
     shown = repr(material) + str(material)

@@ -16,7 +16,7 @@ import pytest
 from blake3 import blake3
 
 from blocksnap.errors import DamageError
-from blocksnap.repository.decoding import open_public
+from blocksnap.repository.decoding import decode_public
 from blocksnap.repository.documents import Config, WriterRecord
 from blocksnap.repository.errors import NewerFormatError
 from blocksnap.repository.frame import FrameType
@@ -58,7 +58,7 @@ def read_object(scene: Scene, name: str, content: bytes) -> None:
     repository = Repository(backend, scene.trusted.config, keys)
     match kind_of(name):
         case "config":
-            open_public(backend, name, FrameType.CONFIG, Config)
+            decode_public(content, name, FrameType.CONFIG, Config)
         case "keys/":
             read_key(backend, name)
         case "manifests/":
