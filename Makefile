@@ -8,7 +8,7 @@ PACKAGES := vagrant/packages.txt
 
 # Folders that run on this machine's own kernel. A new folder under tests/ is one of them, unless
 # it is named here: it would be worse to leave it out unnoticed.
-ELSEWHERE := unit lvm bench demo support
+ELSEWHERE := unit lvm bench demo support vectors
 HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$(wildcard tests/*/)))),tests/$(path))
 
 .DEFAULT_GOAL := bootstrap
