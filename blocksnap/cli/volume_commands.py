@@ -102,7 +102,7 @@ def backup_command(
     VOLUME is VG/LV, a device, a mount point or directory (the volume under it), or a file. The first backup
     of a volume is full, every later one reads only what has changed.
     """
-    from blocksnap.cli.trust import require_same_encryption
+    from blocksnap.cli.trust import has_lost_newest, remember_newest, require_same_encryption
     from blocksnap.extents import memory
     from blocksnap.operations.backup import back_up, plan_backups
     from blocksnap.operations.storing import BackupOptions
@@ -124,7 +124,14 @@ def backup_command(
         if settings.json:
             print_json_line({"event": "done", "backups": [], "plans": [plan.facts() for plan in plans]})
         return
+    for volume in resolved:
+        if has_lost_newest(repository, settings.state_directory, volume.key):
+            reporter.warn(
+                f"the newest backup of {volume.name} that this host made is not in the repository any more",
+                resolution="find out who removed it, or put an older state of the repository in its place",
+            )
     results = back_up(repository, resolved, settings.state_directory, options, reporter)
+    remember_newest(repository, settings.state_directory, results)
     _show_backups(settings, results)
     if reporter.warnings:
         click.get_current_context().exit(EXIT_WARNINGS)

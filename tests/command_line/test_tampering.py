@@ -83,10 +83,47 @@ CASES: list[tuple[str, Change, int, int]] = [
 ]
 
 
-def test_exit_codes(
+@pytest.fixture
+def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    run, dice, volume = InProcess(tmp_path, monkeypatch, capsysbinary), random.Random(1), tmp_path / "volume"
+) -> InProcess:
+    return InProcess(tmp_path, monkeypatch, capsysbinary)
+
+
+def test_an_older_state_of_the_repository_is_noticed_by_the_host(run: InProcess) -> None:
+    volumes, place, older = (
+        [run.folder / name for name in "ab"],
+        run.folder / "repository",
+        run.folder / "older",
+    )
+    run.done("init", "--chunk-size", "16K")
+    for volume in volumes:
+        volume.write_bytes(b"first")
+        run.done("backup", volume)
+    shutil.copytree(place, older)
+    volumes[0].write_bytes(b"second")
+    run.done("backup", volumes[0])
+    shutil.rmtree(place)
+    older.rename(place)
+    # In it everything is sound, and the other volume misses nothing.
+    run.done("check", "--read-data")
+    run.done("backup", volumes[1])
+    code, _, said = run("backup", volumes[0])
+    assert code == 3
+    assert f"the newest backup of {volumes[0]} that this host made is not in the repository" in said
+    assert "fix:" in said
+    assert run.done("restore", "latest", "-") == b"second"
+    run.done("backup", volumes[0])
+    newest(place, "manifests")[-1].unlink()
+    assert run("backup", volumes[0])[0] == 3
+    # Another repository at this place is another matter.
+    shutil.rmtree(place)
+    run.done("init")
+    run.done("backup", volumes[0])
+
+
+def test_exit_codes(run: InProcess, tmp_path: Path) -> None:
+    dice, volume = random.Random(1), tmp_path / "volume"
     theirs, ours, saved = (tmp_path / name for name in ("theirs", "repository", "saved"))
     for place in (theirs, ours):
         run.done("init", "--repo", place, "--chunk-size", "16K")

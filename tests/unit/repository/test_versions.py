@@ -22,6 +22,7 @@ from blocksnap.repository.index import Segment
 from blocksnap.repository.keys import KeyRing
 from blocksnap.repository.pack import PackWriter
 from blocksnap.repository.repository import Repository
+from support import independent_reader
 from support.in_process import InProcess
 from support.repositories import open_repository, open_writer
 
@@ -123,6 +124,19 @@ def test_a_config_of_a_later_format(blocksnap: InProcess) -> None:
     rewrite(blocksnap.folder / "repository" / "config", PUBLIC, FrameType.CONFIG, next_format)
     assert codes(blocksnap) == dict.fromkeys(ALL_WORK, 1)
     assert "needs a newer blocksnap: format 2" in blocksnap("list")[2]
+
+
+def test_the_independent_reader_refuses_it_too(blocksnap: InProcess) -> None:
+    place = blocksnap.folder / "repository"
+    for operation in ("write", "check", "gc"):
+        need(blocksnap, operation)
+    independent_reader.Repository(place).verify()
+    rewrite(newest(blocksnap, "manifests"), keys_of(blocksnap), FrameType.MANIFEST, next_format)
+    with pytest.raises(independent_reader.NewerError, match="format 2"):
+        independent_reader.Repository(place).backups()
+    need(blocksnap, "read")
+    with pytest.raises(independent_reader.NewerError, match="parity"):
+        independent_reader.Repository(place)
 
 
 def test_a_manifest_of_a_later_format_does_not_hide_the_others(blocksnap: InProcess) -> None:
