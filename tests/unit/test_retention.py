@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blocksnap.errors import UsageError
@@ -305,7 +305,7 @@ def policies(draw: st.DrawFn) -> Policy:
     return Policy(tuple(rules), draw(st.sampled_from([UTC, BERLIN])))
 
 
-laws = settings(max_examples=50, deadline=None)
+laws = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @laws
