@@ -27,6 +27,8 @@ _COMMANDS = {
     "restore": "volume_commands",
     "verify": "volume_commands",
     "check": "repository_commands",
+    "forget": "collection_commands",
+    "prune": "collection_commands",
     "key": "key_commands",
     "debug": "debug_commands",
 }

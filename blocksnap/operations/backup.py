@@ -16,6 +16,7 @@ from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import newest_of
 from blocksnap.operations.reporting import Reporter
+from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import BackupOptions, BackupPlan, Draft, plan_backup, store_volume
 from blocksnap.repository.documents import Backup, Manifest
 from blocksnap.repository.repository import Repository, StoredBackup
@@ -40,7 +41,7 @@ def back_up(
     """
     # The run announces itself first: a repository that cannot be written to costs no snapshot, and
     # whoever collects garbage knows of the run before it relies on what is stored.
-    with RepositoryWriter(repository, host=host_id(), hostname=host_name()) as writer:
+    with RepositoryWriter(repository, this_author(), is_gone) as writer:
         known = repository.backups()
         with open_session(volumes, writer.id.hex(), state_directory, report) as session:
             began = time.monotonic()

@@ -138,6 +138,7 @@ class Checker:
         return sum(self._sizes.values())
 
     def _backups(self) -> Iterator[StoredBackup]:
+        forgotten = {id_ for each in self._repository.forgotten().values() for id_ in each.backups}
         for info in sorted(self._repository.backend.list("manifests/"), key=lambda info: info.name):
             try:
                 manifest = self._repository.load_manifest(info.name)
@@ -147,6 +148,9 @@ class Checker:
             if manifest is None:
                 continue
             for backup in manifest.backups:
+                if backup.id in forgotten:
+                    # Whatever it needs may be gone already.
+                    continue
                 self.result.backups += 1
                 yield StoredBackup(backup, manifest, info.size)
 

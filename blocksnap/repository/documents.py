@@ -107,7 +107,9 @@ class KeyMaterial(Document):
 class WriterRecord(Document):
     """An object ``writers/<wid>.<n>``: a run announces itself, and says later what it has stored.
 
-    ``packs`` are those published since the record before this one.
+    ``packs`` are those published since the record before this one. ``epoch`` is the last condemned one that
+    the run has heeded. ``boot`` and ``started`` tell the process from others that have had its pid.
+    Nobody waits for a run that ``collects``.
     """
 
     format: int = FORMAT_VERSION
@@ -116,8 +118,12 @@ class WriterRecord(Document):
     host: str
     hostname: str
     pid: Count
+    boot: str = ""
+    started: Count = 0
     time: datetime
     packs: tuple[str, ...] = ()
+    epoch: Count | None = None
+    collects: bool = False
 
 
 class Root(Document):
@@ -204,3 +210,47 @@ class Fence(Document):
     writer: Hex16
     time: datetime
     fenced: Literal[True]
+
+
+class Forgotten(Document):
+    """An object ``gc/forget/<wid>``: backups that are given up, each by its id."""
+
+    format: int = FORMAT_VERSION
+    run: Hex16
+    time: datetime
+    backups: Annotated[tuple[Hex16, ...], Field(min_length=1)]
+
+
+class Condemned(Document):
+    """An object ``gc/<epoch>/condemned``: what is to go, and by which manifests that was decided.
+
+    ``marked`` are the manifests whose needs were looked at, ``forgotten`` the backups that were passed over.
+    """
+
+    format: int = FORMAT_VERSION
+    epoch: Count
+    run: Hex16
+    time: datetime
+    packs: tuple[str, ...]
+    marked: tuple[Hex16, ...]
+    forgotten: tuple[Hex16, ...]
+
+
+class Sweep(Document):
+    """An object ``gc/<epoch>/sweep``: what really goes. Nothing else is ever deleted in this epoch."""
+
+    format: int = FORMAT_VERSION
+    epoch: Count
+    run: Hex16
+    time: datetime
+    packs: tuple[str, ...]
+    manifests: tuple[Hex16, ...]
+
+
+class Done(Document):
+    """An object ``gc/<epoch>/done``: all that the sweep names is gone."""
+
+    format: int = FORMAT_VERSION
+    epoch: Count
+    run: Hex16
+    time: datetime

@@ -57,6 +57,7 @@ class FrameType(IntEnum):
     MANIFEST = 18
     WRITER = 19
     FOOTER = 20
+    COLLECTION = 21
 
 
 _TYPES = frozenset(FrameType)

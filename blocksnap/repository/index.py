@@ -14,7 +14,7 @@ and needs a few probes of the mapped segment, whatever its size.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -51,16 +51,26 @@ def segment_name(epoch: int, writer: bytes, number: int) -> str:
 def encode_segment(packs: Iterable[SealedPack], index_key: bytes) -> bytes:
     """Return the segment that lists all frames of these packs."""
     ordered = list(packs)
-    rows = sorted(
-        ROW.pack(row.id, ordinal, row.offset, row.length | row.type << 24)
+    rows = [
+        (row.id, ordinal, row.offset, row.length, row.type)
         for ordinal, pack in enumerate(ordered)
         for row in pack.rows
+    ]
+    return encode_rows(rows, [(pack.id, pack.size) for pack in ordered], index_key)
+
+
+def encode_rows(
+    rows: Iterable[tuple[bytes, int, int, int, int]], packs: Sequence[tuple[PackId, int]], index_key: bytes
+) -> bytes:
+    """Return the segment with these rows: id, ordinal of the pack, offset, length and type of the frame."""
+    packed = sorted(
+        ROW.pack(id_, ordinal, offset, length | kind << 24) for id_, ordinal, offset, length, kind in rows
     )
     body = b"".join(
         (
-            HEADER.pack(MAGIC, 1, len(rows), len(ordered), ROW.size, 0),
-            *rows,
-            *(PACK.pack(pack.id.writer, pack.id.hash, pack.size) for pack in ordered),
+            HEADER.pack(MAGIC, 1, len(packed), len(packs), ROW.size, 0),
+            *packed,
+            *(PACK.pack(pack.writer, pack.hash, size) for pack, size in packs),
         )
     )
     return body + blake3(body, key=index_key).digest()
@@ -69,9 +79,13 @@ def encode_segment(packs: Iterable[SealedPack], index_key: bytes) -> bytes:
 class Segment:
     """One segment, as bytes or mapped."""
 
-    def __init__(self, data: memoryview, *, name: str, index_key: bytes) -> None:
-        """Check the segment whole; raises DamagedObjectError, NewerFormatError."""
+    def __init__(self, data: memoryview, *, name: str, index_key: bytes, stored: bool = True) -> None:
+        """Check the segment whole; raises DamagedObjectError, NewerFormatError.
+
+        One that is not ``stored`` was only made up.
+        """
         self.name = name
+        self.stored = stored
         if len(data) < HEADER.size + CHECK_SIZE:
             raise DamagedObjectError(name, "cut short")
         magic, version, rows, packs, row_size, zero = HEADER.unpack_from(data)
@@ -96,33 +110,27 @@ class Segment:
     def __len__(self) -> int:
         return self._count
 
-    def pass_over_missing(self, sizes: Mapping[str, int]) -> None:
-        """Find nothing any more in packs that are not among ``sizes``, or have another size there."""
-        self._absent = frozenset(
-            ordinal for ordinal, (pack, size) in enumerate(self.packs) if sizes.get(pack.name) != size
-        )
+    def pass_over(self, unusable: Callable[[PackId, int], bool]) -> None:
+        """Find nothing any more in the packs that this is true of; it gets each with its size."""
+        self._absent |= {ordinal for ordinal, (pack, size) in enumerate(self.packs) if unusable(pack, size)}
+
+    @property
+    def rows(self) -> memoryview:
+        """All rows, as they are stored."""
+        return self._rows
 
     def find(self, id_: bytes) -> Location | None:
         """Return where a blob lies, or None."""
-        low, high = 0, self._count
-        rows, size = self._rows, ROW.size
-        # Interpolation: each probe narrows to where a uniform id would be, and to one half at worst.
-        target = int.from_bytes(id_[:8], "big")
-        low_key, high_key = 0, 1 << 64
-        while high - low > _LINEAR:
-            guess = low + (target - low_key) * (high - low) // max(high_key - low_key, 1)
-            middle = min(max(guess, low + (high - low) // 8), high - 1 - (high - low) // 8)
-            key = bytes(rows[middle * size : middle * size + 32])
-            if key == id_:
-                return self._location(middle)
-            if key < id_:
-                low, low_key = middle + 1, int.from_bytes(key[:8], "big")
-            else:
-                high, high_key = middle, int.from_bytes(key[:8], "big")
-        for number in range(low, high):
-            if rows[number * size : number * size + 32] == id_:
-                return self._location(number)
-        return None
+        return next(self.find_all(id_), None)
+
+    def find_all(self, id_: bytes) -> Iterator[Location]:
+        """Yield every place where a blob lies."""
+        number = first_row(self._rows, self._count, id_)
+        while 0 <= number < self._count and self._rows[number * ROW.size : number * ROW.size + 32] == id_:
+            location = self._location(number)
+            if location is not None:
+                yield location
+            number += 1
 
     def _location(self, number: int) -> Location | None:
         _, ordinal, offset, packed = ROW.unpack_from(self._rows, number * ROW.size)
@@ -134,11 +142,40 @@ class Segment:
             raise DamagedObjectError(self.name, "a row points nowhere") from err
 
 
+def first_row(rows: memoryview, count: int, id_: bytes) -> int:
+    """Return the number of the first of ``count`` sorted rows that has this id, or -1."""
+    low, high, size = 0, count, ROW.size
+    # Interpolation: each probe narrows to where a uniform id would be, and to one half at worst.
+    target = int.from_bytes(id_[:8], "big")
+    low_key, high_key = 0, 1 << 64
+    while high - low > _LINEAR:
+        guess = low + (target - low_key) * (high - low) // max(high_key - low_key, 1)
+        middle = min(max(guess, low + (high - low) // 8), high - 1 - (high - low) // 8)
+        key = bytes(rows[middle * size : middle * size + 32])
+        if key == id_:
+            return _first_of_equals(rows, middle, id_)
+        if key < id_:
+            low, low_key = middle + 1, int.from_bytes(key[:8], "big")
+        else:
+            high, high_key = middle, int.from_bytes(key[:8], "big")
+    for number in range(low, high):
+        if rows[number * size : number * size + 32] == id_:
+            return number
+    return -1
+
+
+def _first_of_equals(rows: memoryview, number: int, id_: bytes) -> int:
+    while number > 0 and rows[(number - 1) * ROW.size : (number - 1) * ROW.size + 32] == id_:
+        number -= 1
+    return number
+
+
 class Index:
     """All segments of a repository, and what this run has added."""
 
     def __init__(self) -> None:
         self._segments: list[Segment] = []
+        self._condemned: frozenset[str] = frozenset()
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -154,6 +191,23 @@ class Index:
         """Add a segment."""
         self._segments.append(segment)
 
+    def keep_only(self, names: Container[str]) -> None:
+        """Drop the segments that are not among these."""
+        self._segments = [segment for segment in self._segments if segment.name in names]
+
+    def pass_over(self, condemned: frozenset[str], sizes: Mapping[str, int]) -> None:
+        """Find nothing any more in packs that are missing or have another size.
+
+        What lies in condemned packs alone is still found, since a parent may need it, but is not ``stays``.
+        """
+        self._condemned = condemned
+        for segment in self._segments:
+            segment.pass_over(lambda pack, size: sizes.get(pack.name) != size)
+
+    def stays(self, id_: bytes) -> bool:
+        """Tell whether a blob lies where it will still be when this run commits."""
+        return any(location.pack.name not in self._condemned for location in self.find_all(id_))
+
     def find(self, id_: bytes) -> Location | None:
         """Return where a blob lies, or None."""
         return next(self.find_all(id_), None)
@@ -161,6 +215,4 @@ class Index:
     def find_all(self, id_: bytes) -> Iterator[Location]:
         """Yield every place where a blob lies."""
         for segment in reversed(self._segments):
-            found = segment.find(id_)
-            if found is not None:
-                yield found
+            yield from segment.find_all(id_)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -31,6 +31,7 @@ ROW = struct.Struct("<32sIIIB3s")
 TRAILER = struct.Struct("<QI4s")
 TRAILER_MAGIC = b"BSPT"
 MIN_TARGET, MAX_TARGET = 32 << 20, 128 << 20
+_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,18 @@ class PackWriter:
         self._object.write(data)
         self._hash.update(data)
         self._size += len(data)
+
+
+def hash_pack(read_range: Callable[[str, int, memoryview], None], name: str, size: int) -> bool:
+    """Tell whether a pack's bytes have the hash in its name."""
+    # Read rather than mapped: a bad sector under a mapping would kill the process.
+    buffer = memoryview(bytearray(min(size, _BLOCK)))
+    hasher = blake3()
+    for offset in range(0, size, _BLOCK):
+        block = buffer[: min(_BLOCK, size - offset)]
+        read_range(name, offset, block)
+        hasher.update(block)
+    return hasher.digest() == PackId.parse(name).hash
 
 
 def read_footer(backend: Backend, keys: KeyRing, name: str, size: int) -> tuple[PackRow, ...]:

@@ -21,8 +21,15 @@ from blocksnap.backends.base import Backend
 from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository import documents
-from blocksnap.repository.decoding import decode_manifest, decode_public, open_frame, seal_public, validate
-from blocksnap.repository.documents import Backup, Config, Manifest, Operation
+from blocksnap.repository.decoding import (
+    decode_manifest,
+    decode_public,
+    open_frame,
+    open_signed,
+    seal_public,
+    validate,
+)
+from blocksnap.repository.documents import Backup, Config, Fence, Forgotten, Manifest, Operation
 from blocksnap.repository.errors import (
     DamagedObjectError,
     MissingChunkError,
@@ -43,11 +50,12 @@ from blocksnap.repository.key_objects import (
     open_key,
     read_key,
 )
-from blocksnap.repository.keys import KdfCost, KeyRing, Role, new_master
+from blocksnap.repository.keys import KdfCost, KeyRing, Right, Role, new_master
 from blocksnap.repository.pack import PackId, SealedPack, read_footer
 
 _REFRESH_SECONDS = 2.0
 _SALVAGED = "salvaged from the packs"
+FORGET = "gc/forget/"
 _Model = TypeVar("_Model", bound=BaseModel)
 ASKED = Callable[[], bytes | None]
 """Returns the passphrase, or None when the user gave none; called only when one is needed."""
@@ -75,6 +83,7 @@ class Repository:
         """The key that opened it; None where there is no encryption."""
         self._index: Index | None = None
         self._refreshed = 0.0
+        self._is_behind = False
         self.damage: list[BlocksnapError] = []
         """What was found damaged, or too new, and could be passed over; commands warn of it."""
         self.bad_ids: set[bytes] = set()
@@ -177,18 +186,25 @@ class Repository:
         tables.
         """
         index = self._index = self._index or Index()
-        self._refreshed = time.monotonic()
+        self._refreshed, self._is_behind = time.monotonic(), False
         known = {segment.name for segment in index.segments}
         damaged = False
-        for info in sorted(self.backend.list("index/"), key=lambda info: info.name):
-            if info.name not in known:
+        listed = sorted(info.name for info in self.backend.list("index/"))
+        for name in listed:
+            if name not in known:
                 try:
-                    index.add(self.open_segment(info.name))
+                    index.add(self.open_segment(name))
+                except ObjectMissingError:
+                    # Replaced meanwhile, by one that was there before this one went.
+                    return self.refresh_index()
                 except (DamagedObjectError, NewerFormatError) as err:
                     damaged = True
                     self._note(err)
+        # Those that are gone come last, so that another thread never misses what both old and new ones list.
+        index.keep_only({*listed, _SALVAGED})
         if damaged and _SALVAGED not in known:
             self._salvage(index)
+        return None
 
     def _salvage(self, index: Index) -> None:
         listed = {pack.name for segment in index.segments for pack, _ in segment.packs}
@@ -202,7 +218,9 @@ class Repository:
             except (DamagedObjectError, NewerFormatError, ValueError):
                 continue
         key = self.keys.index_key
-        index.add(Segment(memoryview(encode_segment(packs, key)), name=_SALVAGED, index_key=key))
+        index.add(
+            Segment(memoryview(encode_segment(packs, key)), name=_SALVAGED, index_key=key, stored=False)
+        )
 
     def _note(self, err: BlocksnapError) -> None:
         if all(str(known) != str(err) for known in self.damage):
@@ -222,7 +240,7 @@ class Repository:
     def locate(self, kind: FrameType, id_: bytes) -> Location:
         """Return where a blob lies; raises MissingChunkError."""
         found = self.index.find(id_)
-        if found is None and time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+        if found is None and (self._is_behind or time.monotonic() - self._refreshed > _REFRESH_SECONDS):
             # A run that finished meanwhile may have stored it.
             self.refresh_index()
             found = self.index.find(id_)
@@ -231,14 +249,20 @@ class Repository:
         return found
 
     def load(self, kind: FrameType, id_: bytes) -> bytes:
-        """Return a blob, from any place that has it unharmed; raises DamageError."""
+        """Return a blob, from any place that has it unharmed; raises DamageError.
+
+        A pack that is missing may have been emptied by garbage collection: then the index has a new place.
+        """
         self.locate(kind, id_)
         problem: DamageError | None = None
-        for location in self.index.find_all(id_):
-            try:
-                return self._load_from(location, kind, id_)
-            except DamageError as err:
-                problem = err
+        for attempt in range(2):
+            if attempt:
+                self.refresh_index()
+            for location in self.index.find_all(id_):
+                try:
+                    return self._load_from(location, kind, id_)
+                except DamageError as err:
+                    problem = err
         self.bad_ids.add(id_)
         raise problem or MissingChunkError("blob", id_)
 
@@ -267,9 +291,13 @@ class Repository:
 
         Shut-out writers' places are passed over, and so is what is damaged or too new (``damage``).
         """
+        # What was committed since the index was loaded is not in it.
+        self._is_behind = True
         for info in self.backend.list("manifests/"):
             try:
                 manifest = self.load_manifest(info.name)
+            except ObjectMissingError:
+                continue
             except (DamageError, NewerFormatError) as err:
                 self._note(err)
                 continue
@@ -278,14 +306,44 @@ class Repository:
 
     def load_manifest(self, name: str) -> Manifest | None:
         """Return one manifest, or None for a fence; raises DamagedObjectError, NewerFormatError."""
-        return decode_manifest(self._open_plain(name, FrameType.MANIFEST), name, self.keys)
+        plain = open_frame(self.opener(), self.backend.read(name), name, FrameType.MANIFEST)
+        return decode_manifest(plain, name, self.keys)
+
+    def read_signed(self, name: str, kind: FrameType, model: type[_Model]) -> _Model:
+        """Return a document that a key with the right to collect garbage has signed."""
+        plain = open_signed(self._open_plain(name, kind), name, self.keys, Right.COLLECT)
+        return validate(plain, name, model)
+
+    def find_fence(self, run: str) -> Fence | None:
+        """Return the fence of a run that was shut out."""
+        try:
+            return self.read_document(f"manifests/{run}", FrameType.MANIFEST, Fence)
+        except DamageError:
+            return None
+
+    def forgotten(self) -> dict[str, Forgotten]:
+        """Return what was given up, by the name of the object that says so.
+
+        One that cannot be read is damage, and what it gave up is there again.
+        """
+        found: dict[str, Forgotten] = {}
+        for info in self.backend.list(FORGET):
+            try:
+                found[info.name] = self.read_signed(info.name, FrameType.COLLECTION, Forgotten)
+            except DamageError as err:
+                self._note(err)
+        return found
 
     def backups(self) -> list[StoredBackup]:
-        """Return all backups, oldest first."""
+        """Return all backups that are not forgotten, oldest first."""
+        # In this order: a backup is forgotten after it was committed.
+        stored = list(self.manifests())
+        forgotten = {id_ for document in self.forgotten().values() for id_ in document.backups}
         found = [
             StoredBackup(backup, manifest, size)
-            for manifest, size in self.manifests()
+            for manifest, size in stored
             for backup in manifest.backups
+            if backup.id not in forgotten
         ]
         return sorted(found, key=lambda stored: (stored.backup.time, stored.backup.id))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,14 +21,18 @@ from blocksnap.backends.errors import ObjectExistsError
 from blocksnap.errors import BlocksnapError
 from blocksnap.repository.decoding import encode_signed
 from blocksnap.repository.documents import Manifest, WriterRecord
-from blocksnap.repository.errors import FencedError, NewerFormatError
+from blocksnap.repository.epochs import Epoch, read_epoch
+from blocksnap.repository.errors import FencedError
+from blocksnap.repository.fencing import IsGone, nobody_is_gone
 from blocksnap.repository.frame import OVERHEAD, FrameType, Sealer
 from blocksnap.repository.index import SEGMENT_ROWS, encode_segment, segment_name
 from blocksnap.repository.keys import Right
 from blocksnap.repository.pack import PackWriter, SealedPack, pack_target
 from blocksnap.repository.repository import Repository
+from blocksnap.repository.resume import find_adoptable
 
 HEARTBEAT_SECONDS = 300
+LONGEST_RUN_SECONDS = 90 * 86400
 _DOCUMENT_LEVEL = 3
 
 
@@ -58,6 +63,17 @@ class Stored:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who runs: a host by its id and name, and a process that no later one is mistaken for."""
+
+    host: str
+    hostname: str
+    pid: int = 0
+    boot: str = ""
+    started: int = 0
+
+
 @dataclass(slots=True)
 class _Flow:
     """Packs of one sort, data or metadata: the one that is open."""
@@ -71,16 +87,28 @@ class RepositoryWriter:
     ``claim`` and ``identify`` may be called from any thread; ``store`` and the rest from one.
     """
 
-    def __init__(self, repository: Repository, *, host: str, hostname: str) -> None:
-        """Announce the run, then learn what is stored (in this order: see fencing in the design).
+    def __init__(
+        self,
+        repository: Repository,
+        author: Author,
+        is_gone: IsGone = nobody_is_gone,
+        *,
+        collects: bool = False,
+    ) -> None:
+        """Announce the run, then learn what is stored (in this order: see the design, 3.9).
 
-        Raises NewerFormatError for a repository that this version must not write to, and MissingRightError
-        when the repository's key may not back up.
+        ``is_gone`` tells of which earlier runs of this host the packs may be taken over. Nobody waits for a
+        run that ``collects`` garbage. Raises NewerFormatError for a repository that this version must not
+        write to, and MissingRightError when the repository's key may not do it.
         """
-        repository.require("write")
-        repository.keys.require(Right.STORE)
+        repository.require("gc" if collects else "write")
+        repository.keys.require(Right.COLLECT if collects else Right.STORE)
         self._repository = repository
-        self._host, self._hostname = host, hostname
+        self._author = author
+        self._collects = collects
+        self._epoch: int | None = None
+        self._began = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.adopted = 0
         self.id = os.urandom(16)
         self.stored = Stored()
         self._sealer = Sealer(repository.keys, level=_DOCUMENT_LEVEL)
@@ -94,16 +122,7 @@ class RepositoryWriter:
         self._segments = 0
         self._sequence = 0
         self._announce()
-        if next(iter(repository.backend.list("gc/")), None) is not None:
-            raise NewerFormatError(
-                f"repository {repository.backend.place}", "garbage collection was begun there"
-            )
-        repository.refresh_index()
-        # A lost pack's chunks have to be stored again, so its rows must not be believed.
-        sizes = {info.name: info.size for info in repository.backend.list("packs/")}
-        for segment in repository.index.segments:
-            segment.pass_over_missing(sizes)
-        self._packs = len(sizes)
+        self._packs = self._learn_index(self._heed(read_epoch(repository)), is_gone)
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="blocksnap-heartbeat", daemon=True)
         self._heart.start()
@@ -132,7 +151,7 @@ class RepositoryWriter:
         """Tell whether the caller has to store this blob; says so once for each id."""
         if id_ in self._claimed:
             return False
-        if self._repository.index.find(id_) is not None and id_ not in self._repository.bad_ids:
+        if self._repository.index.stays(id_) and id_ not in self._repository.bad_ids:
             return False
         token = object()
         return self._claimed.setdefault(id_, token) is token
@@ -183,6 +202,9 @@ class RepositoryWriter:
         Returns it with the size of its object. Raises FencedError when this writer was shut out.
         """
         self.flush()
+        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._began > LONGEST_RUN_SECONDS:
+            # The fence of a run that is shut out is kept for a year, not for ever.
+            raise FencedError(self.id.hex())
         manifest = compose(self)
         name = f"manifests/{self.id.hex()}"
         plain = encode_signed(manifest, name, self._repository.keys, Right.STORE)
@@ -195,15 +217,45 @@ class RepositoryWriter:
                 raise FencedError(self.id.hex()) from err
         return manifest, len(sealed)
 
+    def _heed(self, epoch: Epoch) -> frozenset[str]:
+        """Return the condemned packs, and say that they are known: then nobody has to wait for this run."""
+        # A collector has to see what it is to decide about.
+        if epoch.condemned is None or epoch.done or self._collects:
+            return frozenset()
+        self._epoch = epoch.number
+        self._announce()
+        return frozenset(epoch.condemned.packs)
+
+    def _learn_index(self, condemned: frozenset[str], is_gone: IsGone) -> int:
+        """Load the index, without what must not be believed, and return the number of packs."""
+        repository = self._repository
+        repository.refresh_index()
+        # A lost pack's chunks have to be stored again. Packs are listed last: a run that was shut out can
+        # still create a segment for packs that are gone.
+        sizes = {info.name: info.size for info in repository.backend.list("packs/")}
+        repository.index.pass_over(condemned, sizes)
+        if not self._collects:
+            adopted = find_adoptable(
+                repository, self._author.host, sizes, condemned, is_gone, datetime.now(UTC)
+            )
+            self._durable += adopted
+            self._write_segment()
+            self.adopted = sum(pack.size for pack in adopted)
+        return len(sizes)
+
     def _announce(self) -> None:
         record = WriterRecord(
             writer=self.id.hex(),
             sequence=self._sequence,
-            host=self._host,
-            hostname=self._hostname,
-            pid=os.getpid(),
+            host=self._author.host,
+            hostname=self._author.hostname,
+            pid=self._author.pid,
+            boot=self._author.boot,
+            started=self._author.started,
             time=datetime.now(UTC),
             packs=tuple(self._unreported),
+            epoch=self._epoch,
+            collects=self._collects,
         )
         sealed = self._sealer.seal(FrameType.WRITER, record.model_dump_json().encode())
         self._repository.backend.put(f"writers/{self.id.hex()}.{self._sequence}", sealed)

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-DATA, NODE, ATTACHMENT, CONFIG, KEY, MANIFEST, WRITER, FOOTER = 1, 2, 3, 16, 17, 18, 19, 20
+DATA, NODE, ATTACHMENT, CONFIG, KEY, MANIFEST, WRITER, FOOTER, COLLECTION = 1, 2, 3, 16, 17, 18, 19, 20, 21
 FRAME, OVERHEAD, MOST = struct.Struct("<4sBBBBII32s24s"), 72 + 16, 64 << 20
 HOLE, ZERO = "hole", "zero"
 FEATURES: frozenset[str] = frozenset()
@@ -69,10 +69,11 @@ class Keys:
     def __init__(self, repository_id: bytes, held: dict[str, bytes] | None) -> None:
         self.repository_id, self.encrypted = repository_id, held is not None
         if held and "master" in held:
-            for name in ("id key", "meta key", "data secret", "commit secret"):
+            for name in ("id key", "meta key", "data secret", "commit secret", "collect secret"):
                 held[name.replace(" ", "_")] = derive(held["master"], name)
-            signer = Ed25519PrivateKey.from_private_bytes(held["commit_secret"])
-            held["commit_public"] = signer.public_key().public_bytes_raw()
+            for name in ("commit", "collect"):
+                signer = Ed25519PrivateKey.from_private_bytes(held[f"{name}_secret"])
+                held[f"{name}_public"] = signer.public_key().public_bytes_raw()
         self.held = held or {"id_key": bytes(32), "meta_key": bytes(32)}
         self.index_key = derive(self.held["meta_key"] + repository_id, "index key")
         self.run_keys: dict[bytes, bytes] = {}
@@ -90,11 +91,12 @@ class Keys:
             self.run_keys[sender] = blake3(shared + sender + public, key=key).digest()
         return self.run_keys[sender]
 
-    def signed(self, document: dict[str, Any], name: str) -> bytes:
+    def signed(self, document: dict[str, Any], name: str, key: str) -> bytes:
         """Return what a Signed vouches for (3.7)."""
+        require("signature" in document, f"{name}: not signed")
         text = str(document["document"]).encode()
         message = b"blocksnap 2026-11 v1 signed" + self.repository_id + name.encode() + b"\0" + text
-        signer = Ed25519PublicKey.from_public_bytes(self.held["commit_public"])
+        signer = Ed25519PublicKey.from_public_bytes(self.held[key])
         try:
             signer.verify(bytes.fromhex(document["signature"]), message)
         except InvalidSignature as err:
@@ -106,7 +108,7 @@ class Keys:
         require(len(frame) >= OVERHEAD, f"{what}: cut short")
         magic, kind, codec, cipher, zero, payload, length, id_here, salt = FRAME.unpack_from(frame)
         require(magic == b"BSF1" and zero == 0, f"{what}: no frame")
-        if kind not in (1, 2, 3, 16, 17, 18, 19, 20) or codec > 1 or cipher > 2:
+        if kind not in (1, 2, 3, *range(16, 22)) or codec > 1 or cipher > 2:
             raise NewerError(f"{what}: frame of type {kind}, codec {codec}, cipher {cipher}")
         require(kind == type_ and id_ in (None, id_here), f"{what}: another frame")
         require(cipher == (0, 1 + (kind == DATA))[self.encrypted], f"{what}: sealed in another way")
@@ -221,19 +223,29 @@ class Repository:
                 yield id_, Row(listed[ordinal], offset, packed & 0xFFFFFF, packed >> 24)
 
     def backups(self) -> list[dict[str, Any]]:
-        """Return the backups of all runs, oldest first; a fence has none (3.7)."""
+        """Return the backups that are not forgotten, oldest first; a fence has none (3.7, 3.9)."""
+        forgotten = self._forgotten()
         found = []
         for name, stored in self._manifests:
             manifest = document(self.keys.open(stored, MANIFEST, name), name)
             if self.keys.encrypted and "fenced" not in manifest:
-                require("signature" in manifest, f"{name}: not signed")
-                manifest = document(self.keys.signed(manifest, name), name)
+                manifest = document(self.keys.signed(manifest, name, "commit_public"), name)
             require(f"manifests/{manifest['writer']}" == name, f"{name}: another run's")
             for number, backup in enumerate(manifest.get("backups", ())):
                 seed = bytes.fromhex(manifest["writer"]) + struct.pack("<I", number)
                 require(backup["id"] == blake3(seed).hexdigest()[:32], f"{name}: a wrong id")
-                found.append(backup)
+                found += [backup] if backup["id"] not in forgotten else []
         return sorted(found, key=lambda backup: backup["time"])
+
+    def _forgotten(self) -> set[str]:
+        found: set[str] = set()
+        for path in sorted((self.place / "gc" / "forget").glob("*")):
+            name = f"gc/forget/{path.name}"
+            given_up = document(self.keys.open(path.read_bytes(), COLLECTION, name), name)
+            if self.keys.encrypted:
+                given_up = document(self.keys.signed(given_up, name, "collect_public"), name)
+            found.update(given_up["backups"])
+        return found
 
     def blob(self, type_: int, id_: bytes) -> bytes:
         """Return a chunk, node or attachment."""

@@ -10,7 +10,7 @@ from blocksnap.operations.sink import DataSink
 from blocksnap.pipeline.flow import Flow, Geometry
 from blocksnap.repository.keys import MINIMUM_COST
 from blocksnap.repository.repository import Repository
-from blocksnap.repository.writer import RepositoryWriter
+from blocksnap.repository.writer import Author, RepositoryWriter
 
 PASSPHRASE = b"correct horse"
 CHUNK = 16 << 10
@@ -32,7 +32,7 @@ def open_repository(path: Path) -> Repository:
 
 
 def open_writer(repository: Repository) -> RepositoryWriter:
-    return RepositoryWriter(repository, host="test", hostname="test.example")
+    return RepositoryWriter(repository, Author("test", "test.example"))
 
 
 def store_bytes(

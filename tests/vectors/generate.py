@@ -26,14 +26,26 @@ from blocksnap.extents.changes import MappedSet
 from blocksnap.operations.catalogue import root_document
 from blocksnap.operations.mapped import store_mapped
 from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapWriter
-from blocksnap.repository.documents import Backup, Fence, Manifest, Statistics, VolumeRecord
+from blocksnap.repository.documents import (
+    Backup,
+    Condemned,
+    Done,
+    Fence,
+    Forgotten,
+    Manifest,
+    Statistics,
+    Sweep,
+    VolumeRecord,
+)
+from blocksnap.repository.epochs import create_forgotten, create_part
 from blocksnap.repository.frame import FrameType, Opener, Sealer
 from blocksnap.repository.index import HEADER as SEGMENT_HEADER
 from blocksnap.repository.index import PACK, ROW
 from blocksnap.repository.key_objects import create_key
 from blocksnap.repository.keys import MINIMUM_COST, KeyRing, Role
+from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
-from blocksnap.repository.writer import RepositoryWriter
+from blocksnap.repository.writer import Author, RepositoryWriter
 from support.repositories import CHUNK, make_repository, open_repository, store_bytes
 
 HERE = Path(__file__).parent
@@ -61,7 +73,7 @@ def make(place: Path, *, encrypted: bool) -> None:
     digest = blake3(repository.backend.read("config")).hexdigest()
     for role, words in PASSPHRASES.items() if encrypted else ():
         create_key(repository.backend, repository.keys, role, words, config=digest, cost=MINIMUM_COST)
-    with RepositoryWriter(repository, host="0" * 32, hostname="host.example") as writer:
+    with RepositoryWriter(repository, Author("0" * 32, "host.example")) as writer:
         with tempfile.TemporaryDirectory() as folder:
             text, tail = store_bytes(writer, TEXT + TAIL, Path(folder))
         entries = [text, ZERO, *[HOLE] * HOLES, text, tail]
@@ -99,6 +111,18 @@ def make(place: Path, *, encrypted: bool) -> None:
     fence = Fence(writer=os.urandom(16).hex(), time=WHEN, fenced=True)
     stored = Sealer(repository.keys).seal(FrameType.MANIFEST, fence.model_dump_json().encode())
     repository.backend.put(f"manifests/{fence.writer}", stored)
+    collect(repository, os.urandom(16).hex())
+
+
+def collect(repository: Repository, run: str) -> None:
+    """Store what a collection leaves that had a forgotten backup to remove."""
+    gone, manifest = os.urandom(16).hex(), os.urandom(16).hex()
+    pack = PackId(os.urandom(16), os.urandom(32)).name
+    create_forgotten(repository, Forgotten(run=run, time=WHEN, backups=(gone,)))
+    condemned = Condemned(epoch=1, run=run, time=WHEN, packs=(pack,), marked=(manifest,), forgotten=(gone,))
+    create_part(repository, "condemned", condemned)
+    create_part(repository, "sweep", Sweep(epoch=1, run=run, time=WHEN, packs=(pack,), manifests=(manifest,)))
+    create_part(repository, "done", Done(epoch=1, run=run, time=WHEN))
 
 
 def describe(place: Path) -> dict[str, Any]:

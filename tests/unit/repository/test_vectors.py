@@ -68,7 +68,7 @@ def test_there_is_one_of_each_sort(kind: str) -> None:
         (1, kind == "encrypted"),
     }
     folders = {name.split("/")[0] for name in EXPECTED[kind]["objects"]}
-    assert folders == {"config", "index", "manifests", "packs", "writers"} | (
+    assert folders == {"config", "gc", "index", "manifests", "packs", "writers"} | (
         {"keys"} if kind == "encrypted" else set()
     )
 

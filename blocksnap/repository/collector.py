@@ -1,0 +1,300 @@
+"""Garbage collection: give back the space of what no backup needs, while backups go on.
+
+``plan`` looks and decides, and can be printed; ``collect`` acts. A collection that was interrupted is taken
+up by the next one, and any number may run at once: what has to be agreed on is an object that exists once
+(docs/design.md, 3.9, and the model in tests/model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Self
+
+from blocksnap.errors import DamageError
+from blocksnap.repository.blockmap import MapReader, MapRoot
+from blocksnap.repository.documents import Backup, Condemned, Manifest, Root, Sweep
+from blocksnap.repository.epochs import Epoch, create_part, read_epoch
+from blocksnap.repository.fencing import IsGone, Run, fence, is_silent, read_runs, settled_runs
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.marking import Marker, MergedIndex, require_nothing_lost
+from blocksnap.repository.moving import copy_needed
+from blocksnap.repository.pack import PackId
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.sweeping import execute_sweep, tidy
+from blocksnap.repository.victims import Choice, Limits, PackUse, choose_victims
+from blocksnap.repository.writer import RepositoryWriter
+
+Roots = Callable[[Root], MapRoot]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a collection would begin with: marks, and the fate of every pack."""
+
+    choice: Choice
+    marked: tuple[str, ...]
+    forgotten: tuple[str, ...]
+    manifests: tuple[str, ...]
+    backups: int
+    nodes: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.manifests and not self.choice.of("drop") and not self.choice.of("copy")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a collection has done: all, nothing as there was nothing, or its part until a run ends."""
+
+    state: Literal["nothing", "done", "waiting"]
+    plan: Plan | None
+    sweep: Sweep | None = None
+    waiting: tuple[Run, ...] = ()
+    problems: tuple[DamageError, ...] = ()
+
+
+class Collector:
+    """One collection; a context manager, which holds the merged index.
+
+    ``roots`` turns a stored root into one, ``advance`` is told of bytes that were copied.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        roots: Roots,
+        limits: Limits,
+        *,
+        now: Callable[[], datetime],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._repository = repository
+        self._roots = roots
+        self._limits = limits
+        self._now = now
+        self._advance = advance
+        self._reader = MapReader(repository.load_node)
+        self._stack = ExitStack()
+        self._index: MergedIndex | None = None
+        self._marker: Marker | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def plan(self) -> Plan:
+        """Mark, and choose what is to go.
+
+        Raises DamageError when anything that would have to be marked cannot be read: then nothing may go.
+        """
+        repository = self._repository
+        # Forgotten first, then manifests, then the index: what is seen of one is complete in the next.
+        forgotten = {id_ for each in repository.forgotten().values() for id_ in each.backups}
+        manifests = [manifest for manifest, _ in repository.manifests()]
+        repository.refresh_index()
+        _require_sound(repository)
+        sizes = {info.name: info.size for info in repository.backend.list("packs/")}
+        index = self._index = self._stack.enter_context(MergedIndex(repository.index.segments))
+        usable = [sizes.get(pack.name) == size for pack, size in zip(index.packs, index.sizes, strict=True)]
+        marker = self._marker = Marker(index, usable, self._reader)
+        needed = [each for manifest in manifests for each in manifest.backups if each.id not in forgotten]
+        for backup in needed:
+            for root in self._roots_of(backup):
+                marker.mark(root)
+        require_nothing_lost(marker)
+        return Plan(
+            choice=choose_victims(self._uses(index, marker, sizes), self._limits),
+            marked=tuple(sorted(manifest.writer for manifest in manifests)),
+            forgotten=tuple(sorted(forgotten)),
+            manifests=tuple(sorted(each.writer for each in manifests if _is_given_up(each, forgotten))),
+            backups=len(needed),
+            nodes=marker.nodes,
+        )
+
+    def collect(self, writer: RepositoryWriter, is_gone: IsGone) -> Outcome:
+        """Collect as far as it goes now: a run that is at work may have to be waited for."""
+        epoch, plan = read_epoch(self._repository), None
+        problems: tuple[DamageError, ...] = ()
+        if not epoch.is_open:
+            plan = self.plan()
+            if plan.is_empty:
+                self._finish(writer, epoch.number)
+                return Outcome("nothing", plan)
+            epoch, problems = self._condemn(writer, epoch.number + 1, plan)
+            if not epoch.is_open:
+                # Another collector has been here before us, and is through with it.
+                self._finish(writer, epoch.number)
+                return Outcome("done", plan, epoch.sweep, problems=problems)
+        condemned = epoch.condemned
+        if condemned is None:
+            raise DamageError(f"epoch {epoch.number} of garbage collection has no beginning")
+        waiting = self._settle(epoch.number, is_gone) if epoch.sweep is None else ()
+        if waiting:
+            fence(self._repository, writer.id.hex(), self._now())
+            return Outcome("waiting", plan, waiting=waiting, problems=problems)
+        sweep = epoch.sweep or self._decide(writer, condemned)
+        execute_sweep(self._repository, writer, sweep, self._now())
+        self._finish(writer, epoch.number)
+        return Outcome("done", plan, sweep, problems=problems)
+
+    def _finish(self, writer: RepositoryWriter, epoch: int) -> None:
+        fence(self._repository, writer.id.hex(), self._now())
+        tidy(self._repository, epoch, self._now())
+
+    def _condemn(
+        self, writer: RepositoryWriter, number: int, plan: Plan
+    ) -> tuple[Epoch, tuple[DamageError, ...]]:
+        if self._index is None or self._marker is None:
+            raise ValueError("nothing was planned")
+        moved = copy_needed(
+            self._repository, writer, self._index, self._marker, plan.choice.of("copy"), self._advance
+        )
+        create_part(
+            self._repository,
+            "condemned",
+            Condemned(
+                epoch=number,
+                run=writer.id.hex(),
+                time=self._now(),
+                packs=tuple(sorted(pack.name for pack in (*plan.choice.of("drop"), *moved.packs))),
+                marked=plan.marked,
+                forgotten=plan.forgotten,
+            ),
+        )
+        # Ours, or that of a collector who was first, who may be further already.
+        return read_epoch(self._repository), moved.problems
+
+    def _settle(self, number: int, is_gone: IsGone) -> tuple[Run, ...]:
+        """Shut out the silent runs, and return those that have to be waited for."""
+        # Runs first: what is settled when its record is read is settled when manifests are listed.
+        runs = read_runs(self._repository)
+        settled = settled_runs(self._repository)
+        waiting = []
+        for run in runs.values():
+            if run.writer in settled or run.epoch >= number or (run.record and run.record.collects):
+                continue
+            if is_silent(run, self._now(), is_gone):
+                # If it has just committed, its manifest is marked like any other.
+                fence(self._repository, run.writer, self._now())
+            else:
+                waiting.append(run)
+        return tuple(waiting)
+
+    def _decide(self, writer: RepositoryWriter, condemned: Condemned) -> Sweep:
+        """Mark what was committed since, keep what has the only copy of it, and fix the rest as the sweep."""
+        repository = self._repository
+        manifests = {manifest.writer: manifest for manifest, _ in repository.manifests()}
+        repository.refresh_index()
+        _require_sound(repository)
+        kept = self._needed_since(condemned, manifests)
+        forgotten, marked = set(condemned.forgotten), set(condemned.marked)
+        return create_part(
+            repository,
+            "sweep",
+            Sweep(
+                epoch=condemned.epoch,
+                run=writer.id.hex(),
+                time=self._now(),
+                packs=tuple(name for name in condemned.packs if name not in kept),
+                manifests=tuple(
+                    sorted(
+                        run
+                        for run, manifest in manifests.items()
+                        if run in marked and _is_given_up(manifest, forgotten)
+                    )
+                ),
+            ),
+        )
+
+    def _needed_since(self, condemned: Condemned, manifests: dict[str, Manifest]) -> set[str]:
+        """Return the condemned packs that have the only copy of something that new backups need."""
+        marked, forgotten = set(condemned.marked), set(condemned.forgotten)
+        doomed = set(condemned.packs)
+        known = {
+            backup.id: backup
+            for run, manifest in manifests.items()
+            if run in marked
+            for backup in manifest.backups
+            if backup.id not in forgotten
+        }
+        sizes = {info.name for info in self._repository.backend.list("packs/")}
+        with MergedIndex(self._repository.index.segments) as index:
+            usable = [pack.name in sizes and pack.name not in doomed for pack in index.packs]
+            marker = Marker(index, usable, self._reader)
+            for run in manifests.keys() - marked:
+                for backup in manifests[run].backups:
+                    if backup.id not in forgotten:
+                        self._mark_new(marker, backup, known.get(backup.parent or ""))
+            kept = set()
+            for id_ in list(marker.lost):
+                homes = {index.packs[index.pack_of(number)].name for number in index.numbers(id_)} & sizes
+                if homes:
+                    kept.add(min(homes))
+                    marker.lost.discard(id_)
+            require_nothing_lost(marker)
+        return kept
+
+    def _mark_new(self, marker: Marker, backup: Backup, parent: Backup | None) -> None:
+        # What it shares with a parent that was marked needs no second look.
+        known = list(self._roots_of(parent)) if parent else []
+        for root, base in zip(self._roots_of(backup), [*known, None, None], strict=False):
+            if base is None:
+                marker.mark(root)
+            else:
+                marker.mark_difference(root, base)
+
+    def _roots_of(self, backup: Backup) -> Iterator[MapRoot]:
+        yield self._roots(backup.map)
+        if backup.mapped is not None:
+            yield self._roots(backup.mapped.map)
+
+    def _uses(self, index: MergedIndex, marker: Marker, sizes: dict[str, int]) -> Sequence[PackUse]:
+        needed = [0] * len(index.packs)
+        data = [True] * len(index.packs)
+        for number, row in enumerate(index.rows()):
+            if row.type != FrameType.DATA:
+                data[row.pack] = False
+            if marker.is_marked(number):
+                needed[row.pack] += row.length
+        # Runs after packs: a pack whose run is not announced here is older than the records that were kept.
+        runs, settled = read_runs(self._repository), settled_runs(self._repository)
+        places = {pack.name: number for number, pack in enumerate(index.packs)}
+        uses = []
+        for name, size in sizes.items():
+            place = places.get(name)
+            try:
+                owner = PackId.parse(name).writer.hex()
+            except ValueError:
+                continue
+            uses.append(
+                PackUse(
+                    name=name,
+                    size=size,
+                    needed_bytes=0 if place is None else needed[place],
+                    data=place is not None and data[place],
+                    settled=owner in settled or owner not in runs,
+                    indexed=place is not None,
+                )
+            )
+        return uses
+
+
+def _is_given_up(manifest: Manifest, forgotten: set[str]) -> bool:
+    return all(backup.id in forgotten for backup in manifest.backups)
+
+
+def _require_sound(repository: Repository) -> None:
+    """What cannot be read cannot be marked, and whatever it needs would go."""
+    if repository.damage:
+        problem = repository.damage[0]
+        raise DamageError(
+            f"{problem.brief}; so it cannot be told what is needed, and nothing was deleted",
+            resolution="run: blocksnap check, and repair what it names; then prune again",
+        ) from problem

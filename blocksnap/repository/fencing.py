@@ -1,0 +1,99 @@
+"""Who is writing to a repository, and how a silent run is shut out.
+
+A run is *settled* when its manifest exists, or a fence in the place of one: of the two exactly one can be
+created, so a run that was shut out can never commit. Clocks, and knowing that a process is gone, only
+decide when it is worth trying (docs/design.md, 3.9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from blocksnap.backends.errors import ObjectExistsError
+from blocksnap.errors import DamageError
+from blocksnap.repository.documents import Fence, WriterRecord
+from blocksnap.repository.frame import FrameType, Sealer
+from blocksnap.repository.repository import Repository
+
+SILENCE = timedelta(hours=6)
+"""A run says every five minutes that it is alive. A clock that is wrong by less shuts nobody out."""
+IsGone = Callable[[WriterRecord], bool]
+"""Tells that the process which wrote a record has ended; only ever of this host's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run by its latest record, None when that cannot be read.
+
+    ``epoch`` is the last one that it has said to have heeded, or -1.
+    """
+
+    writer: str
+    record: WriterRecord | None
+    epoch: int = -1
+
+
+def nobody_is_gone(record: WriterRecord) -> bool:
+    """For where nothing is known of processes."""
+    return not record.writer
+
+
+def read_runs(repository: Repository) -> dict[str, Run]:
+    """Return all runs that have announced themselves, settled or not."""
+    names: dict[str, list[tuple[int, str]]] = {}
+    for info in repository.backend.list("writers/"):
+        writer, _, number = info.name.removeprefix("writers/").partition(".")
+        if number.isdecimal():
+            names.setdefault(writer, []).append((int(number), info.name))
+    runs = {}
+    for writer, records in names.items():
+        # The epoch is said in the second record or never.
+        read = [_read_record(repository, name) for _, name in {*sorted(records)[:2], max(records)}]
+        known = [record for record in read if record is not None]
+        latest = max(known, key=lambda record: record.sequence, default=None)
+        epochs = [record.epoch for record in known if record.epoch is not None]
+        runs[writer] = Run(writer, latest, max(epochs, default=-1))
+    return runs
+
+
+def _read_record(repository: Repository, name: str) -> WriterRecord | None:
+    try:
+        return repository.read_document(name, FrameType.WRITER, WriterRecord)
+    except DamageError:
+        return None
+
+
+def settled_runs(repository: Repository) -> set[str]:
+    """Return the runs whose manifest or fence exists."""
+    return {info.name.removeprefix("manifests/") for info in repository.backend.list("manifests/")}
+
+
+def is_silent(run: Run, now: datetime, is_gone: IsGone) -> bool:
+    """Tell whether it is worth trying to shut a run out: one whose records cannot be read, too."""
+    record = run.record
+    return record is None or is_gone(record) or record.time < now - SILENCE
+
+
+def fence(repository: Repository, writer: str, now: datetime) -> bool:
+    """Shut a run out; False when it has committed, or was shut out before."""
+    document = Fence(writer=writer, time=now, fenced=True)
+    sealed = Sealer(repository.keys).seal(FrameType.MANIFEST, document.model_dump_json().encode())
+    try:
+        repository.backend.put(f"manifests/{writer}", sealed)
+    except ObjectExistsError:
+        return False
+    return True
+
+
+def fenced_runs(repository: Repository, writers: set[str]) -> set[str]:
+    """Return which of these settled runs were shut out."""
+    found = set()
+    for writer in writers:
+        try:
+            if repository.load_manifest(f"manifests/{writer}") is None:
+                found.add(writer)
+        except DamageError:
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""Copy frames from one pack to another, as they are: nothing is opened, and no key to the data is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from blocksnap.errors import DamageError
+from blocksnap.repository.errors import DamagedObjectError
+from blocksnap.repository.frame import FrameHeader
+from blocksnap.repository.marking import Marker, MergedIndex, MergedRow
+from blocksnap.repository.pack import hash_pack
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.victims import PackUse
+from blocksnap.repository.writer import RepositoryWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Which packs need not stay now, and what kept others from being copied."""
+
+    packs: tuple[PackUse, ...]
+    problems: tuple[DamageError, ...]
+
+
+def copy_needed(
+    repository: Repository,
+    writer: RepositoryWriter,
+    index: MergedIndex,
+    marker: Marker,
+    packs: Collection[PackUse],
+    advance: Callable[[int], None],
+) -> Moved:
+    """Copy the marked frames of these packs; they are durable and indexed when this returns.
+
+    A pack whose bytes are not those that its name promises stays as it is.
+    """
+    wanted = {pack.name: pack for pack in packs}
+    rows: dict[str, list[MergedRow]] = {name: [] for name in wanted}
+    for number, row in enumerate(index.rows()):
+        name = index.packs[row.pack].name
+        if name in rows and marker.is_marked(number):
+            rows[name].append(row)
+    moved, problems = [], []
+    for name in sorted(wanted):
+        try:
+            _copy_pack(repository, writer, name, wanted[name].size, rows[name], advance)
+        except DamageError as err:
+            problems.append(err)
+            continue
+        moved.append(wanted[name])
+    writer.flush()
+    return Moved(tuple(moved), tuple(problems))
+
+
+def _copy_pack(
+    repository: Repository,
+    writer: RepositoryWriter,
+    name: str,
+    size: int,
+    rows: list[MergedRow],
+    advance: Callable[[int], None],
+) -> None:
+    # A frame that was harmed would get a new, whole pack around it, and a check without keys find nothing.
+    if not hash_pack(repository.read_range, name, size):
+        raise DamagedObjectError(name, "its bytes do not have the hash in its name")
+    for row in sorted(rows, key=lambda row: row.offset):
+        frame = memoryview(bytearray(row.length))
+        repository.read_range(name, row.offset, frame)
+        header = FrameHeader.parse(frame, where=f"frame at {row.offset} of {name}")
+        if (header.id, header.type, header.frame_length) != (row.id, row.type, row.length):
+            raise DamagedObjectError(name, f"another frame than the index says lies at {row.offset}")
+        writer.store(row.type, row.id, frame, header.plain_length)
+        advance(row.length)

@@ -1,0 +1,126 @@
+"""Delete what a sweep names: manifests, then rows of the index, then packs. All of it may be done twice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from itertools import islice
+
+from blocksnap.backends.errors import ObjectMissingError
+from blocksnap.repository.documents import Done, Sweep
+from blocksnap.repository.epochs import create_part, epoch_numbers, part_names, read_done
+from blocksnap.repository.fencing import fence, settled_runs
+from blocksnap.repository.index import encode_rows, segment_name
+from blocksnap.repository.marking import MergedIndex, MergedRow
+from blocksnap.repository.pack import PackId
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.writer import RepositoryWriter
+
+SHARD_ROWS = 400_000
+MANY_SEGMENTS = 16
+"""From this number on the smaller ones are merged."""
+KEPT_FOR = timedelta(days=365)
+"""How long fences and the objects of an epoch stay: four times as long as any run may last."""
+
+
+def execute_sweep(repository: Repository, writer: RepositoryWriter, sweep: Sweep, now: datetime) -> None:
+    """Delete everything that the sweep names, and say that it is done."""
+    # In this order: nothing that can be seen ever needs what is gone.
+    for run in sweep.manifests:
+        _delete(repository, f"manifests/{run}")
+        # The name stays taken: a creation that is still under way somewhere must not bring the backup back.
+        fence(repository, run, now)
+    _replace_segments(repository, writer, sweep)
+    _delete_all(repository, sweep.packs)
+    create_part(repository, "done", Done(epoch=sweep.epoch, run=writer.id.hex(), time=now))
+
+
+def tidy(repository: Repository, epoch: int, now: datetime) -> None:
+    """Delete what is of no use any more: records of settled runs, acts of forgetting, old history."""
+    settled = settled_runs(repository)
+    for info in list(repository.backend.list("writers/")):
+        if info.name.removeprefix("writers/").partition(".")[0] in settled:
+            _delete(repository, info.name)
+    known = {backup.id for manifest, _ in repository.manifests() for backup in manifest.backups}
+    if not repository.damage:
+        for name, document in repository.forgotten().items():
+            if known.isdisjoint(document.backups):
+                _delete(repository, name)
+    _forget_history(repository, epoch, settled, now)
+
+
+def _forget_history(repository: Repository, epoch: int, settled: set[str], now: datetime) -> None:
+    for run in settled:
+        found = repository.find_fence(run)
+        if found is not None and found.time < now - KEPT_FOR:
+            _delete(repository, f"manifests/{run}")
+    numbers = {number for number in epoch_numbers(repository) if number < epoch}
+    for number in sorted(numbers):
+        if read_done(repository, number).time > now - KEPT_FOR:
+            break
+        _delete_all(repository, part_names(number))
+
+
+def _replace_segments(repository: Repository, writer: RepositoryWriter, sweep: Sweep) -> None:
+    """Replace the segments that list swept packs, and merge the small ones when there are many."""
+    repository.refresh_index()
+    swept = set(sweep.packs)
+    segments = [segment for segment in repository.index.segments if segment.stored]
+    old = [segment for segment in segments if any(pack.name in swept for pack, _ in segment.packs)]
+    if len(segments) - len(old) > MANY_SEGMENTS:
+        old += [segment for segment in segments if segment not in old and len(segment) < SHARD_ROWS // 2]
+    if not old:
+        return
+    sizes = {pack: size for segment in old for pack, size in segment.packs}
+    with MergedIndex(old) as merged:
+        kept = (row for row in merged.rows() if merged.packs[row.pack].name not in swept)
+        rows = _without_repeats(kept)
+        number = 0
+        while shard := list(islice(rows, SHARD_ROWS)):
+            _write_shard(repository, writer, sweep.epoch, number, shard, merged.packs, sizes)
+            number += 1
+    _delete_all(repository, (segment.name for segment in old))
+    repository.refresh_index()
+
+
+def _write_shard(
+    repository: Repository,
+    writer: RepositoryWriter,
+    epoch: int,
+    number: int,
+    rows: list[MergedRow],
+    packs: list[PackId],
+    sizes: dict[PackId, int],
+) -> None:
+    used = sorted({row.pack for row in rows})
+    ordinals = {pack: ordinal for ordinal, pack in enumerate(used)}
+    data = encode_rows(
+        [(row.id, ordinals[row.pack], row.offset, row.length, row.type) for row in rows],
+        [(packs[pack], sizes[packs[pack]]) for pack in used],
+        repository.keys.index_key,
+    )
+    repository.backend.put(segment_name(epoch, writer.id, number), data)
+
+
+def _without_repeats(rows: Iterator[MergedRow]) -> Iterator[MergedRow]:
+    last: tuple[bytes, int, int] | None = None
+    seen: set[tuple[int, int]] = set()
+    for row in rows:
+        if last is None or last[0] != row.id:
+            seen.clear()
+        last = (row.id, row.pack, row.offset)
+        if (row.pack, row.offset) not in seen:
+            seen.add((row.pack, row.offset))
+            yield row
+
+
+def _delete_all(repository: Repository, names: Iterable[str]) -> None:
+    for name in list(names):
+        _delete(repository, name)
+
+
+def _delete(repository: Repository, name: str) -> None:
+    # Another collector may have been faster.
+    with contextlib.suppress(ObjectMissingError):
+        repository.backend.delete(name)

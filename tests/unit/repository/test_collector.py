@@ -1,0 +1,242 @@
+"""Forgetting and collecting on a real directory: what goes, what stays, and who is waited for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from blocksnap.errors import DamageError
+from blocksnap.operations.catalogue import map_root, newest_of, root_document
+from blocksnap.repository import collector as collecting
+from blocksnap.repository.blockmap import MapReader, MapWriter
+from blocksnap.repository.collector import Collector, Outcome
+from blocksnap.repository.documents import Backup, Forgotten, Manifest, Statistics, VolumeRecord, WriterRecord
+from blocksnap.repository.epochs import create_forgotten, read_epoch
+from blocksnap.repository.errors import FencedError
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.victims import Limits
+from blocksnap.repository.writer import Author, RepositoryWriter
+from support.repositories import CHUNK, make_repository, open_repository
+
+CHUNKS = 40
+HOST = Author("host", "host.example", pid=1, boot="b", started=1)
+_NOTHING = Statistics(
+    changed_bytes=0, read_bytes=0, new_bytes=0, stored_bytes=0, metadata_bytes=0, new_chunks=0,
+    freeze_ms=0, skew_ms=0, seconds=0,
+)  # fmt: skip
+
+
+def nobody(_: WriterRecord) -> bool:
+    return False
+
+
+def everybody(_: WriterRecord) -> bool:
+    return True
+
+
+def chunk(number: int) -> bytes:
+    return random.Random(number).randbytes(1000)
+
+
+def manifest_of(run: RepositoryWriter, root: object, parent: Backup | None) -> Manifest:
+    now = datetime.now(UTC)
+    backup = Backup(
+        id=run.id.hex(), volume=VolumeRecord(name="v", key="v", kind="file"), time=now,
+        kind="incremental" if parent else "full", parent=parent.id if parent else None, method="compare",
+        reason="test", size=CHUNKS * CHUNK, chunk_size=CHUNK, map=root_document(root), source={},  # type: ignore[arg-type]
+        statistics=_NOTHING,
+    )  # fmt: skip
+    return Manifest(writer=run.id.hex(), time=now, host="h", hostname="h", program="p", backups=(backup,))
+
+
+def store(run: RepositoryWriter, repository: Repository, content: dict[int, int]) -> Callable[[], str]:
+    """Store chunks on top of the newest backup; what is returned commits it."""
+    parent = newest_of(repository.backups(), "v")
+    root = map_root(parent.map) if parent else None
+    builder = MapWriter(MapReader(repository.load_node), root, CHUNKS, run.store_node)
+    for number, seed in sorted(content.items()):
+        builder.set(number, run.store_blob(FrameType.DATA, chunk(seed)))
+    new = builder.finish()
+    return lambda: run.commit(lambda _: manifest_of(run, new, parent))[0].backups[0].id
+
+
+def back_up(path: Path, content: dict[int, int]) -> str:
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        return store(run, repository, content)()
+
+
+def forget(path: Path, *ids: str) -> None:
+    repository = open_repository(path)
+    create_forgotten(
+        repository, Forgotten(run=random.randbytes(16).hex(), time=datetime.now(UTC), backups=ids)
+    )
+
+
+def prune(path: Path, is_gone: Callable[[WriterRecord], bool] = nobody, *, later: float = 0) -> Outcome:
+    repository = open_repository(path)
+    with (
+        RepositoryWriter(repository, HOST, collects=True) as run,
+        Collector(
+            repository,
+            map_root,
+            Limits(),
+            now=lambda: datetime.now(UTC) + timedelta(seconds=later),
+            advance=lambda _: None,
+        ) as collector,
+    ):
+        return collector.collect(run, is_gone)
+
+
+def content_of(path: Path, id_: str) -> dict[int, bytes]:
+    repository = open_repository(path)
+    backup = next(stored.backup for stored in repository.backups() if stored.backup.id == id_)
+    return {
+        number: repository.load(FrameType.DATA, entry)
+        for number, _, entry in MapReader(repository.load_node).runs(map_root(backup.map), 0, CHUNKS)
+        if len(entry) == 32
+    }
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path / "packs").rglob("*") if file.is_file())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    make_repository(tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+def test_space_comes_back_and_what_stays_is_whole(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    second = back_up(path, {n: 100 + n for n in range(20)})
+    before = size_of(path)
+    assert prune(path).state == "nothing"
+    forget(path, first)
+    assert [stored.backup.id for stored in open_repository(path).backups()] == [second]
+    outcome = prune(path)
+    assert outcome.state == "done"
+    assert size_of(path) < before - 15 * 1000
+    expected = {n: chunk(100 + n) for n in range(20)} | {n: chunk(n) for n in range(20, 30)}
+    assert content_of(path, second) == expected
+    assert prune(path).state == "nothing"
+
+
+def test_a_run_at_work_is_waited_for_and_keeps_what_it_found(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    second = back_up(path, dict.fromkeys(range(30), 7))
+    forget(path, first)
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        # It relies on chunks that only the forgotten backup has.
+        commit = store(run, repository, {n: n for n in range(10)})
+        assert run.stored.new_chunks == 0
+        waiting = prune(path)
+        assert (waiting.state, [each.writer for each in waiting.waiting]) == ("waiting", [run.id.hex()])
+        third = commit()
+    done = prune(path)
+    assert done.state == "done"
+    expected = {n: chunk(7) for n in range(30)} | {n: chunk(n) for n in range(10)}
+    assert content_of(path, third) == expected
+    assert content_of(path, second) == {n: chunk(7) for n in range(30)}
+
+
+def test_a_run_that_knows_the_epoch_is_not_waited_for(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    back_up(path, dict.fromkeys(range(30), 7))
+    forget(path, first)
+    with RepositoryWriter(open_repository(path), HOST):
+        assert prune(path).state == "waiting"
+        repository = open_repository(path)
+        with RepositoryWriter(repository, HOST) as late:
+            commit = store(late, repository, {n: n for n in range(10)})
+            # The condemned copies are of no use to it.
+            assert late.stored.new_chunks == 10 - 1
+            assert {each.writer for each in prune(path).waiting} != {late.id.hex()}
+            third = commit()
+    assert prune(path, everybody).state == "done"
+    assert content_of(path, third)[3] == chunk(3)
+
+
+def test_a_silent_run_is_shut_out(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    back_up(path, dict.fromkeys(range(30), 7))
+    forget(path, first)
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        commit = store(run, repository, {1: 1})
+        assert prune(path, later=7 * 3600).state == "done"
+        with pytest.raises(FencedError):
+            commit()
+
+
+def test_what_a_dead_run_had_stored_is_taken_over(path: Path) -> None:
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        store(run, repository, {n: n for n in range(20)})
+        run._publish(run._data)
+        run._collect(leave=0)
+        # It dies here: a pack is stored, and nothing says what is in it.
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST, everybody) as following:
+        assert following.adopted > 20 * 1000
+        id_ = store(following, repository, {n: n for n in range(20)})()
+        assert following.stored.new_chunks == 0
+    assert content_of(path, id_) == {n: chunk(n) for n in range(20)}
+    assert prune(path).state in ("nothing", "done")
+    assert content_of(path, id_) == {n: chunk(n) for n in range(20)}
+
+
+def test_an_interrupted_collection_is_taken_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    second = back_up(path, {n: 50 + n for n in range(20)})
+    forget(path, first)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting, "execute_sweep", die)
+        with pytest.raises(KeyboardInterrupt):
+            prune(path)
+    epoch = read_epoch(open_repository(path))
+    assert epoch.is_open
+    assert epoch.sweep is not None
+    assert len(content_of(path, second)) == 30
+    assert prune(path).state == "done"
+    assert not read_epoch(open_repository(path)).is_open
+    assert len(content_of(path, second)) == 30
+
+
+def test_nothing_goes_while_a_manifest_cannot_be_read(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    second = back_up(path, dict.fromkeys(range(30), 7))
+    forget(path, first)
+    manifest = path / "manifests" / second
+    manifest.chmod(0o600)
+    manifest.write_bytes(manifest.read_bytes()[:-1] + b"x")
+    before = size_of(path)
+    with pytest.raises(DamageError, match="nothing was deleted"):
+        prune(path)
+    assert size_of(path) == before
+
+
+def test_a_damaged_pack_is_not_copied(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    second = back_up(path, {n: 50 + n for n in range(20)})
+    forget(path, first)
+    biggest = max((path / "packs").rglob("*-*"), key=lambda file: file.stat().st_size)
+    data = bytearray(biggest.read_bytes())
+    data[200] ^= 1
+    biggest.chmod(0o600)
+    biggest.write_bytes(data)
+    outcome = prune(path)
+    assert any("hash" in problem.brief for problem in outcome.problems)
+    assert biggest.exists()
+    assert second in {stored.backup.id for stored in open_repository(path).backups()}
