@@ -60,6 +60,10 @@ soak-thin: bootstrap ## the difference of thin devices against thin_delta, forty
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/unit/repository/test_tampering.py
 
+soak-simulation: bootstrap ## 100,000 seeds of the simulated repository, on two cores: hours
+	BLOCKSNAP_SEEDS=50000 $(PYTEST) tests/simulation/test_simulation.py & \
+	BLOCKSNAP_SEEDS=50000 BLOCKSNAP_FIRST_SEED=50000 $(PYTEST) tests/simulation/test_simulation.py; wait $$!
+
 vagrant-test: bootstrap-vagrant ## bring a Vagrant VM up, run the LVM and btrfs tests in it, destroy it
 	vagrant/vagrant-test.sh
 

@@ -1,0 +1,205 @@
+"""What is done in a simulated world, and what has to be true of it whatever happens."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from datetime import datetime
+
+import pytest
+
+from blocksnap.backends.base import ObjectInfo
+from blocksnap.errors import DamageError
+from blocksnap.operations.catalogue import map_root, newest_of, root_document
+from blocksnap.repository import sweeping, victims, writer
+from blocksnap.repository.blockmap import ZERO, MapReader, MapWriter
+from blocksnap.repository.collector import Collector
+from blocksnap.repository.documents import Backup, Forgotten, Manifest, Statistics, VolumeRecord
+from blocksnap.repository.epochs import create_forgotten
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.victims import Limits
+from blocksnap.repository.writer import Author, RepositoryWriter
+from support.simulated_world import InlineExecutor, SimulatedBackend, World
+
+CHUNK = 16 << 10
+CHUNKS = 70
+"""More than one leaf of a map."""
+_NOTHING = Statistics(
+    changed_bytes=0, read_bytes=0, new_bytes=0, stored_bytes=0, metadata_bytes=0, new_chunks=0,
+    freeze_ms=0, skew_ms=0, seconds=0,
+)  # fmt: skip
+
+
+class Clock(datetime):
+    """The time of the world that is being played."""
+
+    world: World
+
+    @classmethod
+    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+        return cls.world.now
+
+    @classmethod
+    def urandom(cls, count: int) -> bytes:
+        """Return bytes that the seed decides, too."""
+        return cls.world.luck.randbytes(count)
+
+
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs of a few frames, segments of a few rows, and no thread but the processes'."""
+    monkeypatch.setattr(writer, "ThreadPoolExecutor", InlineExecutor)
+    monkeypatch.setattr(writer, "pack_target", lambda _: 2000)
+    monkeypatch.setattr(victims, "pack_target", lambda _: 2000)
+    monkeypatch.setattr(writer, "SEGMENT_ROWS", 8)
+    monkeypatch.setattr(sweeping, "SHARD_ROWS", 12)
+    monkeypatch.setattr(sweeping, "MANY_SEGMENTS", 3)
+    monkeypatch.setattr(writer, "datetime", Clock)
+    monkeypatch.setattr(os, "urandom", Clock.urandom)
+
+
+def content_of(number: int) -> bytes:
+    return random.Random(number).randbytes(64)
+
+
+class Story:
+    """What a world is made of, and what has to be true of it."""
+
+    def __init__(self, seed: int, world: World | None = None) -> None:
+        self.world = Clock.world = world or World(seed)
+        self.always_gone = False
+        self.luck = random.Random(seed)
+        self.contents: dict[str, dict[int, bytes]] = {}
+        """Of every backup that was reported done: what it has to give back."""
+        self.forgotten: set[str] = set()
+        Repository.create(SimulatedBackend(self.world), chunk_size=CHUNK, passphrase=None)
+        self.world.after_change = self.check_sometimes
+        self.collected = 0
+
+    def open(self) -> Repository:
+        return Repository.open(SimulatedBackend(self.world), lambda: None)
+
+    def gone(self, _: object) -> bool:
+        """Whether a run is thought to be dead has nothing to do with whether it is."""
+        return self.always_gone or self.luck.random() < 0.3
+
+    def back_up(self, volume: str) -> None:
+        repository = self.open()
+        with RepositoryWriter(repository, Author("host", "host"), self.gone) as run:
+            parent = newest_of(repository.backups(), volume)
+            now = self.world.now
+            content = dict(self.contents.get(parent.id, {})) if parent else {}
+            if parent and parent.id not in self.contents:
+                # Committed by a run that did not live to see it.
+                content = self.read(repository, parent)
+            changes = {self.luck.randrange(CHUNKS): content_of(self.luck.randrange(12)) for _ in range(4)}
+            content.update(changes)
+            root = map_root(parent.map) if parent else None
+            builder = MapWriter(MapReader(repository.load_node), root, CHUNKS, run.store_node)
+            for number in sorted(changes):
+                builder.set(number, run.store_blob(FrameType.DATA, changes[number]))
+            document = root_document(builder.finish())
+            backup = Backup(
+                id=run.id.hex(),
+                volume=VolumeRecord(name=volume, key=volume, kind="file"),
+                time=now,
+                kind="incremental" if parent else "full",
+                parent=parent.id if parent else None,
+                method="compare",
+                reason="simulated",
+                size=CHUNKS * CHUNK,
+                chunk_size=CHUNK,
+                map=document,
+                source={},
+                statistics=_NOTHING,
+            )
+            run.commit(
+                lambda _: Manifest(
+                    writer=run.id.hex(), time=now, host="h", hostname="h", program="p", backups=(backup,)
+                )
+            )
+            self.contents[backup.id] = content
+
+    def forget(self) -> None:
+        repository = self.open()
+        backups = repository.backups()
+        if len(backups) > 1:
+            chosen = self.luck.sample(backups[:-1], self.luck.randint(1, len(backups) - 1))
+            ids = tuple(sorted(stored.backup.id for stored in chosen))
+            # From the attempt on nothing is promised of them.
+            self.forgotten.update(ids)
+            run = self.luck.randbytes(16).hex()
+            create_forgotten(repository, Forgotten(run=run, time=self.world.now, backups=ids))
+
+    def prune(self) -> None:
+        repository = self.open()
+        with (
+            RepositoryWriter(repository, Author("host", "host"), collects=True) as run,
+            Collector(
+                repository,
+                map_root,
+                Limits(dead_percent=10),
+                now=lambda: self.world.now,
+                advance=lambda _: None,
+            ) as collector,
+        ):
+            outcome = collector.collect(run, self.gone)
+        self.collected += outcome.state == "done"
+
+    def restore(self) -> None:
+        """Read a backup while everything goes on; what is given up meanwhile may be gone."""
+        repository = self.open()
+        for stored in repository.backups():
+            try:
+                content = self.read(repository, stored.backup)
+            except DamageError:
+                assert stored.backup.id in self.forgotten
+            else:
+                assert content == self.contents.get(stored.backup.id, content)
+
+    def read(self, repository: Repository, backup: Backup) -> dict[int, bytes]:
+        reader = MapReader(repository.load_node)
+        content = {}
+        for number, count, entry in reader.runs(map_root(backup.map), 0, CHUNKS):
+            if len(entry) == 32:
+                content[number] = bytes(repository.load(FrameType.DATA, entry))
+            assert count >= 1
+            assert entry != ZERO
+        return content
+
+    def check_sometimes(self) -> None:
+        if self.luck.random() < 0.03:
+            self.check()
+
+    def check(self) -> None:
+        """Every backup that was reported done and not given up is there, and gives back what went in."""
+        backend = _Outside(self.world)
+        repository = Repository.open(backend, lambda: None)
+        visible = {stored.backup.id: stored.backup for stored in repository.backups()}
+        assert not repository.damage
+        for id_ in self.contents.keys() - self.forgotten:
+            assert id_ in visible, f"{id_} is gone"
+        for id_, backup in visible.items():
+            content = self.read(repository, backup)
+            assert content == self.contents.get(id_, content), f"{id_} has another content"
+
+
+class _Outside(SimulatedBackend):
+    """Looks at the storage without taking a turn."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._objects = world
+
+    def read(self, name: str) -> bytes:
+        return self._object(name)
+
+    def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self._object(name)[offset : offset + len(buffer)]
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        objects = self._objects.objects
+        return iter(
+            [ObjectInfo(name, len(objects[name])) for name in sorted(objects) if name.startswith(prefix)]
+        )
