@@ -21,7 +21,7 @@ INSTALLING = ("apt-get install", "python3 -m venv", "/opt/blocksnap/bin/pip inst
 
 def test_the_readme_shows_commands() -> None:
     assert len(SHOWN) == 2
-    assert len(RUN) == 5
+    assert len(RUN) == 7
 
 
 def test_commands_on_a_server_work_in_this_order(tmp_path: Path) -> None:

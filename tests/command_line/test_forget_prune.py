@@ -1,0 +1,74 @@
+"""forget and prune as processes: what they say, what they leave, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from support.commands import CommandLine
+
+SIZE = 2 << 20
+
+
+@pytest.fixture
+def blocksnap(tmp_path: Path) -> CommandLine:
+    command = CommandLine(tmp_path)
+    command.done("init")
+    content = bytearray(random.Random(1).randbytes(SIZE))
+    for number in range(4):
+        content[number << 18 : (number << 18) + 300_000] = random.Random(number + 2).randbytes(300_000)
+        (tmp_path / "volume.img").write_bytes(content)
+        command.done("backup", tmp_path / "volume.img")
+    return command
+
+
+def ids(command: CommandLine) -> list[str]:
+    return [each["id"] for each in json.loads(command.done("list", "--json").stdout)["backups"]]
+
+
+def stored_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / "repository").rglob("*") if path.is_file())
+
+
+def test_space_comes_back_and_the_rest_restores(blocksnap: CommandLine, tmp_path: Path) -> None:
+    before, known = stored_bytes(tmp_path), ids(blocksnap)
+    would = json.loads(blocksnap.done("forget", "--keep-last", "1", "--dry-run", "--json").stdout)
+    assert would["forgotten"] == known[:3]
+    assert ids(blocksnap) == known
+    done = json.loads(blocksnap.done("forget", "--keep-last", "1", "--json").stdout)
+    assert [decision["keep"] for decision in done["decisions"]] == [False, False, False, True]
+    assert all(decision["reasons"] for decision in done["decisions"])
+    assert ids(blocksnap) == known[3:]
+    plan = json.loads(blocksnap.done("prune", "--dry-run", "--json").stdout)
+    assert plan["freed_bytes"] > 500_000
+    assert stored_bytes(tmp_path) > before
+    pruned = json.loads(blocksnap.done("prune", "--json").stdout)
+    assert pruned["state"] == "done"
+    assert len(pruned["deleted_manifests"]) == 3
+    assert stored_bytes(tmp_path) < before - 500_000
+    blocksnap.done("restore", "latest", tmp_path / "out", "--verify")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "volume.img").read_bytes()
+    assert json.loads(blocksnap.done("check", "--read-data", "--json").stdout)["findings"] == []
+    assert json.loads(blocksnap.done("prune", "--json").stdout)["state"] == "nothing"
+
+
+def test_a_named_backup_goes_and_the_newest_is_refused(blocksnap: CommandLine) -> None:
+    known = ids(blocksnap)
+    blocksnap.done("forget", known[1][:8])
+    assert ids(blocksnap) == [known[0], *known[2:]]
+    refused = blocksnap("forget", known[3])
+    assert (refused.code, len(refused.errors)) == (2, 1)
+    assert "newest" in refused.stderr
+    assert "--force" in refused.stderr
+    blocksnap.done("forget", known[3], "--force")
+    assert ids(blocksnap) == [known[0], known[2]]
+    assert blocksnap("forget", known[3]).code == 2
+
+
+def test_neither_names_nor_rules_is_wrong_usage(blocksnap: CommandLine) -> None:
+    for words in ([], ["latest", "--keep-last", "1"], ["--keep-daily", "many"], ["--keep-within", "soon"]):
+        assert blocksnap("forget", *words).code == 2, words
+    assert len(ids(blocksnap)) == 4
