@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blocksnap.cli.output import print_json
+from blocksnap.cli.output import print_json_streaming
 
 if TYPE_CHECKING:
     from blocksnap.operations.inspection import Report
@@ -67,7 +67,7 @@ def inspection_command(name: str) -> Callable[[_Command], click.Command]:
 def show_inspection(found: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print what an engine answered."""
     if as_json:
-        print_json(found.document())
+        print_json_streaming(found.document())
         return
     if verbose:
         click.echo(f"{found.engine}: {found.reason}; {found.seconds:.3f} s", err=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 import click
@@ -49,6 +50,24 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 def print_json(document: object) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(document, indent=2, default=_encode))
+
+
+def print_json_streaming(document: Mapping[str, object]) -> None:
+    """Print one JSON document whose long lists are iterators: an item a line, and none of them kept."""
+    out = sys.stdout
+    begin = "{"
+    for name, value in document.items():
+        out.write(f"{begin}\n  {json.dumps(name)}: ")
+        begin = ","
+        if not isinstance(value, Iterator):
+            out.write(json.dumps(value, default=_encode))
+            continue
+        between = "["
+        for item in value:
+            out.write(f"{between}\n    {json.dumps(item, default=_encode)}")
+            between = ","
+        out.write("[]" if between == "[" else "\n  ]")
+    out.write("\n}\n")
 
 
 def print_json_line(document: object) -> None:

@@ -33,7 +33,7 @@ class Inspection:
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def document(self) -> dict[str, object]:
-        """Return all of it for JSON."""
+        """Return all of it for JSON; the extents one by one, since there can be millions."""
         return {
             "engine": self.engine,
             "reason": self.reason,
@@ -41,7 +41,7 @@ class Inspection:
             "changed_bytes": self.extents.total,
             "count": len(self.extents),
             **self.facts,
-            "extents": [list(pair) for pair in self.extents.pairs()],
+            "extents": (list(pair) for pair in self.extents.pairs()),
         }
 
     def lines(self) -> Iterator[bytes]:
@@ -68,7 +68,7 @@ class Report(Protocol):
         ...
 
     def document(self) -> dict[str, object]:
-        """Return all of it for JSON."""
+        """Return all of it for JSON; a value may be an iterator, which is printed as a list."""
         ...
 
     def lines(self) -> Iterator[bytes]:

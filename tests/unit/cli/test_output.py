@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from blocksnap.cli.output import format_size, print_facts, print_json, print_table
+from blocksnap.cli.output import format_size, print_facts, print_json, print_json_streaming, print_table
 from blocksnap.cli.reporting import JsonReporter, TextReporter
 from blocksnap.cli.repository_commands import parse_size
 from blocksnap.errors import UsageError
@@ -85,3 +85,10 @@ def test_json_is_a_line_an_event(capsys: pytest.CaptureFixture[str]) -> None:
     reporter.warn("careful")
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["event"] for event in events] == ["plan", "warning"]
+
+
+def test_long_lists_are_streamed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json_streaming({"engine": "compare", "none": iter(()), "some": iter([[0, 1], [5, 2]]), "n": 2})
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"engine": "compare", "none": [], "some": [[0, 1], [5, 2]], "n": 2}
+    assert "\n    [0, 1],\n    [5, 2]\n" in printed
