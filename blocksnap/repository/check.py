@@ -17,6 +17,7 @@ from blake3 import blake3
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
 from blocksnap.repository.documents import Root, WriterRecord
+from blocksnap.repository.epochs import read_object
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment
@@ -26,6 +27,7 @@ from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, fra
 from blocksnap.repository.repository import Repository, StoredBackup, load_config
 
 _THREADS = 2
+_ATTEMPTS = 5
 _BLOCK = 5 << 20
 """Larger than the frame of the largest chunk."""
 
@@ -91,8 +93,22 @@ class Checker:
         self.result = CheckResult()
 
     def check_structure(self) -> None:
-        """Look at everything but the data; raises NewerFormatError where this version cannot check."""
+        """Look at everything but the data; raises NewerFormatError where this version cannot check.
+
+        What is removed by a garbage collection that goes on meanwhile is no damage: then it looks again.
+        """
         self._repository.require("check")
+        for _ in range(_ATTEMPTS):
+            self.result = CheckResult()
+            before = self._collections()
+            self._look()
+            if not self.result.damaged or self._collections() == before:
+                return
+
+    def _collections(self) -> list[str]:
+        return sorted(info.name for info in self._repository.backend.list("gc/"))
+
+    def _look(self) -> None:
         # Manifests first: what they need was stored before them, so what is listed later holds it.
         self._listed = list(self._backups())
         self._documents()
@@ -160,6 +176,8 @@ class Checker:
         for info in backend.list("keys/"):
             self._try(info.name, partial(self._key, info.name))
         self._writers()
+        for info in backend.list("gc/"):
+            self._try(info.name, partial(read_object, self._repository, info.name))
         known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/")
         for info in backend.list(""):
             if info.name != "config" and not info.name.startswith(known):
@@ -268,6 +286,9 @@ class Checker:
             for row in read_footer(self._repository.backend, self._repository.keys, name, size):
                 self._read_frame(row, name, buffer, findings, bad)
         except BlocksnapError as err:
+            if not self._repository.backend.exists(name):
+                # Removed since the structure was looked at, as a garbage collection does.
+                return [], set()
             # What does not have its hash is not believed to be of a later version.
             findings.append(_finding(name, err) if whole else Finding("damage", name, err.brief))
         self._advance(size)

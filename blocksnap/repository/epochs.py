@@ -53,6 +53,17 @@ def read_epoch(repository: Repository) -> Epoch:
     )
 
 
+def read_object(repository: Repository, name: str) -> BaseModel:
+    """Return any object under ``gc/``; raises DamageError, NewerFormatError, ObjectMissingError."""
+    if name.startswith(FORGET):
+        return repository.read_signed(name, FrameType.COLLECTION, Forgotten)
+    match = _PART.fullmatch(name)
+    if match is None:
+        raise NewerFormatError(repository.backend.place, f"the object {name}")
+    models: dict[str, type[BaseModel]] = {"condemned": Condemned, "sweep": Sweep, "done": Done}
+    return repository.read_signed(name, FrameType.COLLECTION, models[match[2]])
+
+
 def epoch_numbers(repository: Repository) -> set[int]:
     """Return the epochs of which anything is left."""
     return set(_list_parts(repository))

@@ -13,6 +13,7 @@ from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import map_root, newest_of, root_document
 from blocksnap.repository import collector as collecting
 from blocksnap.repository.blockmap import MapReader, MapWriter
+from blocksnap.repository.check import Checker
 from blocksnap.repository.collector import Collector, Outcome
 from blocksnap.repository.documents import Backup, Forgotten, Manifest, Statistics, VolumeRecord, WriterRecord
 from blocksnap.repository.epochs import create_forgotten, read_epoch
@@ -240,3 +241,40 @@ def test_a_damaged_pack_is_not_copied(path: Path) -> None:
     assert any("hash" in problem.brief for problem in outcome.problems)
     assert biggest.exists()
     assert second in {stored.backup.id for stored in open_repository(path).backups()}
+
+
+def test_a_check_looks_again_when_garbage_goes_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    second = back_up(path, {n: 50 + n for n in range(20)})
+    repository = open_repository(path)
+    checker = Checker(repository, map_root, lambda _: None)
+    load, pending = Checker._load_segments, [first]
+
+    def load_late(checker: Checker) -> None:
+        if pending:
+            forget(path, pending.pop())
+            assert prune(path).state == "done"
+        load(checker)
+
+    monkeypatch.setattr(Checker, "_load_segments", load_late)
+    checker.check_structure()
+    checker.check_data()
+    assert checker.result.findings == []
+    assert checker.result.backups == 1
+    assert len(content_of(path, second)) == 30
+
+
+def test_a_check_reads_what_collections_left(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    back_up(path, dict.fromkeys(range(30), 7))
+    forget(path, first)
+    assert prune(path).state == "done"
+    for name in ("condemned", "sweep", "done"):
+        found = path / "gc" / "00000001" / name
+        kept = found.read_bytes()
+        found.chmod(0o600)
+        found.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        checker = Checker(open_repository(path), map_root, lambda _: None)
+        checker.check_structure()
+        assert [finding.object for finding in checker.result.findings] == [f"gc/00000001/{name}"]
+        found.write_bytes(kept)
