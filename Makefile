@@ -13,7 +13,8 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-map bench-tracked soak-model vagrant-test clean bench-extents soak-thin soak-xfs soak-btrfs soak-tamper
+.PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-tracked vagrant-test clean
+.PHONY: soak-btrfs soak-model soak-simulation soak-tamper soak-thin soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -58,7 +59,7 @@ soak-thin: bootstrap ## the difference of thin devices against thin_delta, forty
 		tests/lvm/test_thin_histories.py tests/lvm/test_thin_metadata.py -k 'random_histories or lock_free'
 
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
-	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/unit/repository/test_tampering.py
+	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering
 
 soak-simulation: bootstrap ## 100,000 seeds of the simulated repository, on two cores: hours
 	BLOCKSNAP_SEEDS=50000 $(PYTEST) tests/simulation/test_simulation.py & \

@@ -1,6 +1,6 @@
 """What a command ends with when stored objects were changed, swapped, removed or brought from elsewhere.
 
-That each byte of each object matters is shown in tests/unit/repository/test_tampering.py.
+That each byte of each object matters is shown in tests/tampering.
 """
 
 from __future__ import annotations
