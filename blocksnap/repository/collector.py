@@ -122,6 +122,7 @@ class Collector:
         """Collect as far as it goes now: a run that is at work may have to be waited for."""
         epoch, plan = read_epoch(self._repository), None
         problems: tuple[DamageError, ...] = ()
+        self._shut_out_silent(writer, is_gone)
         if not epoch.is_open:
             plan = self.plan()
             if plan.is_empty:
@@ -163,7 +164,13 @@ class Collector:
                 epoch=number,
                 run=writer.id.hex(),
                 time=self._now(),
-                packs=tuple(sorted(pack.name for pack in (*plan.choice.of("drop"), *moved.packs))),
+                packs=tuple(
+                    sorted(
+                        pack.name
+                        for pack in (*plan.choice.of("drop"), *moved.packs)
+                        if pack.name not in moved.precious
+                    )
+                ),
                 marked=plan.marked,
                 forgotten=plan.forgotten,
             ),
@@ -171,14 +178,17 @@ class Collector:
         # Ours, or that of a collector who was first, who may be further already.
         return read_epoch(self._repository), moved.problems
 
+    def _shut_out_silent(self, writer: RepositoryWriter, is_gone: IsGone) -> None:
+        """Shut out the silent runs, so that what they left is garbage; one that has committed stays."""
+        for run in self._unsettled():
+            if run.writer != writer.id.hex() and is_silent(run, self._now(), is_gone):
+                fence(self._repository, run.writer, self._now())
+
     def _settle(self, number: int, is_gone: IsGone) -> tuple[Run, ...]:
         """Shut out the silent runs, and return those that have to be waited for."""
-        # Runs first: what is settled when its record is read is settled when manifests are listed.
-        runs = read_runs(self._repository)
-        settled = settled_runs(self._repository)
         waiting = []
-        for run in runs.values():
-            if run.writer in settled or run.epoch >= number or (run.record and run.record.collects):
+        for run in self._unsettled():
+            if run.epoch >= number or (run.record and run.record.collects):
                 continue
             if is_silent(run, self._now(), is_gone):
                 # If it has just committed, its manifest is marked like any other.
@@ -186,6 +196,12 @@ class Collector:
             else:
                 waiting.append(run)
         return tuple(waiting)
+
+    def _unsettled(self) -> list[Run]:
+        # Runs first: what is settled when its record is read is settled when manifests are listed.
+        runs = read_runs(self._repository)
+        settled = settled_runs(self._repository)
+        return [run for run in runs.values() if run.writer not in settled]
 
     def _decide(self, writer: RepositoryWriter, condemned: Condemned) -> Sweep:
         """Mark what was committed since, keep what has the only copy of it, and fix the rest as the sweep."""
@@ -256,11 +272,12 @@ class Collector:
             yield self._roots(backup.mapped.map)
 
     def _uses(self, index: MergedIndex, marker: Marker, sizes: dict[str, int]) -> Sequence[PackUse]:
-        needed = [0] * len(index.packs)
+        needed, frames = [0] * len(index.packs), [0] * len(index.packs)
         data = [True] * len(index.packs)
         for number, row in enumerate(index.rows()):
             if row.type != FrameType.DATA:
                 data[row.pack] = False
+            frames[row.pack] += row.length
             if marker.is_marked(number):
                 needed[row.pack] += row.length
         # Runs after packs: a pack whose run is not announced here is older than the records that were kept.
@@ -277,6 +294,7 @@ class Collector:
                 PackUse(
                     name=name,
                     size=size,
+                    frame_bytes=0 if place is None else frames[place],
                     needed_bytes=0 if place is None else needed[place],
                     data=place is not None and data[place],
                     settled=owner in settled or owner not in runs,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from array import array
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
@@ -17,10 +18,14 @@ from blocksnap.repository.writer import RepositoryWriter
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Which packs need not stay now, and what kept others from being copied."""
+    """Which packs need not stay now, and what kept others from being copied.
+
+    ``precious`` are packs that hold what a damaged one holds too, perhaps unharmed: they have to stay.
+    """
 
     packs: tuple[PackUse, ...]
     problems: tuple[DamageError, ...]
+    precious: frozenset[str]
 
 
 def copy_needed(
@@ -36,21 +41,24 @@ def copy_needed(
     A pack whose bytes are not those that its name promises stays as it is.
     """
     wanted = {pack.name: pack for pack in packs}
-    rows: dict[str, list[MergedRow]] = {name: [] for name in wanted}
-    for number, row in enumerate(index.rows()):
-        name = index.packs[row.pack].name
+    rows = {name: array("Q") for name in wanted}
+    names = [pack.name for pack in index.packs]
+    for number in range(len(index)):
+        name = names[index.pack_of(number)]
         if name in rows and marker.is_marked(number):
-            rows[name].append(row)
-    moved, problems = [], []
+            rows[name].append(number)
+    moved, problems, precious = [], [], set[str]()
     for name in sorted(wanted):
         try:
-            _copy_pack(repository, writer, name, wanted[name].size, rows[name], advance)
+            _copy_pack(repository, writer, name, wanted[name].size, map(index.row, rows[name]), advance)
         except DamageError as err:
             problems.append(err)
+            for number in rows[name]:
+                precious.update(names[index.pack_of(twin)] for twin in index.numbers(index.row(number).id))
             continue
         moved.append(wanted[name])
     writer.flush()
-    return Moved(tuple(moved), tuple(problems))
+    return Moved(tuple(moved), tuple(problems), frozenset(precious))
 
 
 def _copy_pack(
@@ -58,7 +66,7 @@ def _copy_pack(
     writer: RepositoryWriter,
     name: str,
     size: int,
-    rows: list[MergedRow],
+    rows: Iterable[MergedRow],
     advance: Callable[[int], None],
 ) -> None:
     # A frame that was harmed would get a new, whole pack around it, and a check without keys find nothing.

@@ -17,7 +17,7 @@ from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter
 
-SHARD_ROWS = 400_000
+SHARD_ROWS = 200_000
 MANY_SEGMENTS = 16
 """From this number on the smaller ones are merged."""
 KEPT_FOR = timedelta(days=365)

@@ -24,6 +24,8 @@ class PackUse:
 
     name: str
     size: int
+    frame_bytes: int
+    """Of the frames alone: what a pack has beside them would be there again after copying."""
     needed_bytes: int
     data: bool
     settled: bool
@@ -31,8 +33,13 @@ class PackUse:
 
     @property
     def dead_bytes(self) -> int:
-        """What would be gained."""
-        return self.size - self.needed_bytes
+        """What would be gained by dropping it, or by copying the rest of it."""
+        return self.frame_bytes - self.needed_bytes if self.needed_bytes else self.size
+
+    @property
+    def dead_percent(self) -> float:
+        """How much of its frames nobody needs."""
+        return 100 * (1 - self.needed_bytes / self.frame_bytes) if self.needed_bytes else 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +89,8 @@ def choose_victims(packs: Iterable[PackUse], limits: Limits) -> Choice:
     small = {pack.name for pack in _small_packs(packs)}
     budget = limits.copy_bytes
     decided: dict[str, Decision] = {}
-    for pack in sorted(packs, key=lambda pack: pack.needed_bytes / max(pack.size, 1)):
-        dead_percent = 100 * pack.dead_bytes / max(pack.size, 1)
+    for pack in sorted(packs, key=lambda pack: -pack.dead_percent):
+        dead_percent = pack.dead_percent
         if not pack.settled:
             decided[pack.name] = Decision(pack, "keep", "its run may still be at work")
         elif not pack.needed_bytes:

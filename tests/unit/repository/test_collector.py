@@ -108,6 +108,13 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in (path / "packs").rglob("*") if file.is_file())
 
 
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[200] ^= 1
+    file.chmod(0o600)
+    file.write_bytes(data)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     make_repository(tmp_path / "repository")
@@ -228,15 +235,46 @@ def test_nothing_goes_while_a_manifest_cannot_be_read(path: Path) -> None:
     assert size_of(path) == before
 
 
+def test_what_a_vanished_host_left_goes_although_nothing_was_forgotten(path: Path) -> None:
+    back_up(path, {n: 100 + n for n in range(5)})
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        store(run, repository, {n: n for n in range(30)})
+        run.flush()
+    before = size_of(path)
+    assert prune(path).state == "nothing"
+    assert prune(path, later=7 * 3600).state == "done"
+    assert size_of(path) < before - 30 * 1000
+    assert len(content_of(path, open_repository(path).backups()[0].backup.id)) == 5
+
+
+def test_a_twin_of_what_a_damaged_pack_holds_stays(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        # The same chunks once more, as a run stores them that has met a blob that does not open.
+        repository.bad_ids.update(repository.keys.identify(FrameType.DATA, chunk(n)) for n in range(10))
+        second = store(run, repository, {n: n for n in range(10)})()
+    third = back_up(path, {n: 60 + n for n in range(10, 30)})
+    forget(path, first, second)
+    with Collector(
+        open_repository(path), map_root, Limits(), now=lambda: datetime.now(UTC), advance=lambda _: None
+    ) as collector:
+        copied = [pack for pack in collector.plan().choice.of("copy") if pack.data]
+    assert len(copied) == 1
+    flip_a_bit(path / copied[0].name)
+    assert prune(path).problems
+    assert content_of(path, third) == {n: chunk(n) for n in range(10)} | {
+        n: chunk(60 + n) for n in range(10, 30)
+    }
+
+
 def test_a_damaged_pack_is_not_copied(path: Path) -> None:
     first = back_up(path, {n: n for n in range(30)})
     second = back_up(path, {n: 50 + n for n in range(20)})
     forget(path, first)
     biggest = max((path / "packs").rglob("*-*"), key=lambda file: file.stat().st_size)
-    data = bytearray(biggest.read_bytes())
-    data[200] ^= 1
-    biggest.chmod(0o600)
-    biggest.write_bytes(data)
+    flip_a_bit(biggest)
     outcome = prune(path)
     assert any("hash" in problem.brief for problem in outcome.problems)
     assert biggest.exists()

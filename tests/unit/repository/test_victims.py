@@ -10,7 +10,7 @@ MIB = 1 << 20
 def pack(
     name: str, size: int, needed: int, *, data: bool = True, settled: bool = True, indexed: bool = True
 ) -> PackUse:
-    return PackUse(name, size, needed, data=data, settled=settled, indexed=indexed)
+    return PackUse(name, size, size, needed, data=data, settled=settled, indexed=indexed)
 
 
 def fates(*packs: PackUse, limits: Limits | None = None) -> dict[str, tuple[str, str]]:
@@ -55,3 +55,10 @@ def test_sums() -> None:
     choice = choose_victims([pack("a", 100, 0), pack("b", 100, 30), pack("c", 100, 90)], Limits())
     assert (choice.freed_bytes, choice.copied_bytes) == (170, 30)
     assert [use.name for use in choice.of("keep")] == ["c"]
+
+
+def test_what_is_not_a_frame_is_not_dead() -> None:
+    """A small pack is half table and trailer, and would be again after copying."""
+    small = PackUse("p", 500, 220, 220, data=False, settled=True, indexed=True)
+    assert choose_victims([small], Limits()).decisions[0].fate == "keep"
+    assert small.dead_bytes == 0
