@@ -72,3 +72,20 @@ def test_neither_names_nor_rules_is_wrong_usage(blocksnap: CommandLine) -> None:
     for words in ([], ["latest", "--keep-last", "1"], ["--keep-daily", "many"], ["--keep-within", "soon"]):
         assert blocksnap("forget", *words).code == 2, words
     assert len(ids(blocksnap)) == 4
+
+
+def test_a_gc_key_prunes_and_a_backup_key_does_not(blocksnap: CommandLine, tmp_path: Path) -> None:
+    for role in ("gc", "backup"):
+        secret = tmp_path / f"{role}.passphrase"
+        secret.write_text(f"passphrase of {role}\n")
+        blocksnap.done("key", "add", "--role", role, "--new-passphrase-file", secret)
+    gc, backup = ({"BLOCKSNAP_PASSPHRASE": f"passphrase of {role}"} for role in ("gc", "backup"))
+    for command in (("forget", "--keep-last", "1"), ("prune",)):
+        refused = blocksnap(*command, **backup)
+        assert (refused.code, len(refused.errors)) == (12, 1)
+        assert "role admin or gc" in refused.stderr
+        blocksnap.done(*command, **gc)
+    assert blocksnap("restore", "latest", tmp_path / "out", **gc).code == 12
+    blocksnap.done("backup", tmp_path / "volume.img", **backup)
+    blocksnap.done("restore", "latest", tmp_path / "out", "--verify")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "volume.img").read_bytes()
