@@ -477,7 +477,7 @@ def test_nothing_is_missed(
 MAPPINGS = st.dictionaries(st.integers(0, 200), st.integers(0, 3), max_size=60)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     before=MAPPINGS, after=MAPPINGS, sizes=st.tuples(st.integers(1, 200 * UNIT), st.integers(1, 200 * UNIT))
 )

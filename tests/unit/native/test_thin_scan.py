@@ -69,7 +69,7 @@ def device_runs(draw: st.DrawFn) -> list[Run]:
     return runs
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     devices=st.dictionaries(st.integers(0, 0xFFFFFF), device_runs(), min_size=1, max_size=4),
     chunk_size=st.sampled_from([65536, 196608, 1 << 30]),

@@ -52,7 +52,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9000), steps), min_size=1, max_size=4))
 def test_a_chain_of_backups_equals_a_list(backups: list[tuple[int, list[tuple[int, int, bytes]]]]) -> None:
     nodes = Nodes()
