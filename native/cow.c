@@ -3,6 +3,7 @@
 
 #include "cleanup.h"
 #include "extent.h"
+#include "little_endian.h"
 #include "memory.h"
 #include "record_sort.h"
 
@@ -51,22 +52,14 @@ struct walk {
         uint8_t *buffer; /* for areas: BATCH_BYTES where many are read together, or one */
 };
 
-static uint64_t load64(const uint8_t *from)
-{
-        uint64_t value;
-
-        memcpy(&value, from, sizeof(value));
-        return le64toh(value);
-}
-
 static uint64_t old_chunk(const uint8_t *area, uint64_t index)
 {
-        return load64(area + index * BS_COW_ENTRY_SIZE);
+        return bs_le64(area + index * BS_COW_ENTRY_SIZE);
 }
 
 static uint64_t new_chunk(const uint8_t *area, uint64_t index)
 {
-        return load64(area + index * BS_COW_ENTRY_SIZE + 8);
+        return bs_le64(area + index * BS_COW_ENTRY_SIZE + 8);
 }
 
 static const char *header_fault(const struct header *header)

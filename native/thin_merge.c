@@ -72,7 +72,7 @@ int bs_thin_mappings_add(struct bs_thin_mappings *mappings, const struct bs_thin
         for (uint32_t i = 0; i < count; i++)
                 words[i] = bs_thin_key(leaf, begin + i);
         for (uint32_t i = 0; i < count; i++)
-                words[count + i] = bs_thin_u64(leaf->values + 8 * (size_t)(begin + i));
+                words[count + i] = bs_le64(leaf->values + 8 * (size_t)(begin + i));
         mappings->count += 2 * (size_t)count;
         return 0;
 }

@@ -36,20 +36,20 @@ uint32_t bs_thin_checksum(const uint8_t *block, uint32_t salt)
 static const char *superblock_fault(const uint8_t *block, uint64_t number,
                                     const struct bs_thin_superblock *parsed)
 {
-        uint32_t version = bs_thin_u32(block + 40);
+        uint32_t version = bs_le32(block + 40);
         uint64_t sectors = parsed->chunk_size / SECTOR_SIZE;
 
-        if (bs_thin_u64(block + 32) != SUPERBLOCK_MAGIC)
+        if (bs_le64(block + 32) != SUPERBLOCK_MAGIC)
                 return "not a thin-pool superblock";
-        if (bs_thin_u32(block) != bs_thin_checksum(block, BS_THIN_SUPERBLOCK_SALT))
+        if (bs_le32(block) != bs_thin_checksum(block, BS_THIN_SUPERBLOCK_SALT))
                 return "wrong checksum of the superblock";
-        if (bs_thin_u64(block + 8) != number)
+        if (bs_le64(block + 8) != number)
                 return "the superblock carries another block's number";
         if (version < 1 || version > MAX_VERSION)
                 return "unknown metadata version";
-        if (bs_thin_u32(block + 360) != 0)
+        if (bs_le32(block + 360) != 0)
                 return "the metadata uses unknown incompatible features";
-        if (bs_thin_u32(block + 340) != BS_THIN_BLOCK_SIZE / SECTOR_SIZE)
+        if (bs_le32(block + 340) != BS_THIN_BLOCK_SIZE / SECTOR_SIZE)
                 return "metadata blocks are not 4096 bytes";
         if (sectors < MIN_CHUNK_SECTORS || sectors > MAX_CHUNK_SECTORS || sectors % MIN_CHUNK_SECTORS)
                 return "impossible chunk size";
@@ -62,14 +62,14 @@ int bs_thin_superblock_parse(const uint8_t *block, uint64_t number, struct bs_er
                              struct bs_thin_superblock *out)
 {
         struct bs_thin_superblock parsed = {
-                .flags = bs_thin_u32(block + 4),
-                .time = bs_thin_u32(block + 44),
-                .transaction_id = bs_thin_u64(block + 48),
-                .held_root = bs_thin_u64(block + 56),
-                .metadata_blocks = bs_thin_u64(block + 192),
-                .mapping_root = bs_thin_u64(block + 320),
-                .details_root = bs_thin_u64(block + 328),
-                .chunk_size = (uint64_t)bs_thin_u32(block + 336) * SECTOR_SIZE,
+                .flags = bs_le32(block + 4),
+                .time = bs_le32(block + 44),
+                .transaction_id = bs_le64(block + 48),
+                .held_root = bs_le64(block + 56),
+                .metadata_blocks = bs_le64(block + 192),
+                .mapping_root = bs_le64(block + 320),
+                .details_root = bs_le64(block + 328),
+                .chunk_size = (uint64_t)bs_le32(block + 336) * SECTOR_SIZE,
         };
         const char *fault = superblock_fault(block, number, &parsed);
 
@@ -81,14 +81,14 @@ int bs_thin_superblock_parse(const uint8_t *block, uint64_t number, struct bs_er
 
 static const char *node_fault(const uint8_t *block, const struct bs_thin_place *place, uint32_t value_size)
 {
-        uint32_t flags = bs_thin_u32(block + 4);
-        uint32_t count = bs_thin_u32(block + 16);
-        uint32_t room = bs_thin_u32(block + 20);
-        uint32_t stored_size = bs_thin_u32(block + 24);
+        uint32_t flags = bs_le32(block + 4);
+        uint32_t count = bs_le32(block + 16);
+        uint32_t room = bs_le32(block + 20);
+        uint32_t stored_size = bs_le32(block + 24);
 
-        if (bs_thin_u32(block) != bs_thin_checksum(block, BS_THIN_NODE_SALT))
+        if (bs_le32(block) != bs_thin_checksum(block, BS_THIN_NODE_SALT))
                 return "wrong checksum of a btree node";
-        if (bs_thin_u64(block + 8) != place->block)
+        if (bs_le64(block + 8) != place->block)
                 return "a btree node carries another block's number";
         if (flags != INTERNAL_NODE && flags != LEAF_NODE)
                 return "a btree node is neither internal nor a leaf";
@@ -127,10 +127,10 @@ int bs_thin_node_parse(const uint8_t *block, const struct bs_thin_place *place, 
                 return bs_fail_block(error, place->block, fault);
         *out = (struct bs_thin_node){
                 .keys = block + NODE_HEADER_SIZE,
-                .values = block + NODE_HEADER_SIZE + KEY_SIZE * (size_t)bs_thin_u32(block + 20),
-                .count = bs_thin_u32(block + 16),
-                .value_size = bs_thin_u32(block + 24),
-                .leaf = bs_thin_u32(block + 4) == LEAF_NODE,
+                .values = block + NODE_HEADER_SIZE + KEY_SIZE * (size_t)bs_le32(block + 20),
+                .count = bs_le32(block + 16),
+                .value_size = bs_le32(block + 24),
+                .leaf = bs_le32(block + 4) == LEAF_NODE,
         };
         fault = key_fault(out, place);
         return fault ? bs_fail_block(error, place->block, fault) : 0;
@@ -218,11 +218,11 @@ static int look_up_device(const struct lookup *in, const struct bs_thin_superblo
         if (result < 0)
                 return result;
         *out = (struct bs_thin_device){
-                .root = bs_thin_u64(root),
-                .mapped_blocks = bs_thin_u64(details),
-                .transaction_id = bs_thin_u64(details + 8),
-                .creation_time = bs_thin_u32(details + 16),
-                .snapshotted_time = bs_thin_u32(details + 20),
+                .root = bs_le64(root),
+                .mapped_blocks = bs_le64(details),
+                .transaction_id = bs_le64(details + 8),
+                .creation_time = bs_le32(details + 16),
+                .snapshotted_time = bs_le32(details + 20),
         };
         return bs_thin_block_check(out->root, in->metadata_blocks, in->error);
 }

@@ -12,6 +12,7 @@
 #include "error.h"
 #include "interrupt.h"
 #include "io.h"
+#include "little_endian.h"
 
 #include <endian.h>
 #include <stdbool.h>
@@ -78,31 +79,15 @@ struct bs_thin_node {
         bool leaf;
 };
 
-static inline uint32_t bs_thin_u32(const uint8_t *from)
-{
-        uint32_t value;
-
-        memcpy(&value, from, sizeof(value));
-        return le32toh(value);
-}
-
-static inline uint64_t bs_thin_u64(const uint8_t *from)
-{
-        uint64_t value;
-
-        memcpy(&value, from, sizeof(value));
-        return le64toh(value);
-}
-
 static inline uint64_t bs_thin_key(const struct bs_thin_node *node, uint32_t index)
 {
-        return bs_thin_u64(node->keys + 8 * (size_t)index);
+        return bs_le64(node->keys + 8 * (size_t)index);
 }
 
 /* The value at `index`: a child's block number, or in a leaf of 8-byte values the value itself. */
 static inline uint64_t bs_thin_value(const struct bs_thin_node *node, uint32_t index)
 {
-        return bs_thin_u64(node->values + (size_t)node->value_size * index);
+        return bs_le64(node->values + (size_t)node->value_size * index);
 }
 
 /* Where child `index` of an internal node, itself found at `place`, is and which keys it may hold. */

@@ -12,8 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from blake3 import blake3
-
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
 from blocksnap.repository.documents import Root, WriterRecord
@@ -23,7 +21,7 @@ from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment
 from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
-from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, frame_at, read_footer
+from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, frame_at, hash_pack, read_footer
 from blocksnap.repository.repository import Repository, StoredBackup, load_config
 
 _THREADS = 2
@@ -278,7 +276,7 @@ class Checker:
         buffer = memoryview(bytearray(_BLOCK))
         whole = False
         try:
-            whole = self._hash_pack(name, size, buffer) == pack.hash
+            whole = hash_pack(self._repository.read_range, name, size)
             if not whole:
                 findings.append(Finding("damage", name, "its bytes do not have the hash in its name"))
             self._repository.read_range(name, 0, buffer[: HEADER.size])
@@ -293,15 +291,6 @@ class Checker:
             findings.append(_finding(name, err) if whole else Finding("damage", name, err.brief))
         self._advance(size)
         return findings, bad
-
-    def _hash_pack(self, name: str, size: int, buffer: memoryview) -> bytes:
-        # Read rather than mapped: a bad sector under a mapping would kill the process.
-        hasher = blake3()
-        for offset in range(0, size, len(buffer)):
-            block = buffer[: min(len(buffer), size - offset)]
-            self._repository.read_range(name, offset, block)
-            hasher.update(block)
-        return hasher.digest()
 
     def _read_frame(
         self, row: PackRow, name: str, buffer: memoryview, findings: list[Finding], bad: set[bytes]

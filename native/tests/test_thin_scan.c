@@ -155,7 +155,7 @@ static void test_a_bad_sector_between_nodes_does_no_harm(void)
         struct answer answer;
         uint64_t gap = 20;
 
-        while (bs_thin_u64(image->blocks[gap] + 8) != 0)
+        while (bs_le64(image->blocks[gap] + 8) != 0)
                 gap++;
         image->bad_block = gap;
         CHECK_EQUAL(scan(image, 0, &answer), 0);

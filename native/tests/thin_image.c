@@ -63,7 +63,7 @@ static int read_image(void *context, uint64_t offset, void *buffer, size_t lengt
                 return -EIO;
         if (offset == 0 && image->commits > 0) {
                 image->commits--;
-                image_poke64(image, 0, 48, bs_thin_u64(image->blocks[0] + 48) + 1);
+                image_poke64(image, 0, 48, bs_le64(image->blocks[0] + 48) + 1);
                 image_seal(image, 0);
         }
         memcpy(buffer, image->blocks[offset / BS_THIN_BLOCK_SIZE], length);
@@ -100,13 +100,13 @@ void image_node(struct image *image, uint64_t block, uint32_t kind, uint32_t val
 static size_t add_key(struct image *image, uint64_t block, uint64_t key)
 {
         const uint8_t *node = image->blocks[block];
-        uint32_t count = bs_thin_u32(node + 16);
-        uint32_t room = bs_thin_u32(node + 20);
+        uint32_t count = bs_le32(node + 16);
+        uint32_t room = bs_le32(node + 20);
 
         CHECK(count < room);
         image_poke64(image, block, 32 + 8 * (size_t)count, key);
         image_poke32(image, block, 16, count + 1);
-        return 32 + 8 * (size_t)room + bs_thin_u32(node + 24) * (size_t)count;
+        return 32 + 8 * (size_t)room + bs_le32(node + 24) * (size_t)count;
 }
 
 void image_add(struct image *image, uint64_t block, uint64_t key, uint64_t value)
