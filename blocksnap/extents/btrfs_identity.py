@@ -8,9 +8,9 @@ host that has no record of the parent backup trusts nothing.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-from blocksnap.extents.changes import Binding, JsonValue
+from blocksnap.extents.changes import Binding, JsonValue, read_fields
 from blocksnap.system.btrfs import FilesystemInfo, SubvolumeInfo
 
 
@@ -40,13 +40,8 @@ class BtrfsIdentity:
     @classmethod
     def from_binding(cls, binding: Binding) -> BtrfsIdentity | None:
         """Return the identity in a manifest; None when it is not one, or not whole."""
-        values = {each.name: binding.get(each.name) for each in fields(cls)}
-        for each in fields(cls):
-            value = values[each.name]
-            # A bool is an int to Python, but not to us.
-            if type(value).__name__ != each.type or (isinstance(value, int) and value < 0) or value == "":
-                return None
-        return cls(**values) if binding.get("source_kind") == "btrfs" else None  # type: ignore[arg-type]
+        values = read_fields(cls, binding)
+        return cls(**values) if values and binding.get("source_kind") == "btrfs" else None
 
 
 @dataclass(frozen=True, slots=True)

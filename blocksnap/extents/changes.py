@@ -7,8 +7,8 @@ chunks to read. A set may always be too wide, never too narrow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from blocksnap.extents.model import ExtentList
 
@@ -32,6 +32,22 @@ class BaseDecision:
     def to_binding(self) -> dict[str, JsonValue]:
         """Return what is stored with the binding."""
         return {BASE_KEPT: self.stays, BASE_REASON: self.reason}
+
+
+def read_fields(identity: type, binding: Binding, *, lowest: int | None = 0) -> dict[str, Any] | None:
+    """Return the fields of an identity, a dataclass of int and str, as a manifest has them.
+
+    None when one is missing, of another type, an empty string, or a number below ``lowest``.
+    """
+    values = {each.name: binding.get(each.name) for each in fields(identity)}
+    for each in fields(identity):
+        value = values[each.name]
+        # A bool is an int to Python, but not to us.
+        if type(value).__name__ != each.type or value == "":
+            return None
+        if isinstance(value, int) and lowest is not None and value < lowest:
+            return None
+    return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-from blocksnap.extents.changes import Binding, Changes, JsonValue, Parent
+from blocksnap.extents.changes import Binding, Changes, JsonValue, Parent, read_fields
 from blocksnap.extents.model import ExtentList
 from blocksnap.system.command import CommandError
 from blocksnap.system.devmapper import SnapshotState, SnapshotStatus
@@ -60,13 +60,8 @@ class CowIdentity:
     @classmethod
     def from_binding(cls, binding: Binding) -> CowIdentity | None:
         """Return the identity in a manifest; None when it is not one, or not whole."""
-        values = {each.name: binding.get(each.name) for each in fields(cls)}
-        for each in fields(cls):
-            value = values[each.name]
-            # A bool is an int to Python, but not to us.
-            if type(value).__name__ != each.type or not value or (isinstance(value, int) and value < 0):
-                return None
-        return cls(**values) if binding.get("source") == "lvm-cow" else None  # type: ignore[arg-type]
+        values = read_fields(cls, binding, lowest=1)
+        return cls(**values) if values and binding.get("source") == "lvm-cow" else None
 
 
 @dataclass(frozen=True, slots=True)

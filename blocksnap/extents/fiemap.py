@@ -21,7 +21,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 
 from blocksnap.errors import VolumeError
-from blocksnap.extents.changes import Binding, Changes, JsonValue, Parent
+from blocksnap.extents.changes import Binding, Changes, JsonValue, Parent, read_fields
 from blocksnap.extents.model import ExtentList
 from blocksnap.extents.scan import data_near, data_of, read_all
 from blocksnap.system.xfs import NotXfsError, XfsFile, look_at
@@ -50,13 +50,8 @@ class CloneIdentity:
     @classmethod
     def from_binding(cls, binding: Binding) -> CloneIdentity | None:
         """Return the identity in a manifest; None when it is not one, or not whole."""
-        values = {each.name: binding.get(each.name) for each in fields(cls)}
-        for each in fields(cls):
-            value = values[each.name]
-            # A bool is an int to Python, but not to us.
-            if type(value).__name__ != each.type or value == "":
-                return None
-        return cls(**values) if binding.get("source") == "xfs-clone" else None  # type: ignore[arg-type]
+        values = read_fields(cls, binding, lowest=None)
+        return cls(**values) if values and binding.get("source") == "xfs-clone" else None
 
 
 def find_fiemap_changes(base_fd: int | None, clone_fd: int, parent: Parent | None) -> Changes:

@@ -23,9 +23,9 @@ For times:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-from blocksnap.extents.changes import Binding, JsonValue
+from blocksnap.extents.changes import Binding, JsonValue, read_fields
 from blocksnap.extents.thin_metadata import DeviceFacts
 
 TIME_LIMIT = 1 << 24
@@ -72,13 +72,8 @@ class ThinIdentity:
     @classmethod
     def from_binding(cls, binding: Binding) -> ThinIdentity | None:
         """Return the identity in a manifest; None when it is not one, or not whole."""
-        values = {each.name: binding.get(each.name) for each in fields(cls)}
-        for each in fields(cls):
-            value = values[each.name]
-            # A bool is an int to Python, but not to us.
-            if type(value).__name__ != each.type or (isinstance(value, int) and value < 0) or value == "":
-                return None
-        return cls(**values) if binding.get("source") == "lvm-thin" else None  # type: ignore[arg-type]
+        values = read_fields(cls, binding)
+        return cls(**values) if values and binding.get("source") == "lvm-thin" else None
 
 
 @dataclass(frozen=True, slots=True)
