@@ -14,6 +14,7 @@ from blocksnap.errors import UsageError
 if TYPE_CHECKING:
     from blocksnap.operations.forget import ForgetPlan
     from blocksnap.repository.collector import Outcome, Plan
+    from blocksnap.repository.fencing import Run
 
 EXIT_BUSY = 11
 
@@ -211,9 +212,7 @@ def _show_outcome(settings: Settings, outcome: Outcome) -> None:
         click.echo("nothing to prune")
 
 
-def _name_run(run: object) -> str:
-    from blocksnap.repository.fencing import Run
-
-    if not isinstance(run, Run) or run.record is None:
+def _name_run(run: Run) -> str:
+    if run.record is None:
         return "a run that cannot be read"
     return f"{run.record.hostname} (pid {run.record.pid}, since {format_time(run.record.time)})"
