@@ -14,7 +14,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-tracked vagrant-test clean
-.PHONY: soak-btrfs soak-model soak-simulation soak-tamper soak-thin soak-xfs
+.PHONY: soak-btrfs soak-histories soak-model soak-simulation soak-tamper soak-thin soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -54,7 +54,7 @@ soak-thin: bootstrap ## compare thousands of random histories of a thin pool wit
 soak-xfs: bootstrap ## 2,100 rounds of everything that happens to files, against the diff of their clones (XFS)
 	XFS_ROUNDS=$${XFS_ROUNDS:-700} XFS_SEED=$${XFS_SEED:-1000} $(PYTEST) -n 2 -rP tests/xfs/test_fiemap_rounds.py
 
-soak-thin: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
+soak-histories: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=40 -- $(PYTEST) --timeout 7000 \
 		tests/lvm/test_thin_histories.py tests/lvm/test_thin_metadata.py -k 'random_histories or lock_free'
 

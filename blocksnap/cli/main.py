@@ -10,12 +10,12 @@ import importlib
 import os
 import signal
 import sys
-from types import FrameType
 from typing import NoReturn
 
 import click
 
 import blocksnap
+from blocksnap.cli.ending import Ended, ended_by_signals
 from blocksnap.errors import BlocksnapError
 
 _COMMANDS = {
@@ -44,19 +44,6 @@ Exit codes:
  10  no such repository          130  interrupted (Ctrl-C)
  11  busy: another run holds it  143  terminated (SIGTERM)
 Any other code means failure."""
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Ended(BaseException):
-    """A signal arrived; unwinds like Ctrl-C does, so that snapshots are removed."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.exit_code = 128 + number
-        words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-        self.word = words.get(signal.Signals(number), "hung up")
 
 
 class UnforeseenError(BlocksnapError):
@@ -104,7 +91,15 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    before = {number: signal.signal(number, _end) for number in _SIGNALS}
+    try:
+        with ended_by_signals():
+            return _run(arguments)
+    except Ended as err:
+        # It arrived while another end was being told.
+        return err.exit_code
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = cli.main(args=arguments, prog_name="blocksnap", standalone_mode=False)
         sys.stdout.flush()
@@ -125,9 +120,6 @@ def run(arguments: list[str]) -> int:
         return 1
     except (OSError, UnicodeError) as err:
         return _fail(UnforeseenError(err), arguments)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if isinstance(code, int) else 0
 
 
@@ -155,10 +147,3 @@ def _tell_json(arguments: list[str], error: str, message: str, **facts: object) 
         # Standard output itself may be what failed.
         with contextlib.suppress(OSError):
             print_json_line({"event": "error", "error": error, "message": message, **facts})
-
-
-def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    # A second signal while cleaning up must not stop the cleaning.
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    raise Ended(number)

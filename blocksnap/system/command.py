@@ -106,17 +106,21 @@ def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_
     import sh
 
     command = sh.Command(_locate(program))
+    running: sh.RunningCommand | None = None
     try:
-        running = command(
-            *arguments,
-            _bg=True,
-            _bg_exc=False,
-            _tty_out=False,
-            _new_session=True,
-            _close_fds=True,
-            _env=_environment(),
-            _decode_errors="surrogateescape",
-        )
+        # What a signal handler raises around a fork is swallowed by Python; between the start and the wait it
+        # would leave a program running that nobody knows of.
+        with interrupts_deferred():
+            running = command(
+                *arguments,
+                _bg=True,
+                _bg_exc=False,
+                _tty_out=False,
+                _new_session=True,
+                _close_fds=True,
+                _env=_environment(),
+                _decode_errors="surrogateescape",
+            )
         _await(program, running, timeout_seconds)
         return str(running)
     except sh.ErrorReturnCode as err:
@@ -124,6 +128,12 @@ def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_
         raise CommandError(program, err.exit_code, err.stderr.decode(errors="replace")) from err
     except OSError as err:
         raise CommandError(program, 127, f"cannot be started: {err.strerror}") from err
+    except CommandTimeoutError:
+        raise
+    except BaseException:
+        if running is not None:
+            _let_finish(running.is_alive)
+        raise
 
 
 def run_observed(
@@ -262,18 +272,12 @@ def _await(program: str, running: sh.RunningCommand, timeout_seconds: float) -> 
     """Wait in ever longer steps; ``wait(timeout=...)`` of sh would look only ten times a second."""
     deadline = time.monotonic() + timeout_seconds
     pause = 0.001
-    try:
-        while running.is_alive():
-            if time.monotonic() > deadline:
-                raise CommandTimeoutError(program, running.pid, timeout_seconds)
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.02)
-        running.wait()
-    except CommandTimeoutError:
-        raise
-    except BaseException:
-        _let_finish(running.is_alive)
-        raise
+    while running.is_alive():
+        if time.monotonic() > deadline:
+            raise CommandTimeoutError(program, running.pid, timeout_seconds)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.02)
+    running.wait()
 
 
 def _let_finish(is_alive: Callable[[], bool]) -> None:
