@@ -12,8 +12,8 @@ dead, copied, condemned, kept, and swept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 Ids = frozenset[str]
 Rows = frozenset[tuple[str, str]]
@@ -126,14 +126,14 @@ def lost_blobs(storage: Storage) -> set[tuple[str, str]]:
     }
 
 
-def _forget(storage: Storage, bounds: Bounds) -> Iterator[tuple[str, None, Storage]]:
+def forget_events(storage: Storage, bounds: Bounds) -> Iterator[tuple[str, None, Storage]]:
     if len(storage.forgotten) < bounds.forgets:
         for slot, refs in storage.manifests:
             if refs != FENCE and slot not in storage.forgotten:
                 yield f"{slot} is forgotten", None, storage._replace(forgotten=storage.forgotten | {slot})
 
 
-def _write(
+def writer_events(
     name: str, writer: Writer, storage: Storage, rules: Rules
 ) -> Iterator[tuple[str, Writer, Storage]]:
     step = writer.step
@@ -200,7 +200,7 @@ def _store(name: str, writer: Writer, storage: Storage) -> Iterator[tuple[str, W
             yield f"stores {id_}", after, storage._replace(packs=packs)
 
 
-def _collect(
+def collector_events(
     name: str, collector: Collector, storage: Storage, rules: Rules, bounds: Bounds
 ) -> Iterator[tuple[str, Collector, Storage]]:
     if collector.step != "start" and collector.lives < bounds.restarts:
@@ -336,136 +336,3 @@ def _with_epoch(collector: Collector, storage: Storage, epoch: Epoch) -> Storage
     epochs = list(storage.epochs)
     epochs[collector.epoch] = epoch
     return storage._replace(epochs=tuple(epochs))
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search has seen: the states, and the events that lead to a loss, if there is one."""
-
-    states: int
-    loss: tuple[str, ...] | None
-    events: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Where a search begins; processes that are not named have not begun."""
-
-    storage: Storage = field(default_factory=first_storage)
-    writers: tuple[Writer, ...] = ()
-    collectors: tuple[Collector, ...] = ()
-
-
-class _Numbers:
-    """Gives equal things equal small numbers."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[object, int] = {}
-        self._things: list[object] = []
-
-    def of(self, thing: object) -> int:
-        """Return the number of a thing."""
-        number = self._numbers.setdefault(thing, len(self._things))
-        if number == len(self._things):
-            self._things.append(thing)
-        return number
-
-    def thing(self, number: int) -> Any:
-        """Return the thing of a number."""
-        return self._things[number]
-
-
-class _Steps:
-    """What each process can do next, worked out once for each pair of its own state and the storage."""
-
-    def __init__(self, rules: Rules, bounds: Bounds) -> None:
-        self._rules, self._bounds = rules, bounds
-        self.storages, self.locals = _Numbers(), _Numbers()
-        self._known: dict[tuple[int, int, int], list[tuple[str, int, int]]] = {}
-        self.lossy: dict[int, bool] = {}
-
-    def of(self, process: int, local: int, storage: int) -> list[tuple[str, int, int]]:
-        """Return the events of a process, with its own state and the storage after each."""
-        found = self._known.get((process, local, storage))
-        if found is None:
-            found = [
-                (event, self.locals.of(after), self.note(stored))
-                for event, after, stored in self._events(
-                    process, self.locals.thing(local), self.storages.thing(storage)
-                )
-            ]
-            self._known[process, local, storage] = found
-        return found
-
-    def _events(
-        self, process: int, local: Any, storage: Storage
-    ) -> Iterator[tuple[str, Writer | Collector | None, Storage]]:
-        if process == 0:
-            yield from _forget(storage, self._bounds)
-        elif process <= self._bounds.writers:
-            name = WRITERS[process - 1]
-            for event, writer, stored in _write(name, local, storage, self._rules):
-                yield f"{name} {event}", writer, stored
-        else:
-            name = COLLECTORS[process - 1 - self._bounds.writers]
-            for event, collector, stored in _collect(name, local, storage, self._rules, self._bounds):
-                yield f"{name} {event}", collector, stored
-
-    def note(self, storage: Storage) -> int:
-        """Return the number of a storage."""
-        number = self.storages.of(storage)
-        if number not in self.lossy:
-            self.lossy[number] = bool(lost_blobs(storage))
-        return number
-
-
-def search(rules: Rules, bounds: Bounds, scene: Scene | None = None) -> Found:
-    """Try every order of events, and stop at the first state in which a backup has lost something."""
-    steps = _Steps(rules, bounds)
-    scene = scene or Scene()
-    first = _first_state(scene, bounds, steps)
-    seen = {_key(first)}
-    events: set[str] = set()
-    # The way to the state that is being looked at, and for each state on it what is still to be tried.
-    path: list[str] = []
-    stack = [_successors(first, steps)]
-    while stack:
-        found = next(stack[-1], None)
-        if found is None:
-            stack.pop()
-            if path:
-                path.pop()
-            continue
-        event, state = found
-        key = _key(state)
-        if key in seen:
-            continue
-        seen.add(key)
-        events.add(event.split(" ", 1)[1])
-        path.append(event)
-        if steps.lossy[state[0]]:
-            return Found(len(seen), tuple(path), frozenset(events))
-        stack.append(_successors(state, steps))
-    return Found(len(seen), None, frozenset(events))
-
-
-def _first_state(scene: Scene, bounds: Bounds, steps: _Steps) -> tuple[int, ...]:
-    writers = (*scene.writers, Writer(), Writer())[: bounds.writers]
-    collectors = (*scene.collectors, Collector(), Collector())[: bounds.collectors]
-    locals_ = (steps.locals.of(each) for each in (None, *writers, *collectors))
-    return (steps.note(scene.storage), *locals_)
-
-
-def _key(state: tuple[int, ...]) -> int:
-    """Return a state as one number, which takes a third of the memory."""
-    key = 0
-    for number in state:
-        key = key << 24 | number
-    return key
-
-
-def _successors(state: tuple[int, ...], steps: _Steps) -> Iterator[tuple[str, tuple[int, ...]]]:
-    storage = state[0]
-    for process in range(len(state) - 1):
-        for event, local, stored in steps.of(process, state[process + 1], storage):
-            yield event, (stored, *state[1 : process + 1], local, *state[process + 2 :])

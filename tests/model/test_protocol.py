@@ -11,7 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from protocol import Bounds, Collector, Epoch, Rules, Scene, Storage, Writer, search
+from protocol import Bounds, Collector, Epoch, Rules, Storage, Writer
+from search import Scene, search
 
 SMALL = [
     Bounds(writers=1, collectors=1, epochs=2, forgets=2, restarts=1),
