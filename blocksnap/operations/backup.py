@@ -19,6 +19,7 @@ from blocksnap.operations.reporting import Reporter
 from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import BackupOptions, BackupPlan, Draft, plan_backup, store_volume
 from blocksnap.repository.documents import Backup, Manifest
+from blocksnap.repository.errors import FencedError
 from blocksnap.repository.repository import Repository, StoredBackup
 from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.system.host import host_id, host_name
@@ -47,9 +48,31 @@ def back_up(
             began = time.monotonic()
             try:
                 return _store(repository, writer, session, known, options, report, began)
+            except FencedError as err:
+                writer.stop()
+                report.warn(err.brief, resolution="it goes on as another run, with what it has stored")
+                return _store_again(repository, writer.stored, session, options, report, began)
             finally:
                 # Nothing of ours runs beside the programs that remove the snapshots.
                 writer.stop()
+
+
+def _store_again(
+    repository: Repository,
+    stored: Stored,
+    session: SnapshotSession,
+    options: BackupOptions,
+    report: Reporter,
+    began: float,
+) -> list[StoredBackup]:
+    """Store the snapshots once more, as a run that nobody has shut out; raises FencedError if somebody does.
+
+    What the first run relied on may be gone, so all that changed is read again; what it stored itself is
+    taken over as that of any run that was shut out, and not stored twice.
+    """
+    with RepositoryWriter(repository, this_author(), is_gone) as writer:
+        writer.stored = writer.stored.plus(stored)
+        return _store(repository, writer, session, repository.backups(), options, report, began)
 
 
 @contextmanager

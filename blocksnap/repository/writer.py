@@ -53,6 +53,15 @@ class Stored:
         """Data and metadata together."""
         return self.data_bytes + self.metadata_bytes
 
+    def plus(self, other: Stored) -> Stored:
+        """Return both together."""
+        return Stored(
+            self.data_bytes + other.data_bytes,
+            self.metadata_bytes + other.metadata_bytes,
+            self.new_bytes + other.new_bytes,
+            self.new_chunks + other.new_chunks,
+        )
+
     def since(self, earlier: Stored) -> Stored:
         """Return what was added after ``earlier``."""
         return Stored(

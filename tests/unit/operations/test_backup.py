@@ -1,0 +1,82 @@
+"""A run that is shut out in the middle goes on as another one, and stores nothing twice."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from blocksnap.backends.local import LocalBackend
+from blocksnap.operations.backup import back_up
+from blocksnap.operations.reporting import Quiet
+from blocksnap.operations.restore import execute_restore, plan_restore
+from blocksnap.operations.storing import BackupOptions
+from blocksnap.repository.errors import FencedError
+from blocksnap.repository.fencing import fence, read_runs, settled_runs
+from blocksnap.repository.repository import Repository
+from blocksnap.volumes.resolve import resolve_volume
+
+SIZE = 3 << 20
+
+
+class Interrupted(Quiet):
+    """Does something when the volume has been read, the first ``times`` times."""
+
+    def __init__(self, act: Callable[[], None], times: int) -> None:
+        super().__init__()
+        self.act, self.times = act, times
+
+    def end(self) -> None:
+        if self.times:
+            self.times -= 1
+            self.act()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    path = tmp_path / "repository"
+    Repository.create(LocalBackend(str(path)), chunk_size=64 << 10, passphrase=None)
+    return path
+
+
+def opened(place: Path) -> Repository:
+    return Repository.open(LocalBackend(str(place)), lambda: None)
+
+
+def shut_out_everybody(place: Path) -> None:
+    repository = opened(place)
+    for writer in read_runs(repository).keys() - settled_runs(repository):
+        assert fence(repository, writer, datetime.now(UTC))
+
+
+def test_it_goes_on_as_another_run(place: Path, tmp_path: Path) -> None:
+    image = tmp_path / "volume.img"
+    image.write_bytes(os.urandom(SIZE))
+    report = Interrupted(lambda: shut_out_everybody(place), 1)
+    (stored,) = back_up(
+        opened(place), [resolve_volume(str(image))], str(tmp_path / "state"), BackupOptions(), report
+    )
+    assert ["shut out" in warning for warning in report.warnings] == [True]
+    packed = sum(path.stat().st_size for path in (place / "packs").rglob("*") if path.is_file())
+    assert SIZE <= packed < SIZE + (64 << 10)
+    # Also what the run that was shut out had stored.
+    assert stored.backup.statistics.new_bytes == SIZE
+    repository = opened(place)
+    assert [each.backup.id for each in repository.backups()] == [stored.backup.id]
+    plan = plan_restore(stored.backup, str(tmp_path / "out"), create=False, pool=None)
+    execute_restore(repository, plan, io.BytesIO(), Quiet(), verify=False)
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()
+
+
+def test_twice_is_too_often(place: Path, tmp_path: Path) -> None:
+    image = tmp_path / "volume.img"
+    image.write_bytes(os.urandom(SIZE))
+    report = Interrupted(lambda: shut_out_everybody(place), 2)
+    with pytest.raises(FencedError):
+        back_up(opened(place), [resolve_volume(str(image))], str(tmp_path / "state"), BackupOptions(), report)
+    assert opened(place).backups() == []
+    assert not list((tmp_path / "state").glob("journal/*"))
