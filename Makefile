@@ -14,7 +14,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-tracked vagrant-test clean
-.PHONY: soak-btrfs soak-histories soak-model soak-simulation soak-tamper soak-thin soak-xfs
+.PHONY: soak-btrfs soak-histories soak-model soak-simulation soak-tamper soak-thin soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -60,6 +60,10 @@ soak-histories: bootstrap ## the difference of thin devices against thin_delta, 
 
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering
+
+soak-together: bootstrap ## four processes back up, others prune, check and restore, kill -9 at random: ten minutes
+	for seed in 1 2 3 4 5; do BLOCKSNAP_SOAK_SECONDS=120 BLOCKSNAP_FIRST_SEED=$$seed \
+		$(PYTEST) -s tests/host/test_together.py || exit 1; done
 
 soak-simulation: bootstrap ## 100,000 seeds of the simulated repository, a thousand at a time on two cores: two hours
 	seq 0 1000 99000 | xargs -P 2 -I{} env BLOCKSNAP_SEEDS=1000 BLOCKSNAP_FIRST_SEED={} \
