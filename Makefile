@@ -14,7 +14,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-tracked vagrant-test clean
-.PHONY: soak-btrfs soak-histories soak-model soak-simulation soak-tamper soak-thin soak-together soak-xfs
+.PHONY: soak-btrfs soak-histories soak-model soak-power-cut soak-simulation soak-tamper soak-thin soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -60,6 +60,9 @@ soak-histories: bootstrap ## the difference of thin devices against thin_delta, 
 
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering
+
+soak-power-cut: bootstrap ## the power is cut at every flush under a repository, in the lab: half an hour
+	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_EVERY=1 -- $(PYTEST) -s tests/lvm/test_power_cut.py
 
 soak-together: bootstrap ## four processes back up, others prune, check and restore, kill -9 at random: ten minutes
 	for seed in 1 2 3 4 5; do BLOCKSNAP_SOAK_SECONDS=120 BLOCKSNAP_FIRST_SEED=$$seed \

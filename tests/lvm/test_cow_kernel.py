@@ -21,33 +21,18 @@ from blocksnap.system import devmapper
 from support.classic_volume import BLOCK, DirectWriter, open_direct, write_blocks
 from support.cow_store import CowStore as BuiltStore
 from support.cow_store import read_entries
-from support.lvm_lab import scratch_disks, tool
+from support.log_writes import SECTOR, log_entries, target
+from support.lvm_lab import scratch_disks
 
 MIB = 1 << 20
-SECTOR = 512
 ORIGIN = 16 * MIB
 STORE_AT, STORE = 32 * MIB, 16 * MIB
 BLOCKS = ORIGIN // BLOCK
-LOG_HEADER = struct.Struct("<QQQI")
-LOG_ENTRY = struct.Struct("<QQQQ")
-LOG_MAGIC = 0x6A736677736872
-LOG_DISCARD, LOG_MARK = 4, 8
 
 
 @pytest.fixture(scope="module")
 def disk(_lab: None) -> str:
     return scratch_disks()[0]
-
-
-@contextmanager
-def target(name: str, length: int, table: str) -> Iterator[str]:
-    """A device-mapper device of one target."""
-    name = f"blocksnap-test-{name}"
-    tool("dmsetup", "create", name, "--table", f"0 {length // SECTOR} {table}")
-    try:
-        yield f"/dev/mapper/{name}"
-    finally:
-        tool("dmsetup", "remove", "--retry", name)
 
 
 @contextmanager
@@ -98,23 +83,6 @@ def listed(fd: int) -> set[int]:
     return {at // BLOCK for begin, length in pairs for at in range(begin, begin + length, BLOCK)}
 
 
-def log_entries(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """What dm-log-writes recorded, in its order: byte offset, flags and data (kernel: dm-log-writes.c)."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        magic, version, count, unit = LOG_HEADER.unpack(os.pread(fd, LOG_HEADER.size, 0))
-        assert (magic, version) == (LOG_MAGIC, 1)
-        at = unit
-        for _ in range(count):
-            sector, sectors, flags, _ = LOG_ENTRY.unpack(os.pread(fd, LOG_ENTRY.size, at))
-            at += unit
-            length = 0 if flags & (LOG_DISCARD | LOG_MARK) else sectors * unit
-            yield sector * unit, flags, os.pread(fd, length, at)
-            at += length
-    finally:
-        os.close(fd)
-
-
 def write_synced(path: str, seed: int, count: int) -> None:
     """Overwrite random blocks, each on the medium before the next."""
     chance = random.Random(seed)
@@ -143,7 +111,8 @@ def test_no_write_reaches_the_medium_before_its_entry_in_the_list(disk: str) -> 
                 writer.join()
         changed: set[int] = set()
         points = 0
-        for offset, _, data in log_entries(log):
+        for entry in log_entries(log):
+            offset, data = entry.offset, entry.data
             if not data:
                 continue
             points += 1
