@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 Buffer = bytes | bytearray | memoryview
 
@@ -33,10 +34,11 @@ def validate_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """Name and size in bytes of one object."""
+    """Name and size in bytes of one object, and when it arrived by the storage's own clock, if it has one."""
 
     name: str
     size: int
+    received: datetime | None = None
 
 
 class ObjectWriter(ABC):

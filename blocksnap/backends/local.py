@@ -19,6 +19,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from blocksnap.backends.base import Backend, Buffer, ObjectInfo, ObjectWriter, is_name, validate_name
 from blocksnap.backends.errors import (
@@ -217,7 +218,7 @@ class LocalBackend(Backend):
                 if path != _TEMPORARY:
                     yield from self._walk(path)
             elif stat.S_ISREG(status.st_mode) and is_name(path):
-                yield ObjectInfo(path, status.st_size)
+                yield ObjectInfo(path, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     def _open_temporary(self) -> tuple[int, str | None]:
         root = self._open_root()

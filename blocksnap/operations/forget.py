@@ -12,7 +12,7 @@ from blocksnap.operations.catalogue import find_backup, newest_of
 from blocksnap.repository.documents import Forgotten
 from blocksnap.repository.epochs import create_forgotten
 from blocksnap.repository.repository import Repository, StoredBackup
-from blocksnap.retention import Candidate, Decision, Policy, apply_policy, require_modest
+from blocksnap.retention import CLOCK_TOLERANCE, Candidate, Decision, Policy, apply_policy, require_modest
 
 
 class NewestBackupError(UsageError):
@@ -40,7 +40,7 @@ class ForgetPlan:
 
 def plan_by_policy(repository: Repository, policy: Policy, now: datetime, *, force: bool) -> ForgetPlan:
     """Apply a policy to all backups; raises TooMuchForgottenError unless forced."""
-    decisions = apply_policy(map(_candidate, repository.backups()), policy, now)
+    decisions = apply_policy(_candidates(repository.backups()), policy, now)
     if not force:
         require_modest(decisions)
     return ForgetPlan(decisions)
@@ -72,12 +72,23 @@ def execute_forget(repository: Repository, plan: ForgetPlan) -> None:
         )
 
 
-def _candidate(stored: StoredBackup) -> Candidate:
+def _candidates(backups: Sequence[StoredBackup]) -> list[Candidate]:
+    """Describe backups; what is older than the first arrival was copied here with its repository."""
+    arrivals = [stored.received for stored in backups if stored.received is not None]
+    first = min(arrivals) - CLOCK_TOLERANCE if arrivals else None
+    return [
+        _candidate(stored, stored.received if first is not None and stored.backup.time >= first else None)
+        for stored in backups
+    ]
+
+
+def _candidate(stored: StoredBackup, received: datetime | None = None) -> Candidate:
     backup = stored.backup
     return Candidate(
         id=backup.id,
         volume=backup.volume.key,
         name=backup.volume.name,
         time=backup.time,
+        received=received,
         tags=stored.manifest.tags,
     )

@@ -17,7 +17,7 @@ from typing import TypeVar
 from blake3 import blake3
 from pydantic import BaseModel
 
-from blocksnap.backends.base import Backend
+from blocksnap.backends.base import Backend, ObjectInfo
 from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository import documents
@@ -68,6 +68,8 @@ class StoredBackup:
     backup: Backup
     manifest: Manifest
     manifest_bytes: int
+    received: datetime | None = None
+    """When the manifest arrived, by the storage's clock."""
 
 
 class Repository:
@@ -286,8 +288,8 @@ class Repository:
         """Return a map node."""
         return self.load(FrameType.NODE, id_)
 
-    def manifests(self) -> Iterator[tuple[Manifest, int]]:
-        """Yield every manifest with the size of its object.
+    def manifests(self) -> Iterator[tuple[Manifest, ObjectInfo]]:
+        """Yield every manifest with what the storage says of its object.
 
         Shut-out writers' places are passed over, and so is what is damaged or too new (``damage``).
         """
@@ -302,7 +304,7 @@ class Repository:
                 self._note(err)
                 continue
             if manifest is not None:
-                yield manifest, info.size
+                yield manifest, info
 
     def load_manifest(self, name: str) -> Manifest | None:
         """Return one manifest, or None for a fence; raises DamagedObjectError, NewerFormatError."""
@@ -340,8 +342,8 @@ class Repository:
         stored = list(self.manifests())
         forgotten = {id_ for document in self.forgotten().values() for id_ in document.backups}
         found = [
-            StoredBackup(backup, manifest, size)
-            for manifest, size in stored
+            StoredBackup(backup, manifest, info.size, info.received)
+            for manifest, info in stored
             for backup in manifest.backups
             if backup.id not in forgotten
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -89,3 +90,26 @@ def test_a_gc_key_prunes_and_a_backup_key_does_not(blocksnap: CommandLine, tmp_p
     blocksnap.done("backup", tmp_path / "volume.img", **backup)
     blocksnap.done("restore", "latest", tmp_path / "out", "--verify")
     assert (tmp_path / "out").read_bytes() == (tmp_path / "volume.img").read_bytes()
+
+
+def test_a_clock_that_was_wrong_shows_by_the_arrival(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """The storage says that two arrived two days before the rest, whatever their host's clock said."""
+    known = ids(blocksnap)
+    manifests = {path.name: path for path in (tmp_path / "repository" / "manifests").iterdir()}
+    by_age = sorted(manifests.values(), key=lambda path: path.stat().st_mtime)
+    for number, path in enumerate(by_age):
+        arrived = path.stat().st_mtime - 2 * 86400 * (number < 2)
+        os.utime(path, (arrived, arrived))
+    decided = json.loads(blocksnap.done("forget", "--keep-daily", "9", "--dry-run", "--json").stdout)
+    reasons = {each["id"]: each["reasons"] for each in decided["decisions"]}
+    assert "dated by its arrival" in reasons[known[1]][-1]
+    assert [each["keep"] for each in decided["decisions"]] == [False, True, False, True]
+
+
+def test_a_copied_repository_keeps_its_dates(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """Copied without its times, everything arrived just now: that says nothing of when it was made."""
+    for number, path in enumerate((tmp_path / "repository" / "manifests").iterdir()):
+        later = path.stat().st_mtime + 30 * 86400 + number
+        os.utime(path, (later, later))
+    decided = json.loads(blocksnap.done("forget", "--keep-last", "1", "--dry-run", "--json").stdout)
+    assert not [each for each in decided["decisions"] if "arrival" in str(each["reasons"])]
