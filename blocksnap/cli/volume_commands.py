@@ -14,6 +14,7 @@ from blocksnap.errors import BlocksnapError, DamageError, UsageError
 if TYPE_CHECKING:
     from blocksnap.config import Job
     from blocksnap.extents.changes import BasePolicy
+    from blocksnap.operations.restore import Missing, RestoreResult
     from blocksnap.repository.repository import StoredBackup
 
 EXIT_WARNINGS = 3
@@ -147,9 +148,23 @@ def backup_command(
     help="With --create: the thin pool; else the one the backup came from, or a classic volume.",
 )
 @click.option("--verify", is_flag=True, help="Read back what was written and compare it with the backup.")
+@click.option(
+    "--missing",
+    type=click.Choice(["fail", "zero"]),
+    default="fail",
+    show_default=True,
+    help="Where the repository has lost something: end there, or write zeros, go on, and list the ranges.",
+)
 @common_options
 def restore_command(
-    settings: Settings, *, backup: str, target: str, create: bool, pool: str | None, verify: bool
+    settings: Settings,
+    *,
+    backup: str,
+    target: str,
+    create: bool,
+    pool: str | None,
+    verify: bool,
+    missing: Missing,
 ) -> None:
     """Restore BACKUP to TARGET.
 
@@ -169,17 +184,37 @@ def restore_command(
     repository = settings.open_repository()
     stored = find_backup(repository, backup)
     plan = plan_restore(stored.backup, target, create=create, pool=pool)
-    result = execute_restore(repository, plan, sys.stdout.buffer, settings.reporter, verify=verify)
+    result = execute_restore(
+        repository, plan, sys.stdout.buffer, settings.reporter, verify=verify, missing=missing
+    )
+    _show_restored(settings, stored, result)
+    if result.missing:
+        click.get_current_context().exit(EXIT_WARNINGS)
+
+
+def _show_restored(settings: Settings, stored: StoredBackup, result: RestoreResult) -> None:
+    target = result.plan.target
+    for offset, length in () if settings.json else result.missing:
+        click.echo(f"missing: bytes {offset} to {offset + length} are zeros", err=True)
     if settings.json:
         print_json_line(
             {
                 "event": "done",
                 "backup": stored.backup.id,
-                "target": result.plan.target,
+                "target": target,
                 "volume_bytes": stored.backup.size,
                 "verified": result.verified,
+                "complete": not result.missing,
+                "missing": [{"offset": offset, "length": length} for offset, length in result.missing],
                 "seconds": round(result.seconds, 3),
             }
+        )
+    elif result.missing:
+        click.echo(
+            f"INCOMPLETE: {target} has zeros for {format_size(result.missing_bytes)} of "
+            f"{stored.backup.id[:8]} of {stored.backup.volume.name} in {len(result.missing)} ranges, "
+            "which the repository has lost",
+            err=True,
         )
     elif settings.verbosity >= 0 and target != "-":
         checked = ", read back and found identical" if result.verified else ""

@@ -8,11 +8,13 @@ from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import ChunkResult, Flow, Geometry
 from blocksnap.pipeline.protocols import Sealer
-from blocksnap.pipeline.selection import Ranges, chunks_of, select_either
+from blocksnap.pipeline.selection import Ranges, chunks_of, select_either, subtract
 from blocksnap.repository.blockmap import HOLE, ZERO, MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.repository import Repository
+
+_NONE = Ranges()
 
 
 class _Naming:
@@ -46,22 +48,31 @@ class _NoSealer:
 
 
 def find_differences(
-    repository: Repository, backup: Backup, fd: int, allocated: Iterable[tuple[int, int]], report: Reporter
+    repository: Repository,
+    backup: Backup,
+    fd: int,
+    allocated: Iterable[tuple[int, int]],
+    report: Reporter,
+    *,
+    lost: Ranges = _NONE,
 ) -> Ranges:
     """Return the chunks in which ``fd`` differs from a backup.
 
     ``allocated`` are, as (offset, length), the extents of ``fd`` that may hold anything but zeros;
-    the rest is not read unless the backup has data there. Holes and zeros are equal.
+    the rest is not read unless the backup has data there. Holes and zeros are equal. Of the chunks that
+    the repository has ``lost`` nothing is said. Raises DamageError for a map that cannot be read elsewhere.
     """
     geometry = Geometry(backup.size, backup.chunk_size)
     reader = MapReader(repository.load_node)
     root = map_root(backup.map)
     stored = (
         (number * geometry.chunk_size, count * geometry.chunk_size)
-        for number, count, entry in reader.runs(root, 0, geometry.count)
+        for begin, end in subtract([(0, geometry.count)], lost)
+        for number, count, entry in reader.runs(root, begin, end)
         if entry not in (HOLE, ZERO)
     )
-    wanted = select_either(chunks_of(geometry, allocated), chunks_of(geometry, stored))
+    either = select_either(chunks_of(geometry, allocated), chunks_of(geometry, stored))
+    wanted = Ranges(subtract(either, lost))
 
     def differing(results: Iterator[ChunkResult]) -> Iterator[tuple[int, int]]:
         for result in results:

@@ -16,14 +16,17 @@ from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.compare import find_differences
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import Geometry
+from blocksnap.pipeline.selection import Ranges
 from blocksnap.repository.blockmap import Entry, MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.engine import restore_to_stream, restore_to_target
+from blocksnap.restore.engine import Losses, UnreadableRangeError, restore_to_stream, restore_to_target
 from blocksnap.restore.targets import DeviceTarget, FileTarget, Target
 
 TargetKind = Literal["file", "device", "volume", "stream"]
+Missing = Literal["fail", "zero"]
+"""What a restore does where the repository has lost something."""
 _LV_NAME = re.compile(r"(?:/dev/)?([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)/([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)")
 
 
@@ -37,6 +40,17 @@ class RestoreDiffersError(DamageError):
             f"{target} does not hold what was written: {total_bytes} bytes differ, "
             f"the first at {offset} to {offset + length}",
             resolution="do not use this target; look for I/O errors in the kernel log (dmesg)",
+        )
+
+
+class LostRangeError(DamageError):
+    """The repository cannot give a range of a backup."""
+
+    def __init__(self, backup: Backup, err: UnreadableRangeError) -> None:
+        self.backup, self.offset, self.length = backup.id, err.offset, err.length
+        super().__init__(
+            f"backup {backup.id[:8]} of {backup.volume.name}: {err.brief}",
+            resolution="run: blocksnap repair; to have the rest, with zeros there: restore --missing=zero",
         )
 
 
@@ -68,6 +82,13 @@ class RestoreResult:
     plan: RestorePlan
     seconds: float
     verified: bool
+    missing: tuple[tuple[int, int], ...] = ()
+    """Ranges, as (offset, length), that hold zeros because the repository has lost them."""
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much is missing."""
+        return sum(length for _, length in self.missing)
 
 
 def plan_restore(backup: Backup, target: str, *, create: bool, pool: str | None) -> RestorePlan:
@@ -121,37 +142,70 @@ def _existing(target: str, name: re.Match[str] | None) -> tuple[str, TargetKind]
 
 
 def execute_restore(
-    repository: Repository, plan: RestorePlan, stdout: BinaryIO, report: Reporter, *, verify: bool
+    repository: Repository,
+    plan: RestorePlan,
+    stdout: BinaryIO,
+    report: Reporter,
+    *,
+    verify: bool,
+    missing: Missing = "fail",
 ) -> RestoreResult:
     """Do it.
 
     Raises MissingRightError, and TargetError when the target cannot take the backup, before anything is
-    written, and DamageError, with the volume's byte range, when the repository cannot give it.
+    written, and LostRangeError when the repository cannot give a range, unless zeros may stand there.
     """
     repository.keys.require(Right.READ)
     began = time.monotonic()
+    geometry = Geometry(plan.backup.size, plan.backup.chunk_size)
+    losses = Losses(geometry) if missing == "zero" else None
+    try:
+        verified = _restore(repository, plan, geometry, losses, stdout, report, verify=verify)
+    except UnreadableRangeError as err:
+        raise LostRangeError(plan.backup, err) from err
+    lost = tuple(Ranges(losses.chunks()).extents(geometry)) if losses else ()
+    return RestoreResult(plan, time.monotonic() - began, verified=verified, missing=lost)
+
+
+def _restore(
+    repository: Repository,
+    plan: RestorePlan,
+    geometry: Geometry,
+    losses: Losses | None,
+    stdout: BinaryIO,
+    report: Reporter,
+    *,
+    verify: bool,
+) -> bool:
+    """Write everything; tell whether it was read back."""
     backup = plan.backup
-    geometry = Geometry(backup.size, backup.chunk_size)
-    runs = _runs(repository, backup, geometry)
+    runs = _runs(repository, backup, geometry, losses)
     doing = f"restoring {backup.volume.name}"
     if plan.kind == "stream":
         with phase(report, doing, backup.size):
-            restore_to_stream(repository, geometry, runs, stdout, report.advance)
+            restore_to_stream(repository, geometry, runs, stdout, report.advance, losses)
             stdout.flush()
-        return RestoreResult(plan, time.monotonic() - began, verified=False)
+        return False
     with ExitStack() as stack:
         target = _open_target(plan, stack)
         stack.callback(target.close)
         with phase(report, doing, backup.size):
-            restore_to_target(repository, geometry, runs, target, report.advance)
+            restore_to_target(repository, geometry, runs, target, report.advance, losses)
         if verify:
-            _verify(repository, backup, target, report)
+            _verify(repository, backup, target, Ranges(losses.chunks() if losses else ()), report)
         target.finish()
-    return RestoreResult(plan, time.monotonic() - began, verified=verify)
+    return verify
 
 
-def _runs(repository: Repository, backup: Backup, geometry: Geometry) -> Iterator[tuple[int, int, Entry]]:
-    return MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count)
+def _runs(
+    repository: Repository, backup: Backup, geometry: Geometry, losses: Losses | None
+) -> Iterator[tuple[int, int, Entry]]:
+    def refuse(begin: int, end: int, err: DamageError) -> None:
+        offset, last = begin * geometry.chunk_size, min(end * geometry.chunk_size, geometry.size)
+        raise UnreadableRangeError(offset, last - offset, err) from err
+
+    note = losses.note if losses else refuse
+    return MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count, note)
 
 
 def _open_target(plan: RestorePlan, stack: ExitStack) -> Target:
@@ -173,8 +227,8 @@ def _open_target(plan: RestorePlan, stack: ExitStack) -> Target:
     return volume.target
 
 
-def _verify(repository: Repository, backup: Backup, target: Target, report: Reporter) -> None:
-    differing = find_differences(repository, backup, target.reader(), [(0, backup.size)], report)
+def _verify(repository: Repository, backup: Backup, target: Target, lost: Ranges, report: Reporter) -> None:
+    differing = find_differences(repository, backup, target.reader(), [(0, backup.size)], report, lost=lost)
     if differing:
         geometry = Geometry(backup.size, backup.chunk_size)
         offset, length = next(differing.extents(geometry))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from itertools import islice
 
-from blocksnap.errors import BlocksnapError
+from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.operations.backup import open_session
 from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.compare import find_differences
@@ -15,7 +15,7 @@ from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.engine import UnreadableChunkError, verify_chunks
+from blocksnap.restore.engine import UnreadableRangeError, verify_chunks
 from blocksnap.volumes.base import Volume
 
 _MOST_TOLD = 1000
@@ -37,13 +37,20 @@ class MoreDifferencesError(BlocksnapError):
         super().__init__(f"{volume} differs from the backup in {places} more places")
 
 
-def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> list[UnreadableChunkError]:
-    """Read every chunk of a backup; return what cannot be read. Raises MissingRightError."""
+def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> list[UnreadableRangeError]:
+    """Read every chunk of a backup; return the ranges that cannot be read. Raises MissingRightError."""
     repository.keys.require(Right.READ)
     geometry = Geometry(backup.size, backup.chunk_size)
-    runs = MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count)
+    damage: list[UnreadableRangeError] = []
+
+    def note(begin: int, end: int, err: DamageError) -> None:
+        offset, last = begin * geometry.chunk_size, min(end * geometry.chunk_size, geometry.size)
+        damage.append(UnreadableRangeError(offset, last - offset, err))
+
+    runs = MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count, note)
     with phase(report, f"verifying {backup.volume.name}", backup.size):
-        return verify_chunks(repository, geometry, runs, report.advance)
+        damage += verify_chunks(repository, geometry, runs, report.advance)
+    return sorted(damage, key=lambda err: err.offset)
 
 
 def verify_volume(

@@ -78,7 +78,7 @@ class Selection:
 def select_all(geometry: Geometry, allocated: Extents) -> Selection:
     """Read every chunk that holds data; all others are holes."""
     read = Ranges(chunks_of(geometry, allocated.pairs()))
-    return Selection(read, Ranges(_subtract(iter([(0, geometry.count)]), iter(read))))
+    return Selection(read, Ranges(subtract([(0, geometry.count)], read)))
 
 
 def select_changed(
@@ -102,7 +102,7 @@ def select_changed(
         chunks_of(geometry, changed.pairs()), _intersect(lost(), kept()), _intersect(iter(tails), kept())
     )
     gone = _merged(heapq.merge(lost(), iter(tails)))
-    return Selection(Ranges(read), Ranges(_subtract(gone, kept())))
+    return Selection(Ranges(read), Ranges(subtract(gone, kept())))
 
 
 def select_either(one: Iterable[Pair], other: Iterable[Pair]) -> Ranges:
@@ -156,9 +156,10 @@ def _intersect(one: Iterator[Pair], other: Iterator[Pair]) -> Iterator[Pair]:
             theirs = next(other, None)
 
 
-def _subtract(one: Iterator[Pair], other: Iterator[Pair]) -> Iterator[Pair]:
+def subtract(one: Iterable[Pair], other: Iterable[Pair]) -> Iterator[Pair]:
     """Yield what of ``one`` is not in ``other``; both are merged."""
-    cut = next(other, None)
+    cuts = iter(other)
+    cut = next(cuts, None)
     for begin, end in one:
         at = begin
         while cut is not None and cut[0] < end:
@@ -167,6 +168,6 @@ def _subtract(one: Iterator[Pair], other: Iterator[Pair]) -> Iterator[Pair]:
             at = max(at, cut[1])
             if at >= end:
                 break
-            cut = next(other, None)
+            cut = next(cuts, None)
         if at < end:
             yield at, end

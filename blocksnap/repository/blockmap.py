@@ -128,30 +128,49 @@ class MapReader:
             entry = self.node(entry, level)[number // FANOUT**level % FANOUT]
         return entry
 
-    def runs(self, root: MapRoot, begin: int, end: int) -> Iterator[tuple[int, int, Entry]]:
+    def runs(
+        self,
+        root: MapRoot,
+        begin: int,
+        end: int,
+        on_damage: Callable[[int, int, DamageError], None] | None = None,
+    ) -> Iterator[tuple[int, int, Entry]]:
         """Yield ``(number, count, entry)`` covering ``[begin, end)`` in order.
 
-        Chunks come one by one; holes and zeros as long as a subtree, not merged further.
+        Chunks come one by one; holes and zeros as long as a subtree, not merged further. What lies below a
+        node that cannot be loaded is told to ``on_damage``, as a range of chunks, and comes as zeros.
         """
         if begin < end:
-            yield from self._runs(root.entry, root.levels, 0, begin, min(end, root.capacity))
+            last = min(end, root.capacity)
+            yield from self._runs(root.entry, root.levels, 0, (begin, last), on_damage or _refuse)
             if end > root.capacity:
                 first = max(begin, root.capacity)
                 yield first, end - first, HOLE
 
     def _runs(
-        self, entry: Entry, level: int, at: int, begin: int, end: int
+        self,
+        entry: Entry,
+        level: int,
+        at: int,
+        wanted: tuple[int, int],
+        on_damage: Callable[[int, int, DamageError], None],
     ) -> Iterator[tuple[int, int, Entry]]:
         span = FANOUT**level
-        first, last = max(at, begin), min(at + span, end)
+        first, last = max(at, wanted[0]), min(at + span, wanted[1])
         if first >= last:
             return
         if len(entry) != _ID or level == 0:
             yield first, last - first, entry
             return
+        try:
+            children = self.node(entry, level - 1)
+        except DamageError as err:
+            on_damage(first, last, err)
+            yield first, last - first, ZERO
+            return
         below = span // FANOUT
-        for slot, child in enumerate(self.node(entry, level - 1)):
-            yield from self._runs(child, level - 1, at + slot * below, begin, end)
+        for slot, child in enumerate(children):
+            yield from self._runs(child, level - 1, at + slot * below, wanted, on_damage)
 
     def walk(
         self, root: MapRoot, seen: set[bytes], on_damage: Callable[[bytes, DamageError], None]
@@ -196,6 +215,10 @@ class MapReader:
             return
         for slot, child in enumerate(children):
             yield from self._losses(child, level - 1, at + slot * FANOUT ** (level - 1), end, bad)
+
+
+def _refuse(_begin: int, _end: int, err: DamageError) -> None:
+    raise err
 
 
 @dataclass(slots=True)

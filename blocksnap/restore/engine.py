@@ -1,12 +1,14 @@
 """Fetch, open, verify and write the chunks of a backup, several ranges at once, in bounded memory.
 
 Guarantees: every chunk's id is proven before it is written; a chunk that cannot be proven ends the
-restore with the volume's byte range. It does not guarantee an order of writes, nor that an
-interrupted restore leaves anything useful (targets see to that).
+restore with the volume's byte range, unless the caller takes note of such ranges and zeros are written
+there. It does not guarantee an order of writes, nor that an interrupted restore leaves anything useful
+(targets see to that).
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -31,17 +33,39 @@ _STREAM_BYTES = 4 << 20
 """What a stream's window holds at most, or one chunk; ``_PENDING`` windows are fetched ahead."""
 
 
-class UnreadableChunkError(DamageError):
+class UnreadableRangeError(DamageError):
+    """A range of the backup, in bytes, cannot be read from the repository."""
+
+    def __init__(self, offset: int, length: int, err: DamageError) -> None:
+        self.offset, self.length = offset, length
+        super().__init__(
+            f"bytes {offset} to {offset + length} cannot be restored: {err.brief}",
+            resolution="run: blocksnap check --read-data; an older backup may hold this range unharmed",
+        )
+
+
+class UnreadableChunkError(UnreadableRangeError):
     """A chunk of the backup cannot be read from the repository."""
 
     def __init__(self, numbers: Iterable[int], geometry: Geometry, err: DamageError) -> None:
         first = min(numbers)
-        self.offset = first * geometry.chunk_size
-        self.length = geometry.length(first)
-        super().__init__(
-            f"bytes {self.offset} to {self.offset + self.length} cannot be restored: {err.brief}",
-            resolution="run: blocksnap check --read-data; an older backup may hold this range unharmed",
-        )
+        super().__init__(first * geometry.chunk_size, geometry.length(first), err)
+
+
+class Losses:
+    """Takes what cannot be read: with this, a restore writes zeros there and goes on."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._chunks: list[tuple[int, int]] = []
+
+    def note(self, begin: int, end: int, _: DamageError) -> None:
+        """Note that the chunks ``[begin, end)`` cannot be read; from any thread."""
+        self._chunks.append((begin, end))
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Return the ranges of chunks, sorted by their beginnings."""
+        return sorted(self._chunks)
 
 
 class Progress(Protocol):
@@ -55,34 +79,46 @@ class Progress(Protocol):
 class ChunkFetcher:
     """Reads ranges of packs and yields their chunks, opened and proven."""
 
-    def __init__(self, repository: Repository, geometry: Geometry) -> None:
+    def __init__(self, repository: Repository, geometry: Geometry, losses: Losses | None = None) -> None:
         self._repository = repository
         self._geometry = geometry
+        self._losses = losses
         self._buffers = threading.local()
 
     def chunks(self, fetch: RangeFetch) -> Iterator[tuple[tuple[int, ...], bytes | memoryview]]:
-        """Yield (chunk numbers, content) for every frame of a range.
+        """Yield (chunk numbers, content) for every frame of a range, and zeros for what may be missing.
 
         The content is valid until the next one is asked for.
         """
         try:
             buffer = self._read(fetch)
         except DamageError:
-            for frame in fetch.frames:
-                yield frame.numbers, self._load_elsewhere(frame)
-            return
-        opener = self._repository.opener()
+            buffer = None
         for frame in fetch.frames:
+            try:
+                plain = self._open(fetch, frame, buffer)
+            except UnreadableChunkError as err:
+                if self._losses is None:
+                    raise
+                for number in frame.numbers:
+                    self._losses.note(number, number + 1, err)
+                    yield (number,), bytes(self._geometry.length(number))
+            else:
+                yield frame.numbers, plain
+
+    def _open(self, fetch: RangeFetch, frame: FrameFetch, buffer: memoryview | None) -> bytes | memoryview:
+        plain: bytes | memoryview | None = None
+        if buffer is not None:
             at = frame.offset - fetch.offset
             where = f"frame at {frame.offset} of {fetch.pack}"
-            try:
-                plain = opener.open(
+            with contextlib.suppress(DamageError):
+                plain = self._repository.opener().open(
                     buffer[at : at + frame.length], where=where, kind=FrameType.DATA, id_=frame.id
                 )
-            except DamageError:
-                plain = self._load_elsewhere(frame)
-            self._require_length(frame.numbers, plain)
-            yield frame.numbers, plain
+        if plain is None:
+            plain = self._load_elsewhere(frame)
+        self._require_length(frame.numbers, plain)
+        return plain
 
     def _load_elsewhere(self, frame: FrameFetch) -> bytes:
         """A later run may have stored the chunk again."""
@@ -112,9 +148,10 @@ def restore_to_target(
     runs: Iterator[tuple[int, int, Entry]],
     target: Target,
     progress: Progress,
+    losses: Losses | None = None,
 ) -> None:
     """Write a whole map to a target."""
-    fetcher = ChunkFetcher(repository, geometry)
+    fetcher = ChunkFetcher(repository, geometry, losses)
     size = geometry.chunk_size
 
     def bring(fetch: RangeFetch) -> int:
@@ -129,8 +166,11 @@ def restore_to_target(
         pending: set[Future[int]] = set()
         try:
             for window in plan_windows(runs, _locator(repository)):
-                _require_all(window, geometry)
+                lost = _pass_over(window, geometry, losses)
                 _clear(window, geometry, target, progress)
+                for number in lost:
+                    target.clear(number * size, geometry.length(number), hole=False)
+                    progress(geometry.length(number))
                 for fetch in window.ranges:
                     if len(pending) >= _PENDING:
                         done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -150,13 +190,14 @@ def restore_to_stream(
     runs: Iterator[tuple[int, int, Entry]],
     stream: BinaryIO,
     progress: Progress,
+    losses: Losses | None = None,
 ) -> None:
     """Write a whole map to a stream, in order; holes become zeros."""
-    fetcher = ChunkFetcher(repository, geometry)
+    fetcher = ChunkFetcher(repository, geometry, losses)
     zeros = memoryview(bytes(geometry.chunk_size))
 
     def bring(window: Window) -> dict[int, bytes]:
-        _require_all(window, geometry)
+        _pass_over(window, geometry, losses)
         return {
             number: bytes(plain)
             for fetch in window.ranges
@@ -212,9 +253,16 @@ def _locator(repository: Repository) -> Callable[[bytes], Location]:
     return lambda id_: repository.locate(FrameType.DATA, id_)
 
 
-def _require_all(window: Window, geometry: Geometry) -> None:
+def _pass_over(window: Window, geometry: Geometry, losses: Losses | None) -> list[int]:
+    """Return the chunks that no pack holds, noted; raise where that may not be."""
+    found = []
     for numbers, err in window.missing:
-        raise UnreadableChunkError(numbers, geometry, err)
+        if losses is None:
+            raise UnreadableChunkError(numbers, geometry, err)
+        for number in numbers:
+            losses.note(number, number + 1, err)
+            found.append(number)
+    return found
 
 
 def _note_missing(
