@@ -26,7 +26,7 @@ _COMMANDS = {
     "show": "repository_commands",
     "restore": "volume_commands",
     "verify": "volume_commands",
-    "check": "repository_commands",
+    "check": "check_commands",
     "forget": "collection_commands",
     "prune": "collection_commands",
     "key": "key_commands",

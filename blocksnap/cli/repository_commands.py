@@ -1,4 +1,4 @@
-"""init, list, show and check."""
+"""init, list and show."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import re
 
 import click
 
-from blocksnap.cli.context import EXIT_WARNINGS, Settings, common_options
+from blocksnap.cli.context import Settings, common_options
 from blocksnap.cli.output import format_size, format_time, print_facts, print_json, print_table
 from blocksnap.errors import PassphraseError, UsageError
 
-_SIZE = re.compile(r"(\d+)\s*(|[kKmMgG])(i?[bB])?")
-_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-EXIT_DAMAGE = 13
+_SIZE = re.compile(r"(\d+)\s*(|[kKmMgGtT])(i?[bB])?")
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_size(text: str) -> int:
@@ -140,45 +139,3 @@ def show_command(settings: Settings, backup: str) -> None:
             *((f"source {name}", str(value)) for name, value in record.source.items()),
         )
     )
-
-
-@click.command("check")
-@click.option("--read-data", is_flag=True, help="Read and verify every stored byte, not only the structure.")
-@common_options
-def check_command(settings: Settings, *, read_data: bool) -> None:
-    """Check that the repository is sound and every backup can be restored."""
-    from blocksnap.operations.check import check_repository
-    from blocksnap.operations.reporting import Quiet
-
-    repository = settings.open_repository()
-    reporter = Quiet() if settings.json else settings.reporter
-    result = check_repository(repository, reporter, read_data=read_data)
-    if settings.json:
-        print_json(
-            {
-                "damaged": result.damaged,
-                "backups": result.backups,
-                "nodes": result.nodes,
-                "chunks": result.chunks,
-                "packs": result.packs,
-                "read_bytes": result.read_bytes,
-                "findings": [
-                    {"severity": f.severity, "object": f.object, "message": f.message}
-                    for f in result.findings
-                ],
-            }
-        )
-    elif settings.verbosity < 0:
-        for finding in result.findings:
-            if finding.severity != "garbage":
-                click.echo(f"{finding.severity}: {finding.object}: {finding.message}", err=True)
-    else:
-        looked = (
-            f"{result.backups} backups, {result.nodes} nodes, {result.chunks} chunks, {result.packs} packs"
-        )
-        read = f", {format_size(result.read_bytes)} read" if read_data else ""
-        click.echo(f"{'DAMAGED' if result.damaged else 'sound'}: {looked}{read}")
-    if result.damaged:
-        click.get_current_context().exit(EXIT_DAMAGE)
-    if not result.complete:
-        click.get_current_context().exit(EXIT_WARNINGS)

@@ -193,14 +193,19 @@ class MapReader:
                 except DamageError as err:
                     on_damage(entry, err)
 
-    def losses(self, root: MapRoot, count: int, bad: Container[bytes]) -> Iterator[tuple[int, int]]:
-        """Yield the chunk ranges below ``count`` that are ``bad`` or below a bad or unreadable node."""
-        yield from self._losses(root.entry, root.levels, 0, count, bad)
+    def losses(
+        self, root: MapRoot, count: int, bad: Container[bytes], clean: set[bytes] | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the chunk ranges below ``count`` that are ``bad`` or below a bad or unreadable node.
+
+        ``clean`` remembers inner nodes below which there is nothing of that, for the next of many maps.
+        """
+        yield from self._losses(root.entry, root.levels, 0, count, bad, set() if clean is None else clean)
 
     def _losses(
-        self, entry: Entry, level: int, at: int, end: int, bad: Container[bytes]
+        self, entry: Entry, level: int, at: int, end: int, bad: Container[bytes], clean: set[bytes]
     ) -> Iterator[tuple[int, int]]:
-        if at >= end or len(entry) != _ID:
+        if at >= end or len(entry) != _ID or entry in clean:
             return
         last = min(at + FANOUT**level, end)
         if entry in bad:
@@ -213,8 +218,14 @@ class MapReader:
         except DamageError:
             yield at, last
             return
+        is_clean = at + FANOUT**level <= end
         for slot, child in enumerate(children):
-            yield from self._losses(child, level - 1, at + slot * FANOUT ** (level - 1), end, bad)
+            below = at + slot * FANOUT ** (level - 1)
+            for lost in self._losses(child, level - 1, below, end, bad, clean):
+                is_clean = False
+                yield lost
+        if is_clean and level > 1:
+            clean.add(entry)
 
 
 def _refuse(_begin: int, _end: int, err: DamageError) -> None:

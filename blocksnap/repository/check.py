@@ -1,85 +1,47 @@
-"""Is the repository sound? Structure first, then every byte.
+"""Is the repository sound? In four levels, each with all that is below it.
 
-Structure: every document opens, every index segment is whole, every pack it lists exists with its size, every
-node of every map opens, and every chunk is in a pack. Reading the data adds: every pack's bytes have the hash
-in its name, every frame opens and has its id, and the pack's own table says the same.
+1. Every document opens, every index segment is whole, and every pack it lists exists with its size.
+2. Every node of every map opens, and every chunk is in a pack.
+3. Every pack's bytes have the hash in its name.
+4. Every frame opens and has its id, and the pack's own table says the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
+from blocksnap.repository.checked import CHECKS, read_checked
 from blocksnap.repository.documents import Root, WriterRecord
 from blocksnap.repository.epochs import read_object
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
+from blocksnap.repository.findings import CheckResult, Loss
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment
 from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
-from blocksnap.repository.pack import HEADER, PackId, PackRow, check_header, frame_at, hash_pack, read_footer
 from blocksnap.repository.repository import Repository, StoredBackup, load_config
+from blocksnap.repository.scrubbing import ALL, CONTENTS, HASHES, Budget, PackVerdict, check_pack, read_packs
 
-_THREADS = 2
+INDEX, MAPS = 1, 2
+"""The levels of a check that read no data."""
 _ATTEMPTS = 5
-_BLOCK = 5 << 20
-"""Larger than the frame of the largest chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong (``damage``), of no use (``garbage``), or of a later version (``newer``)."""
-
-    severity: str
-    object: str
-    message: str
-
-
-@dataclass(slots=True)
-class CheckResult:
-    """What a check has looked at and found."""
-
-    findings: list[Finding] = field(default_factory=list)
-    backups: int = 0
-    nodes: int = 0
-    chunks: int = 0
-    packs: int = 0
-    read_bytes: int = 0
-    bad_ids: set[bytes] = field(default_factory=set)
-
-    @property
-    def damaged(self) -> bool:
-        """Whether anything is wrong."""
-        return any(finding.severity == "damage" for finding in self.findings)
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything could be looked at: what a later version wrote could not."""
-        return all(finding.severity != "newer" for finding in self.findings)
-
-    def damage(self, name: str, message: str) -> None:
-        """Note damage."""
-        self.findings.append(Finding("damage", name, message))
-
-    def trouble(self, name: str, err: BlocksnapError) -> None:
-        """Note what an error says: damage, unless it is only this version that is too old."""
-        self.findings.append(_finding(name, err))
-
-    def garbage(self, name: str, message: str) -> None:
-        """Note something that no backup needs."""
-        self.findings.append(Finding("garbage", name, message))
 
 
 class Checker:
     """One check; ``advance`` is told how many bytes of packs have been read."""
 
     def __init__(
-        self, repository: Repository, roots: Callable[[Root], MapRoot], advance: Callable[[int], None]
+        self,
+        repository: Repository,
+        roots: Callable[[Root], MapRoot],
+        advance: Callable[[int], None],
+        *,
+        level: int = CONTENTS,
     ) -> None:
+        self._level = level
         self._repository = repository
         self._root = roots
         self._advance = advance
@@ -88,7 +50,7 @@ class Checker:
         self._listed: list[StoredBackup] = []
         self._whole_index = True
         self._config_hash = ""
-        self.result = CheckResult()
+        self.result = CheckResult(level=level)
 
     def check_structure(self) -> None:
         """Look at everything but the data; raises NewerFormatError where this version cannot check.
@@ -97,7 +59,7 @@ class Checker:
         """
         self._repository.require("check")
         for _ in range(_ATTEMPTS):
-            self.result = CheckResult()
+            self.result = CheckResult(level=self._level)
             before = self._collections()
             self._look()
             if not self.result.damaged or self._collections() == before:
@@ -113,43 +75,73 @@ class Checker:
         self._load_segments()
         self._sizes = {info.name: info.size for info in self._repository.backend.list("packs/")}
         self._packs_against_index()
-        self._maps(self._listed)
+        if self._level >= MAPS:
+            self._maps(self._listed)
 
-    def check_data(self) -> None:
-        """Read every pack whole; call after ``check_structure``.
+    def check_packs(
+        self,
+        names: Sequence[str] | None = None,
+        budget: Budget = ALL,
+        note: Callable[[PackVerdict], None] = lambda _: None,
+    ) -> None:
+        """Read these packs, or all, whole, as far as the budget goes; call after ``check_structure``.
 
-        Raises MissingRightError when the repository's key may not read data.
+        ``note`` is told of each when it is through. Raises MissingRightError at level 4 when the repository's
+        key may not read data.
         """
-        self._repository.keys.require(Right.READ)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="blocksnap-check") as pool:
-            for findings, bad in pool.map(self._read_pack, sorted(self._sizes)):
-                self.result.findings.extend(findings)
-                self.result.bad_ids.update(bad)
+        if self._level >= CONTENTS:
+            self._repository.keys.require(Right.READ)
+        level, sizes, result = max(self._level, HASHES), self._sizes, self.result
+        names = sorted(sizes) if names is None else names
+        result.packs_left = len(names)
+        for verdict in read_packs(
+            names, budget, sizes, lambda name: check_pack(self._repository, name, sizes[name], level)
+        ):
+            result.packs_left -= 1
+            result.packs_read += 1
+            result.read_bytes += verdict.size
+            result.findings += verdict.findings
+            result.bad_ids |= verdict.bad_ids
+            note(verdict)
+            self._advance(verdict.size)
 
     def name_losses(self) -> None:
         """Say which byte ranges of which backups the damage touches; call last."""
-        if not self.result.bad_ids:
+        lost = {id_ for id_ in self.result.bad_ids if self._is_lost(id_)}
+        if not lost:
             return
-        reader = MapReader(self._repository.load_node)
+        reader, clean = MapReader(self._repository.load_node), set[bytes]()
         for stored in self._listed:
             backup = stored.backup
             size, count = backup.chunk_size, -(-backup.size // backup.chunk_size)
-            for begin, end in _merged(reader.losses(self._root(backup.map), count, self.result.bad_ids)):
-                self.result.damage(
-                    f"backup {backup.id[:8]} of {backup.volume.name}",
-                    f"bytes {begin * size} to {min(end * size, backup.size)} cannot be restored",
-                )
+            who = f"backup {backup.id[:8]} of {backup.volume.name}"
+            for begin, end in merged(reader.losses(self._root(backup.map), count, lost, clean)):
+                offset, last = begin * size, min(end * size, backup.size)
+                self.result.damage(who, f"bytes {offset} to {last} cannot be restored")
+                self.result.losses.append(Loss(backup.id, backup.volume.name, offset, last - offset))
             mapped = backup.mapped
-            if mapped and next(reader.losses(self._root(mapped.map), 1 << 40, self.result.bad_ids), None):
+            if mapped and next(reader.losses(self._root(mapped.map), 1 << 40, lost), None):
                 self.result.damage(
-                    f"backup {backup.id[:8]} of {backup.volume.name}",
-                    "its set of mapped chunks is lost: the next backup compares everything",
+                    who, "its set of mapped chunks is lost: the next backup compares everything"
                 )
 
+    def _is_lost(self, id_: bytes) -> bool:
+        """Tell whether no place has a blob unharmed; a data chunk that the key cannot open counts as lost."""
+        location = self._repository.index.find(id_)
+        if location is None:
+            return True
+        if location.type == FrameType.DATA and not self._repository.keys.may(Right.READ):
+            return True
+        try:
+            self._repository.load(FrameType(location.type), id_)
+        except DamageError:
+            return True
+        return False
+
     @property
-    def total_bytes(self) -> int:
-        """Size of all packs."""
-        return sum(self._sizes.values())
+    def sizes(self) -> Mapping[str, int]:
+        """All packs with their sizes."""
+        return self._sizes
 
     def _backups(self) -> Iterator[StoredBackup]:
         forgotten = {id_ for each in self._repository.forgotten().values() for id_ in each.backups}
@@ -176,7 +168,9 @@ class Checker:
         self._writers()
         for info in backend.list("gc/"):
             self._try(info.name, partial(read_object, self._repository, info.name))
-        known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/")
+        for info in backend.list(CHECKS):
+            self._try(info.name, partial(read_checked, self._repository, info.name))
+        known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/", CHECKS)
         for info in backend.list(""):
             if info.name != "config" and not info.name.startswith(known):
                 self.result.garbage(info.name, "it is no part of a repository that this version knows")
@@ -209,6 +203,7 @@ class Checker:
             )
 
     def _load_segments(self) -> None:
+        self._segments, self._whole_index = [], True
         for info in self._repository.backend.list("index/"):
             try:
                 self._segments.append(self._repository.open_segment(info.name))
@@ -265,51 +260,6 @@ class Checker:
                 return found.type
         return None
 
-    def _read_pack(self, name: str) -> tuple[list[Finding], set[bytes]]:
-        findings: list[Finding] = []
-        bad: set[bytes] = set()
-        try:
-            pack = PackId.parse(name)
-        except ValueError:
-            return [Finding("garbage", name, "its name is not that of a pack")], bad
-        size = self._sizes[name]
-        buffer = memoryview(bytearray(_BLOCK))
-        whole = False
-        try:
-            whole = hash_pack(self._repository.read_range, name, size)
-            if not whole:
-                findings.append(Finding("damage", name, "its bytes do not have the hash in its name"))
-            self._repository.read_range(name, 0, buffer[: HEADER.size])
-            check_header(bytes(buffer[: HEADER.size]), pack, self._repository.keys.repository_id)
-            for row in read_footer(self._repository.backend, self._repository.keys, name, size):
-                self._read_frame(row, name, buffer, findings, bad)
-        except BlocksnapError as err:
-            if not self._repository.backend.exists(name):
-                # Removed since the structure was looked at, as a garbage collection does.
-                return [], set()
-            # What does not have its hash is not believed to be of a later version.
-            findings.append(_finding(name, err) if whole else Finding("damage", name, err.brief))
-        self._advance(size)
-        return findings, bad
-
-    def _read_frame(
-        self, row: PackRow, name: str, buffer: memoryview, findings: list[Finding], bad: set[bytes]
-    ) -> None:
-        try:
-            if row.length > len(buffer):
-                raise DamagedObjectError(name, "a frame is longer than any may be")
-            frame = buffer[: row.length]
-            self._repository.read_range(name, row.offset, frame)
-            frame_at(frame, row, name)
-            self._repository.opener().open(
-                frame, where=f"frame at {row.offset} of {name}", kind=row.type, id_=row.id
-            )
-        except DamageError as err:
-            findings.append(_finding(name, err))
-            bad.add(row.id)
-        except NewerFormatError as err:
-            findings.append(_finding(name, err))
-
     def _try(self, name: str, read: Callable[[], object]) -> None:
         try:
             read()
@@ -317,11 +267,8 @@ class Checker:
             self.result.trouble(name, err)
 
 
-def _finding(name: str, err: BlocksnapError) -> Finding:
-    return Finding("newer" if isinstance(err, NewerFormatError) else "damage", name, err.brief)
-
-
-def _merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Join ranges that touch; they come in order."""
     begin = end = -1
     for first, last in ranges:
         if first != end:

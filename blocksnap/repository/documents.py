@@ -247,6 +247,18 @@ class Sweep(Document):
     manifests: tuple[Hex16, ...]
 
 
+class Checked(Document):
+    """An object ``checks/<run>``: the packs that a check has read, at level 3 or 4."""
+
+    format: int = FORMAT_VERSION
+    run: Hex16
+    time: datetime
+    hostname: str
+    level: Literal[3, 4]
+    good: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
+
+
 class Done(Document):
     """An object ``gc/<epoch>/done``: all that the sweep names is gone."""
 

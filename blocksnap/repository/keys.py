@@ -134,6 +134,10 @@ class KeyRing:
             holders = [role for role in Role if right in RIGHTS[role]]
             raise MissingRightError(self.role, right.value, holders)
 
+    def may(self, right: Right) -> bool:
+        """Tell whether this ring's role has a right."""
+        return right in RIGHTS[self.role]
+
     def held_by(self, role: Role) -> dict[str, bytes]:
         """Return what a key object of a role holds: only an admin can tell for others than its own role."""
         if role is not self.role:

@@ -12,6 +12,7 @@ two digits: it can be scrubbed without a key, and its random header makes the na
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from blocksnap.backends.base import Backend
+from blocksnap.backends.errors import BackendFailedError, ObjectMissingError
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import HEADER as FRAME_HEADER
 from blocksnap.repository.frame import FrameHeader, FrameType, Opener, Sealer
@@ -145,12 +147,12 @@ def read_footer(backend: Backend, keys: KeyRing, name: str, size: int) -> tuple[
     if size < HEADER.size + TRAILER.size:
         raise DamagedObjectError(name, "cut short")
     trailer = bytearray(TRAILER.size)
-    _read(backend, name, size - TRAILER.size, memoryview(trailer))
+    read_pack_range(backend, name, size - TRAILER.size, memoryview(trailer))
     offset, length, magic = TRAILER.unpack(trailer)
     if magic != TRAILER_MAGIC or offset + length + TRAILER.size != size:
         raise DamagedObjectError(name, "its trailer makes no sense")
     frame = bytearray(length)
-    _read(backend, name, offset, memoryview(frame))
+    read_pack_range(backend, name, offset, memoryview(frame))
     table = Opener(keys).open(memoryview(frame), where=f"footer of {name}", kind=FrameType.FOOTER)
     return tuple(_parse_rows(table, name, limit=offset))
 
@@ -164,11 +166,19 @@ def _parse_rows(table: bytes | memoryview, name: str, *, limit: int) -> Iterator
         yield PackRow(id_, offset, length, plain, kind)
 
 
-def _read(backend: Backend, name: str, offset: int, buffer: memoryview) -> None:
+def read_pack_range(backend: Backend, name: str, offset: int, buffer: memoryview) -> None:
+    """Fill a buffer from a pack; raises DamagedObjectError when the pack does not have these bytes."""
     try:
         backend.read_range_into(name, offset, buffer)
     except EOFError as err:
         raise DamagedObjectError(name, "cut short") from err
+    except ObjectMissingError as err:
+        raise DamagedObjectError(name, "the index lists it, but it is missing") from err
+    except BackendFailedError as err:
+        if err.errno != errno.EIO:
+            raise
+        # A bad sector is damage like any other: another pack may have the same.
+        raise DamagedObjectError(name, f"it cannot be read at {offset}: {os.strerror(errno.EIO)}") from err
 
 
 def check_header(header: bytes, pack: PackId, repository_id: bytes) -> None:

@@ -51,7 +51,7 @@ from blocksnap.repository.key_objects import (
     read_key,
 )
 from blocksnap.repository.keys import KdfCost, KeyRing, Right, Role, new_master
-from blocksnap.repository.pack import PackId, SealedPack, read_footer
+from blocksnap.repository.pack import PackId, SealedPack, read_footer, read_pack_range
 
 _REFRESH_SECONDS = 2.0
 _SALVAGED = "salvaged from the packs"
@@ -277,12 +277,7 @@ class Repository:
 
     def read_range(self, pack: str, offset: int, buffer: memoryview) -> None:
         """Fill a buffer from a pack; raises DamagedObjectError when the pack does not have these bytes."""
-        try:
-            self.backend.read_range_into(pack, offset, buffer)
-        except EOFError as err:
-            raise DamagedObjectError(pack, "cut short") from err
-        except ObjectMissingError as err:
-            raise DamagedObjectError(pack, "the index lists it, but it is missing") from err
+        read_pack_range(self.backend, pack, offset, buffer)
 
     def load_node(self, id_: bytes) -> bytes:
         """Return a map node."""

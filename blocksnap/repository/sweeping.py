@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 
 from blocksnap.backends.errors import ObjectMissingError
+from blocksnap.repository.checked import superseded
 from blocksnap.repository.documents import Done, Sweep
 from blocksnap.repository.epochs import create_part, epoch_numbers, part_names, read_done
 from blocksnap.repository.fencing import fence, settled_runs
@@ -47,6 +48,8 @@ def tidy(repository: Repository, epoch: int, now: datetime) -> None:
         for name, document in repository.forgotten().items():
             if known.isdisjoint(document.backups):
                 _delete(repository, name)
+    packs = {info.name for info in repository.backend.list("packs/")}
+    _delete_all(repository, superseded(repository, packs))
     _forget_history(repository, epoch, settled, now)
 
 

@@ -175,7 +175,7 @@ def judge(scene: Scene, objects: Objects) -> Verdict:
             verdict.lost[id_] = str(err)
     checker = Checker(repository, map_root, lambda _: None)
     checker.check_structure()
-    checker.check_data()
+    checker.check_packs()
     checker.name_losses()
     for finding in checker.result.findings:
         (verdict.damage if finding.severity == "damage" else verdict.garbage)[finding.object] = (

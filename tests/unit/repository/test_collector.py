@@ -305,7 +305,7 @@ def test_a_check_looks_again_when_garbage_goes_meanwhile(path: Path, monkeypatch
 
     monkeypatch.setattr(Checker, "_load_segments", load_late)
     checker.check_structure()
-    checker.check_data()
+    checker.check_packs()
     assert checker.result.findings == []
     assert checker.result.backups == 1
     assert len(content_of(path, second)) == 30

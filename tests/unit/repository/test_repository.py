@@ -81,7 +81,7 @@ def checked(repository: Repository, *, read_data: bool = True) -> Checker:
     checker = Checker(repository, map_root, lambda _: None)
     checker.check_structure()
     if read_data:
-        checker.check_data()
+        checker.check_packs()
     checker.name_losses()
     return checker
 

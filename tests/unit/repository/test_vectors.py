@@ -88,7 +88,7 @@ def test_the_backup_is_restored(kind: str, repository: Repository) -> None:
     assert load_mapped(repository, backup.mapped) == generate.MAPPED
     checker = Checker(repository, map_root, lambda _: None)
     checker.check_structure()
-    checker.check_data()
+    checker.check_packs()
     assert checker.result.findings == []
     assert repository.damage == []
 
