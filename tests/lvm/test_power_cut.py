@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from blocksnap.backends.local import LocalBackend
 from blocksnap.operations.backup import back_up
-from blocksnap.operations.check import check_repository
+from blocksnap.operations.check import CheckOptions, check_repository
 from blocksnap.operations.forget import execute_forget, plan_by_name
 from blocksnap.operations.prune import prune
 from blocksnap.operations.reporting import Quiet
@@ -125,7 +125,7 @@ def look(folder: Path, promised: Promised, beside: Path, *, thoroughly: bool) ->
     for id_, content in promised.contents.items():
         assert content_of(repository, id_) == content
     if thoroughly:
-        checked = check_repository(opened(folder), Quiet(), read_data=True)
+        checked = check_repository(opened(folder), str(beside / "checks"), CheckOptions(level=4), Quiet())
         assert not [finding for finding in checked.findings if finding.severity == "damage"], checked.findings
         volume = beside / "after.img"
         content = write_volume(volume, random.Random(len(promised.contents)))
