@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blocksnap.errors import UsageError
 from blocksnap.extents.changes import BasePolicy
+from blocksnap.quiesce.settings import QuiesceSettings
 
 DEFAULT_PATH = "/etc/blocksnap/blocksnap.toml"
 
@@ -35,6 +36,7 @@ class Job(BaseModel):
     volumes: tuple[str, ...]
     tags: dict[str, str] = {}
     base: BasePolicy = "none"
+    quiesce: QuiesceSettings = QuiesceSettings()
 
 
 class Configuration(BaseModel):

@@ -1,0 +1,1 @@
+"""How applications are brought to stand still for an instant."""
