@@ -1,53 +1,150 @@
-"""The configuration file: where the repository is, and the jobs a timer runs.
+"""What can be configured: repositories, volumes, and the jobs a timer runs.
 
-``/etc/blocksnap/blocksnap.toml`` (or ``BLOCKSNAP_CONFIG``), then ``conf.d/*.toml`` beside it, whose keys win.
-An unknown key is an error that names the file and the key.
+The models only; ``config_files`` reads them and says in which line of which file something is wrong.
+docs/configuration.md describes every key, docs/blocksnap.toml is an example with all of them.
 """
 
 from __future__ import annotations
 
-import os
-import tomllib
-from pathlib import Path
+import re
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from blocksnap.controller.settings import LimitSettings, PaceSettings
 from blocksnap.errors import UsageError
 from blocksnap.extents.changes import BasePolicy
-from blocksnap.quiesce.settings import QuiesceSettings
+from blocksnap.quiesce.settings import AbsolutePath, Command, QuiesceSettings
+from blocksnap.retention import Keep, PolicyError, parse_zone
 
-DEFAULT_PATH = "/etc/blocksnap/blocksnap.toml"
+JOB_TAG = "job"
+"""The tag that names the job of a backup; its retention goes by it."""
+_NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}"
+_WORDS = "minutely|hourly|daily|weekly|monthly|quarterly|semiannually|yearly|annually"
+_DAY = "(?i:mon|tue|wed|thu|fri|sat|sun)[a-z]*"
+_DAYS = rf"{_DAY}(?:(?:,|\.\.){_DAY})*,?"
+_PART = r"(?:\*|\d+(?:\.\.\d+)?)(?:/\d+)?"
+_PARTS = rf"{_PART}(?:,{_PART})*"
+_CALENDAR = re.compile(
+    rf"(?:(?i:{_WORDS})|(?:{_DAYS}(?: |$))?(?:(?:{_PARTS}-)?{_PARTS}[-~]{_PARTS}(?: |$))?"
+    rf"(?:{_PARTS}:{_PARTS}(?::{_PARTS})?)?)(?: ?(?:UTC|[A-Z][A-Za-z_]+(?:/[A-Za-z_+-]+)+))?"
+)
 
 
-class ConfigurationError(UsageError):
-    """The configuration cannot be used."""
-
-    def __init__(self, path: str, problem: str) -> None:
-        self.path = path
-        self.problem = problem
-        super().__init__(f"{path}: {problem}", resolution="docs/configuration.md lists every key")
+def _calendar(text: str) -> str:
+    """Accept what looks like a calendar event of systemd.time(7); ``config check`` asks systemd as well."""
+    if not text.strip() or not _CALENDAR.fullmatch(text):
+        raise ValueError("is no calendar event of systemd.time(7), such as daily or Mon..Fri 02:30")
+    return text
 
 
-class Job(BaseModel):
-    """Volumes that are backed up together, at one instant."""
+def _volume(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("is the name of no volume")
+    if text.startswith("/") or re.fullmatch(_NAME, text) or re.fullmatch(r"[^/]+/[^/]+", text):
+        return text
+    raise ValueError("write VG/LV, an absolute path, or a name from [volumes]")
 
+
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
+Calendar = Annotated[str, AfterValidator(_calendar)]
+VolumeText = Annotated[str, AfterValidator(_volume)]
+
+
+class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    volumes: tuple[str, ...]
-    tags: dict[str, str] = {}
-    base: BasePolicy = "none"
-    quiesce: QuiesceSettings = QuiesceSettings()
+
+class RepositorySettings(_Model):
+    """A repository, and where its passphrase comes from."""
+
+    url: Annotated[str, Field(min_length=1)]
+    passphrase_file: AbsolutePath | None = None
+    """Its first line is the passphrase."""
+    passphrase_command: Command | None = None
+    """What it prints first is the passphrase."""
+    passphrase_credential: Name | None = None
+    """A credential of systemd (systemd-creds(1))."""
+    key: str | None = None
+    """The key to try it on, instead of one after the other."""
+    prune_schedule: Calendar | None = None
+    """When a timer applies the retention of the jobs and prunes."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = (self.passphrase_file, self.passphrase_command, self.passphrase_credential)
+        if sum(source is not None for source in sources) > 1:
+            raise ValueError("the passphrase comes from a file, a command or a credential: name one")
+        return self
 
 
-class Configuration(BaseModel):
-    """All of it."""
+class VolumeSettings(_Model):
+    """A volume under a name of its own, for jobs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: VolumeText
+    limits: LimitSettings | None = None
+    """Instead of those of the job."""
+
+
+class RetentionSettings(_Model):
+    """Which backups of a job ``forget --job`` keeps: the words of ``forget --keep-...``."""
+
+    last: int | str | None = None
+    hourly: int | str | None = None
+    daily: int | str | None = None
+    weekly: int | str | None = None
+    monthly: int | str | None = None
+    yearly: int | str | None = None
+    within: str | None = None
+    zone: str = "UTC"
+
+    @model_validator(mode="after")
+    def _understood(self) -> Self:
+        try:
+            parse_zone(self.zone)
+            _ = self.keep
+        except PolicyError as err:
+            raise ValueError(f"{err.key or 'retention'}: {err.problem}") from err
+        return self
+
+    @property
+    def keep(self) -> Keep:
+        """What is kept; raises PolicyError."""
+        return Keep.parse(self.model_dump(exclude={"zone"}, exclude_none=True))
+
+
+class JobSettings(_Model):
+    """What a job may say, and [defaults] for all of them."""
 
     repository: str | None = None
-    passphrase_file: str | None = None
-    state_directory: str | None = None
-    jobs: dict[str, Job] = {}
+    """Name or URL; the one of the file itself where it is not said."""
+    group: bool = True
+    """Whether the volumes are snapshotted at one instant and committed together, or each by itself."""
+    base: BasePolicy = "none"
+    tags: dict[str, str] = {}
+    quiesce: QuiesceSettings = QuiesceSettings()
+    limits: LimitSettings = LimitSettings()
+    pace: PaceSettings = PaceSettings()
+    retention: RetentionSettings | None = None
+    schedule: Calendar | None = None
+
+
+class Job(JobSettings):
+    """Volumes that are backed up together."""
+
+    volumes: Annotated[tuple[VolumeText, ...], Field(min_length=1)]
+
+
+class Configuration(_Model):
+    """All of it."""
+
+    repository: str | None = None
+    """Name or URL of the repository, where neither the command line nor a job names one."""
+    state_directory: AbsolutePath | None = None
+    repositories: dict[Name, RepositorySettings] = {}
+    volumes: dict[Name, VolumeSettings] = {}
+    defaults: JobSettings = JobSettings()
+    jobs: dict[Name, Job] = {}
 
     def job(self, name: str) -> Job:
         """Return a job; raises UsageError."""
@@ -57,45 +154,21 @@ class Configuration(BaseModel):
             raise UsageError(f"there is no job {name!r}", resolution=f"configured jobs: {known}")
         return found
 
+    def job_for(self, volumes: tuple[str, ...]) -> Job:
+        """Return the defaults as a job for volumes that somebody named."""
+        facts = {name: getattr(self.defaults, name) for name in JobSettings.model_fields}
+        return Job.model_construct(**facts, volumes=volumes)
 
-def configuration_path() -> str:
-    """Return the path of the main file."""
-    return os.environ.get("BLOCKSNAP_CONFIG", DEFAULT_PATH)
+    def find_repository(self, name: str) -> RepositorySettings | None:
+        """Return what is said of a repository, by its name or its URL."""
+        by_url = (each for each in self.repositories.values() if each.url == name)
+        return self.repositories.get(name) or next(by_url, None)
 
+    def repository_of(self, job: Job) -> str | None:
+        """Return the name or URL of the repository of a job."""
+        return job.repository or self.repository
 
-def configuration_exists() -> bool:
-    """Tell whether there is anything to load."""
-    path = Path(configuration_path())
-    return any(os.access(place, os.F_OK) for place in (path, path.parent / "conf.d"))
-
-
-def load_configuration() -> Configuration:
-    """Load the file and what lies in conf.d; no file is an empty configuration."""
-    main = Path(configuration_path())
-    merged: dict[str, object] = {}
-    for path in [main, *sorted((main.parent / "conf.d").glob("*.toml"))]:
-        loaded = _read(path)
-        jobs = {**_table(merged.get("jobs")), **_table(loaded.pop("jobs", {}))}
-        merged.update(loaded)
-        merged["jobs"] = jobs
-        try:
-            configuration = Configuration.model_validate(merged)
-        except ValidationError as err:
-            problem = err.errors()[0]
-            raise ConfigurationError(
-                str(path), f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            ) from err
-    return configuration
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise ConfigurationError(str(path), str(err)) from err
-
-
-def _table(value: object) -> dict[str, object]:
-    return dict(value) if isinstance(value, dict) else {}
+    def volume(self, text: str, job: Job) -> tuple[str, LimitSettings]:
+        """Return what a job's volume is called on the host, and its limits."""
+        named = self.volumes.get(text)
+        return (named.path, named.limits or job.limits) if named else (text, job.limits)

@@ -10,8 +10,8 @@ import click
 
 from blocksnap.cli.context import EXIT_WARNINGS, Settings, common_options
 from blocksnap.cli.output import format_size, print_json
-from blocksnap.cli.repository_commands import parse_size
 from blocksnap.errors import UsageError
+from blocksnap.quantities import parse_size
 
 if TYPE_CHECKING:
     from blocksnap.repository.findings import CheckResult

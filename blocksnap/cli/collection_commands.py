@@ -8,19 +8,23 @@ import click
 
 from blocksnap.cli.context import Settings, common_options
 from blocksnap.cli.output import format_size, format_time, print_json, print_table
-from blocksnap.cli.repository_commands import parse_size
 from blocksnap.errors import UsageError
+from blocksnap.quantities import parse_size
 
 if TYPE_CHECKING:
     from blocksnap.operations.forget import ForgetPlan
     from blocksnap.repository.collector import Outcome, Plan
     from blocksnap.repository.fencing import Run
+    from blocksnap.retention import Policy
 
 EXIT_BUSY = 11
 
 
 @click.command("forget")
 @click.argument("backups", nargs=-1, metavar="[BACKUP]...")
+@click.option(
+    "--job", metavar="NAME", help="What this host backed up for a configured job, by its retention."
+)
 @click.option("--keep-last", metavar="N", help="Keep the newest N.")
 @click.option("--keep-hourly", metavar="N", help="Keep the last of each of the newest N hours that have one.")
 @click.option("--keep-daily", metavar="N", help="Likewise of days.")
@@ -38,6 +42,7 @@ def forget_command(
     settings: Settings,
     *,
     backups: tuple[str, ...],
+    job: str | None,
     volumes: tuple[str, ...],
     tags: tuple[str, ...],
     zone: str,
@@ -52,20 +57,28 @@ def forget_command(
     from datetime import UTC, datetime
 
     from blocksnap.operations.forget import execute_forget, plan_by_name, plan_by_policy
-    from blocksnap.retention import Keep, Policy, Rule, parse_zone
+    from blocksnap.system.host import host_id
 
     rules = {name.removeprefix("keep_"): value for name, value in keep.items() if value is not None}
-    if bool(backups) == bool(rules):
+    if sum(map(bool, (backups, rules, job))) != 1:
         raise UsageError(
-            "forget needs either backups or rules",
+            "forget needs either backups, or rules, or a job",
             resolution="name backups, or say what to keep, as in: --keep-daily 14 --keep-monthly 12",
         )
+    if job and (volumes or tags):
+        raise UsageError(
+            "a job's retention is about all of its backups", resolution="leave out --volume, --tag"
+        )
+    if job:
+        settings, policy = _policy_of_job(settings, job)
+    elif rules:
+        policy = _policy_of_rules(rules, volumes, tags, zone)
     repository = settings.open_repository()
     if backups:
         plan = plan_by_name(repository, backups, force=force)
     else:
-        rule = Rule(Keep.parse(rules), volumes, dict(map(_parse_tag, tags)))
-        plan = plan_by_policy(repository, Policy((rule,), parse_zone(zone)), datetime.now(UTC), force=force)
+        host = host_id() if job else None
+        plan = plan_by_policy(repository, policy, datetime.now(UTC), host=host, force=force)
     if not dry_run:
         execute_forget(repository, plan)
     _show_forget(settings, plan, dry_run=dry_run)
@@ -99,6 +112,30 @@ def prune_command(
     _show_outcome(settings, outcome)
     if outcome.state == "waiting":
         click.get_current_context().exit(EXIT_BUSY)
+
+
+def _policy_of_rules(
+    rules: dict[str, str], volumes: tuple[str, ...], tags: tuple[str, ...], zone: str
+) -> Policy:
+    from blocksnap.retention import Keep, Policy, Rule, parse_zone
+
+    rule = Rule(Keep.parse(rules), volumes, dict(map(_parse_tag, tags)))
+    return Policy((rule,), parse_zone(zone))
+
+
+def _policy_of_job(settings: Settings, name: str) -> tuple[Settings, Policy]:
+    """Return the policy of a job, and the settings with its repository; raises UsageError."""
+    from blocksnap.config import JOB_TAG
+    from blocksnap.retention import Policy, Rule, parse_zone
+
+    settings, job = settings.of_job(name)
+    if job.retention is None:
+        raise UsageError(
+            f"job {name} has no retention: all of its backups are kept",
+            resolution=f"configure [jobs.{name}.retention], as in: daily = 14",
+        )
+    rule = Rule(job.retention.keep, tags={JOB_TAG: name})
+    return settings, Policy((rule,), parse_zone(job.retention.zone))
 
 
 def _parse_tag(text: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,11 +16,13 @@ from blocksnap.errors import BlocksnapError, UsageError
 
 if TYPE_CHECKING:
     from blocksnap.backends.base import Backend
-    from blocksnap.config import Configuration
+    from blocksnap.config import Configuration, Job, RepositorySettings
+    from blocksnap.config_files import Loaded
     from blocksnap.repository.repository import Repository
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 DEFAULT_STATE_DIRECTORY = "/var/lib/blocksnap"
+DEFAULT_CONFIGURATION = "/etc/blocksnap/blocksnap.toml"
 EXIT_WARNINGS = 3
 
 
@@ -33,31 +35,69 @@ class Settings:
     json: bool
     verbosity: int
     key: str | None = None
+    config: str | None = None
     opened: list[Repository] = field(default_factory=list)
     damage: list[BlocksnapError] = field(default_factory=list)
 
     @functools.cached_property
-    def configuration(self) -> Configuration | None:
-        """The configuration file, if there is one."""
-        from blocksnap import config
+    def loaded(self) -> Loaded | None:
+        """What the configuration files say, if there are any."""
+        path = self.configuration_path
+        folder = os.path.splitext(path)[0] + ".d"
+        if not self.config and not any(os.access(place, os.F_OK) for place in (path, folder)):
+            return None
+        from blocksnap import config_files
 
-        return config.load_configuration() if config.configuration_exists() else None
+        return config_files.load(path, required=self.config is not None)
+
+    @property
+    def configuration_path(self) -> str:
+        """The configuration file, which need not exist."""
+        return self.config or os.environ.get("BLOCKSNAP_CONFIG") or DEFAULT_CONFIGURATION
+
+    @property
+    def configuration(self) -> Configuration | None:
+        """The configuration, if there is one."""
+        return self.loaded.configuration if self.loaded else None
 
     @functools.cached_property
     def reporter(self) -> TextReporter | JsonReporter:
         """How this command reports."""
         return JsonReporter() if self.json else TextReporter(verbosity=self.verbosity)
 
+    def of_job(self, name: str) -> tuple[Settings, Job]:
+        """Return a configured job, and these settings with its repository; raises UsageError."""
+        if self.configuration is None:
+            raise UsageError(
+                f"there is no job {name!r}: there is no configuration file",
+                resolution=f"write {self.configuration_path}, or name another one with --config",
+            )
+        job = self.configuration.job(name)
+        return replace(self, repo=self.repo or self.configuration.repository_of(job)), job
+
+    @property
+    def names_repository(self) -> bool:
+        """Whether anybody said which repository is meant."""
+        return bool(self.repo or (self.configuration and self.configuration.repository))
+
     @property
     def repository_url(self) -> str:
         """Where the repository is; raises UsageError when nobody said."""
-        url = self.repo or (self.configuration.repository if self.configuration else None)
-        if not url:
+        name = self.repo or (self.configuration.repository if self.configuration else None)
+        if not name:
             raise UsageError(
                 "no repository was named",
                 resolution="give --repo URL, set BLOCKSNAP_REPOSITORY, or configure `repository`",
             )
-        return url
+        return self._configured_repository.url if self._configured_repository else name
+
+    @property
+    def _configured_repository(self) -> RepositorySettings | None:
+        """What the configuration says of the repository that was named, by its name or its URL."""
+        if self.configuration is None:
+            return None
+        name = self.repo or self.configuration.repository
+        return self.configuration.find_repository(name) if name else None
 
     @property
     def state_directory(self) -> str:
@@ -79,7 +119,9 @@ class Settings:
         from blocksnap.system.host import host_name
 
         backend = self.open_backend()
-        repository = Repository.open(backend, self.passphrase, key=self.key or "", host=host_name())
+        configured = self._configured_repository
+        key = self.key or (configured.key if configured else None) or ""
+        repository = Repository.open(backend, self.passphrase, key=key, host=host_name())
         self.opened.append(repository)
         return repository
 
@@ -96,11 +138,12 @@ class Settings:
         """Return the passphrase from the first place that has one, or None.
 
         --passphrase-file, BLOCKSNAP_PASSPHRASE, BLOCKSNAP_PASSPHRASE_FILE,
-        BLOCKSNAP_PASSPHRASE_COMMAND, a systemd credential, the configuration, and at last the
-        terminal.
+        BLOCKSNAP_PASSPHRASE_COMMAND, what is configured for the repository, a systemd credential, and at
+        last the terminal.
         """
-        configured = self.configuration.passphrase_file if self.configuration else None
-        return passphrases.CURRENT.find(self.passphrase_file, configured=configured, confirm=confirm)
+        return passphrases.CURRENT.find(
+            self.passphrase_file, configured=self._configured_repository, confirm=confirm
+        )
 
 
 def common_options(command: _Command) -> _Command:
@@ -111,13 +154,14 @@ def common_options(command: _Command) -> _Command:
         repo: str | None,
         passphrase_file: str | None,
         key: str | None,
+        config: str | None,
         *,
         json: bool,
         quiet: bool,
         verbose: int,
         **arguments: object,
     ) -> object:
-        settings = Settings(repo, passphrase_file, json, -1 if quiet else verbose, key)
+        settings = Settings(repo, passphrase_file, json, -1 if quiet else verbose, key, config)
         result = command(settings=settings, **arguments)
         if settings.warn_of_damage():
             click.get_current_context().exit(EXIT_WARNINGS)
@@ -125,7 +169,15 @@ def common_options(command: _Command) -> _Command:
 
     options = [
         click.option(
-            "--repo", envvar="BLOCKSNAP_REPOSITORY", metavar="URL", help="The repository: a directory."
+            "--repo",
+            envvar="BLOCKSNAP_REPOSITORY",
+            metavar="URL",
+            help="The repository: a directory, or a name from the configuration.",
+        ),
+        click.option(
+            "--config",
+            metavar="FILE",
+            help=f"Another configuration file than {DEFAULT_CONFIGURATION} or BLOCKSNAP_CONFIG.",
         ),
         click.option(
             "--passphrase-file",

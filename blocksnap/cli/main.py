@@ -30,6 +30,8 @@ _COMMANDS = {
     "forget": "collection_commands",
     "prune": "collection_commands",
     "key": "key_commands",
+    "timers": "timer_commands",
+    "config": "config_commands",
     "debug": "debug_commands",
 }
 EXIT_WARNINGS = 3

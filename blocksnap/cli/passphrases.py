@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
 from blocksnap.errors import PassphraseError
+
+if TYPE_CHECKING:
+    from blocksnap.config import RepositorySettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +24,14 @@ class Source:
     prompt: str
     credential: str
 
-    def find(self, path: str | None, *, configured: str | None = None, confirm: bool = False) -> bytes | None:
+    def find(
+        self, path: str | None, *, configured: RepositorySettings | None = None, confirm: bool = False
+    ) -> bytes | None:
         """Return the passphrase from the first place that has one, or None.
 
-        ``path`` is a file that was named for it, then come the variable itself, _FILE and _COMMAND, a
-        systemd credential, the ``configured`` file, and at last the terminal. Raises PassphraseError when
-        that place does not give one.
+        ``path`` is a file that was named for it, then come the variable itself, _FILE and _COMMAND, what
+        is ``configured`` for the repository, the usual systemd credential, and at last the terminal. Raises
+        PassphraseError when that place does not give one.
         """
         if path:
             return _read_secret(path)
@@ -33,13 +40,11 @@ class Source:
         if path := os.environ.get(f"{self.variable}_FILE"):
             return _read_secret(path)
         if command := os.environ.get(f"{self.variable}_COMMAND"):
-            return _ask_command(command, f"{self.variable}_COMMAND")
-        if directory := os.environ.get("CREDENTIALS_DIRECTORY"):
-            path = f"{directory}/{self.credential}"
-            if os.path.exists(path):
-                return _read_secret(path)
-        if configured:
-            return _read_secret(configured)
+            return _ask_command(_split(command, f"{self.variable}_COMMAND"), f"{self.variable}_COMMAND")
+        if configured and (secret := _configured(configured)) is not None:
+            return secret
+        if (secret := _credential(self.credential)) is not None:
+            return secret
         if sys.stdin.isatty():
             asked: str = click.prompt(self.prompt, hide_input=True, confirmation_prompt=confirm, err=True)
             return _not_empty(asked.encode(errors="surrogateescape"), "the passphrase")
@@ -65,10 +70,24 @@ def _not_empty(secret: bytes, source: str) -> bytes:
     return secret
 
 
-def _ask_command(command: str, variable: str) -> bytes:
-    import shlex
+def _configured(repository: RepositorySettings) -> bytes | None:
+    if repository.passphrase_file:
+        return _read_secret(repository.passphrase_file)
+    if repository.passphrase_command:
+        return _ask_command(repository.passphrase_command, "passphrase_command")
+    # Without systemd, by hand for example, there are no credentials, and the next place is asked.
+    return _credential(repository.passphrase_credential) if repository.passphrase_credential else None
 
-    from blocksnap.system.command import CommandError, run
+
+def _credential(name: str) -> bytes | None:
+    """Return a credential that systemd gave to this service (systemd.exec(5)); None when it gave none."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    path = f"{directory}/{name}"
+    return _read_secret(path) if directory and os.path.exists(path) else None
+
+
+def _split(command: str, variable: str) -> list[str]:
+    import shlex
 
     try:
         words = shlex.split(command)
@@ -76,11 +95,17 @@ def _ask_command(command: str, variable: str) -> bytes:
         raise PassphraseError(f"{variable} is no command: {err}") from err
     if not words:
         raise PassphraseError(f"{variable} is blank", resolution="unset it, or name a command")
+    return words
+
+
+def _ask_command(words: Sequence[str], source: str) -> bytes:
+    from blocksnap.system.command import CommandError, run
+
     try:
         answer = run(*words).split("\n", 1)[0].rstrip("\r")
     except CommandError as err:
         failure = err.brief
     else:
-        return _not_empty(answer.encode(errors="surrogateescape"), f"what {variable} printed")
+        return _not_empty(answer.encode(errors="surrogateescape"), f"what {source} printed")
     # Not from within: what the library raised carries what the command printed.
-    raise PassphraseError(f"{variable}: {failure}", resolution="see what it says when you run it by hand")
+    raise PassphraseError(f"{source}: {failure}", resolution="see what it says when you run it by hand")

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from blocksnap.config import Job
     from blocksnap.extents.changes import BasePolicy
     from blocksnap.operations.restore import Missing, RestoreResult
-    from blocksnap.repository.repository import StoredBackup
+    from blocksnap.operations.storing import BackupOptions
+    from blocksnap.repository.repository import Repository, StoredBackup
+    from blocksnap.volumes.base import Volume
 
 EXIT_WARNINGS = 3
 
@@ -46,7 +48,7 @@ def volumes_command(settings: Settings) -> None:
     """
     from blocksnap.operations.volumes import survey
 
-    repository = settings.open_repository() if _repository_named(settings) else None
+    repository = settings.open_repository() if settings.names_repository else None
     found = survey(repository)
     if settings.json:
         print_json({"volumes": [volume.document() for volume in found]})
@@ -103,39 +105,31 @@ def backup_command(
     VOLUME is VG/LV, a device, a mount point or directory (the volume under it), or a file. The first backup
     of a volume is full, every later one reads only what has changed.
     """
-    from blocksnap.cli.trust import has_lost_newest, remember_newest, require_same_encryption
+    from blocksnap.cli.trust import require_same_encryption
     from blocksnap.extents import memory
-    from blocksnap.operations.backup import back_up, plan_backups
+    from blocksnap.operations.backup import plan_backups
     from blocksnap.operations.storing import BackupOptions
-    from blocksnap.volumes.resolve import resolve_volume
 
     memory.retain()
-    job_settings = _job_of(settings, volumes, job)
+    settings, job_settings, job_tags = _job_of(settings, volumes, job)
     repository = settings.open_repository()
     require_same_encryption(repository, settings.state_directory)
-    resolved = [resolve_volume(name) for name in job_settings.volumes]
-    if len({volume.key for volume in resolved}) != len(resolved):
-        raise UsageError("a volume is named twice")
-    options = BackupOptions(
-        full=full, tags={**job_settings.tags, **dict(tags)}, base=base or job_settings.base
-    )
-    reporter = settings.reporter
+    resolved = _volumes_of(settings, job_settings)
+    options = BackupOptions(full=full, tags={**job_tags, **dict(tags)}, base=base or job_settings.base)
+    groups = [resolved] if job_settings.group else [[volume] for volume in resolved]
     if dry_run:
-        plans = plan_backups(repository, resolved, settings.state_directory, options, reporter)
+        plans = [
+            plan
+            for group in groups
+            for plan in plan_backups(repository, group, settings.state_directory, options, settings.reporter)
+        ]
         if settings.json:
             print_json_line({"event": "done", "backups": [], "plans": [plan.facts() for plan in plans]})
         return
-    for volume in resolved:
-        if has_lost_newest(repository, settings.state_directory, volume.key):
-            reporter.warn(
-                f"the newest backup of {volume.name} that this host made is not in the repository any more",
-                resolution="find out who removed it, or put an older state of the repository in its place",
-            )
-    results = back_up(repository, resolved, settings.state_directory, options, reporter)
-    remember_newest(repository, settings.state_directory, results)
+    results, failed = _back_up_groups(settings, repository, groups, options)
     _show_backups(settings, results)
-    if reporter.warnings:
-        click.get_current_context().exit(EXIT_WARNINGS)
+    if failed or settings.reporter.warnings:
+        click.get_current_context().exit(failed[0].exit_code if failed else EXIT_WARNINGS)
 
 
 @click.command("restore")
@@ -271,23 +265,64 @@ def verify_command(settings: Settings, *, backup: str, volume: str | None) -> No
         click.get_current_context().exit(code)
 
 
-def _repository_named(settings: Settings) -> bool:
-    return bool(settings.repo or (settings.configuration and settings.configuration.repository))
+def _job_of(
+    settings: Settings, volumes: tuple[str, ...], name: str | None
+) -> tuple[Settings, Job, dict[str, str]]:
+    """Return the configured job, or one made of the volumes that were named; its repository; its tags."""
+    from blocksnap.config import JOB_TAG, Configuration
 
-
-def _job_of(settings: Settings, volumes: tuple[str, ...], job: str | None) -> Job:
-    """Return the configured job, or one made of the volumes that were named."""
-    from blocksnap.config import Job
-
-    if job is not None:
+    if name is not None:
         if volumes:
             raise UsageError("name volumes or a job, not both")
-        if settings.configuration is None:
-            raise UsageError(f"there is no job {job!r}: there is no configuration file")
-        return settings.configuration.job(job)
+        settings, job = settings.of_job(name)
+        return settings, job, {JOB_TAG: name, **job.tags}
     if not volumes:
         raise UsageError("no volume was named", resolution="see what there is with: blocksnap volumes")
-    return Job(volumes=volumes)
+    job = (settings.configuration or Configuration()).job_for(volumes)
+    return settings, job, job.tags
+
+
+def _volumes_of(settings: Settings, job: Job) -> list[Volume]:
+    """Look the volumes of a job up; raises UsageError, VolumeError."""
+    from blocksnap.volumes.resolve import resolve_volume
+
+    configuration = settings.configuration
+    names = [configuration.volume(name, job)[0] for name in job.volumes] if configuration else job.volumes
+    resolved = [resolve_volume(name) for name in names]
+    if len({volume.key for volume in resolved}) != len(resolved):
+        raise UsageError("a volume is named twice")
+    return resolved
+
+
+def _back_up_groups(
+    settings: Settings, repository: Repository, groups: list[list[Volume]], options: BackupOptions
+) -> tuple[list[StoredBackup], list[BlocksnapError]]:
+    """Back up one group after the other; one that fails does not keep the others from being tried."""
+    from blocksnap.cli.trust import has_lost_newest, remember_newest
+    from blocksnap.operations.backup import back_up
+
+    reporter, state = settings.reporter, settings.state_directory
+    results: list[StoredBackup] = []
+    failed: list[BlocksnapError] = []
+    for group in groups:
+        for volume in group:
+            if has_lost_newest(repository, state, volume.key):
+                reporter.warn(
+                    f"the newest backup of {volume.name} that this host made is not in the repository any "
+                    "more",
+                    resolution="find out who removed it, or put an older state of the repository there",
+                )
+        try:
+            stored = back_up(repository, group, state, options, reporter)
+        except BlocksnapError as err:
+            if len(groups) == 1:
+                raise
+            failed.append(err)
+            reporter.warn(err.brief, resolution=err.resolution)
+            continue
+        remember_newest(repository, state, stored)
+        results += stored
+    return results, failed
 
 
 def _show_backups(settings: Settings, stored: list[StoredBackup]) -> None:

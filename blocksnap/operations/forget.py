@@ -38,9 +38,12 @@ class ForgetPlan:
         return tuple(decision.candidate.id for decision in self.decisions if not decision.keep)
 
 
-def plan_by_policy(repository: Repository, policy: Policy, now: datetime, *, force: bool) -> ForgetPlan:
-    """Apply a policy to all backups; raises TooMuchForgottenError unless forced."""
-    decisions = apply_policy(_candidates(repository.backups()), policy, now)
+def plan_by_policy(
+    repository: Repository, policy: Policy, now: datetime, *, host: str | None = None, force: bool
+) -> ForgetPlan:
+    """Apply a policy to all backups, or those of a host; raises TooMuchForgottenError unless forced."""
+    backups = [each for each in repository.backups() if host is None or each.manifest.host == host]
+    decisions = apply_policy(_candidates(backups), policy, now)
     if not force:
         require_modest(decisions)
     return ForgetPlan(decisions)

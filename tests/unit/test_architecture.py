@@ -18,7 +18,7 @@ TOWERS = {
     "extents": {"extents", "system", "errors", "_native"},
     "volumes": {"volumes", "extents", "system", "errors"},
     "quiesce": {"quiesce", "system", "errors"},
-    "controller": {"controller", "quiesce", "volumes", "extents", "system", "errors"},
+    "controller": {"controller", "quiesce", "volumes", "extents", "system", "quantities", "errors"},
     "pipeline": {"pipeline", "errors"},
     "restore": {"restore", "pipeline", "repository", "backends", "system", "errors"},
     "operations": None,

@@ -9,8 +9,8 @@ import pytest
 
 from blocksnap.cli.output import format_size, print_facts, print_json, print_json_streaming, print_table
 from blocksnap.cli.reporting import JsonReporter, TextReporter
-from blocksnap.cli.repository_commands import parse_size
 from blocksnap.errors import UsageError
+from blocksnap.quantities import parse_size
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_sizes_are_understood() -> None:
         1 << 20,
         4 << 20,
     ]
-    for text in ("", "K", "1.5M", "-1", "12T"):
+    for text in ("", "K", "1.5M", "-1", "12X"):
         with pytest.raises(UsageError):
             parse_size(text)
 

@@ -1,0 +1,86 @@
+"""What a job says about limits and pace: models for the configuration file, embedded in those of the jobs.
+
+[jobs.shop.limits]
+drop_data_percent = 97
+snapshot_seconds = 14400
+
+[jobs.shop.pace]
+policy = "gentle"
+write_rate = "50M"
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from blocksnap.errors import UsageError
+from blocksnap.quantities import parse_size
+
+PacePolicy = Literal["off", "gentle", "fixed"]
+"""How much a run holds back: not at all, while others wait for the disks, or to rates."""
+
+
+def _size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_size(value)
+    except UsageError as err:
+        raise ValueError(f"is no size; {err.resolution}") from err
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+"""Bytes: a number, or text like ``"64M"``."""
+Percent = Annotated[float, Field(gt=0, le=100)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LimitSettings(_Model):
+    """From where on no snapshot is taken, and from where on one that is there is given up."""
+
+    pool_data_percent: Percent = 95.0
+    """No snapshot is taken in a thin pool whose data is fuller than this."""
+    pool_metadata_percent: Percent = 90.0
+    drop_data_percent: Percent = 98.0
+    """The snapshot is given up, and the backup fails, when the pool becomes fuller than this."""
+    drop_metadata_percent: Percent = 95.0
+    cow_percent: Percent = 90.0
+    """The same for the exception store of a classic snapshot, which becomes invalid when it is full."""
+    repository_free: Size = 0
+    """The run fails when there is less room than this where the repository lies."""
+    snapshot_seconds: Annotated[float, Field(gt=0)] | None = None
+    """How long a snapshot may live; None for as long as the run takes."""
+
+    @model_validator(mode="after")
+    def _room_to_live(self) -> Self:
+        if self.drop_data_percent < self.pool_data_percent:
+            raise ValueError("drop_data_percent is below pool_data_percent: no snapshot could live")
+        if self.drop_metadata_percent < self.pool_metadata_percent:
+            raise ValueError("drop_metadata_percent is below pool_metadata_percent: no snapshot could live")
+        return self
+
+
+class PaceSettings(_Model):
+    """How a run shares the disks with the applications of the host."""
+
+    policy: PacePolicy = "off"
+    read_rate: Annotated[Size, Field(gt=0)] | None = None
+    """Bytes a second that are read of the volumes."""
+    write_rate: Annotated[Size, Field(gt=0)] | None = None
+    """Bytes a second that are stored in the repository."""
+    pressure_percent: Percent = 10.0
+    """With ``gentle``: the run holds back while others wait for the disks for more of the time than this."""
+
+    @model_validator(mode="after")
+    def _that_makes_sense(self) -> Self:
+        rates = self.read_rate is not None or self.write_rate is not None
+        if self.policy == "fixed" and not rates:
+            raise ValueError("policy fixed needs a read_rate or a write_rate")
+        if self.policy == "off" and rates:
+            raise ValueError('rates need policy = "fixed" or "gentle"')
+        return self

@@ -1,0 +1,153 @@
+"""Jobs, repositories by name, `config` and `timers`, as a user runs them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from support.commands import PASSPHRASE, Outcome
+from support.in_process import InProcess
+
+CONFIGURATION = """
+repository = "main"
+
+[repositories.main]
+url = "{folder}/repository"
+passphrase_file = "{folder}/secret"
+
+[repositories.second]
+url = "{folder}/second"
+passphrase_command = ["/bin/echo", "another one"]
+
+[volumes.images]
+path = "{folder}/two.img"
+
+[defaults]
+tags = {{ site = "north" }}
+
+[jobs.files]
+volumes = ["{folder}/one.img", "images"]
+schedule = "daily"
+[jobs.files.retention]
+last = 1
+
+[jobs.apart]
+volumes = ["{folder}/gone.img", "images"]
+repository = "second"
+group = false
+"""
+
+
+class Configured:
+    """A command line that has everything from its configuration, inside this process."""
+
+    def __init__(self, command: InProcess) -> None:
+        self._command = command
+
+    def __call__(self, *words: str | Path) -> Outcome:
+        return Outcome(*self._command(*words))
+
+    def done(self, *words: str | Path) -> Outcome:
+        outcome = self(*words)
+        assert outcome.code == 0, (words, outcome)
+        return outcome
+
+
+@pytest.fixture
+def blocksnap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> Configured:
+    command = InProcess(tmp_path, monkeypatch, capsysbinary)
+    for name in ("BLOCKSNAP_REPOSITORY", "BLOCKSNAP_PASSPHRASE"):
+        monkeypatch.delenv(name)
+    (tmp_path / "blocksnap.toml").write_text(CONFIGURATION.format(folder=tmp_path))
+    (tmp_path / "secret").write_text(f"{PASSPHRASE}\n")
+    (tmp_path / "secret").chmod(0o600)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.img").write_bytes(os.urandom(300_000))
+    return Configured(command)
+
+
+def test_jobs_and_repositories_by_name(blocksnap: Configured, tmp_path: Path) -> None:
+    blocksnap.done("init")
+    blocksnap.done("init", "--repo", "second")
+    for _ in range(2):
+        made = blocksnap.done("backup", "--job", "files", "--tag", "a=b", "--json").backups
+        assert [each["volume"] for each in made] == [f"{tmp_path}/one.img", f"{tmp_path}/two.img"]
+    listed = blocksnap.done("list", "--json", "--repo", "main").document["backups"]
+    assert listed[0]["tags"] == {"job": "files", "site": "north", "a": "b"}
+    (tmp_path / "gone.img").write_bytes(b"x" * 5000)
+    blocksnap.done("backup", "--job", "apart")
+    listed = blocksnap.done("list", "--json", "--repo", "second").document["backups"]
+    assert [each["volume"] for each in listed] == [f"{tmp_path}/gone.img", f"{tmp_path}/two.img"]
+    # What was not backed up by the job is none of its retention's business.
+    blocksnap.done("backup", tmp_path / "one.img")
+    forgotten = blocksnap.done("forget", "--job", "files", "--json").document
+    assert {(each["volume"], each["keep"]) for each in forgotten["decisions"]} == {
+        (f"{tmp_path}/{name}.img", keep) for name in ("one", "two") for keep in (True, False)
+    }
+    left = blocksnap.done("list", "--json").document["backups"]
+    assert sorted(each["tags"].get("job", "") for each in left) == ["", "files", "files"]
+    for words in (("--keep-last", "3"), ("--tag", "a=b")):
+        assert blocksnap("forget", "--job", "files", *words).code == 2
+    assert "has no retention" in blocksnap("forget", "--job", "apart").stderr
+    assert "configured jobs: apart, files" in blocksnap("backup", "--job", "nosuch").stderr
+
+
+def test_one_volume_that_fails_does_not_keep_the_others(blocksnap: Configured, tmp_path: Path) -> None:
+    blocksnap.done("init", "--repo", "second")
+    (tmp_path / "gone.img").write_bytes(b"x" * 5000)
+    # The lock of the first volume is held by somebody else.
+    blocksnap.done("backup", tmp_path / "gone.img", "--repo", "second")
+    (lock,) = (tmp_path / "state" / "locks").iterdir()
+    with lock.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = blocksnap("backup", "--job", "apart", "--json")
+    assert done.code == 11, done
+    assert [each["volume"] for each in done.backups] == [f"{tmp_path}/two.img"]
+
+
+def test_config_check_and_show(blocksnap: Configured, tmp_path: Path) -> None:
+    (tmp_path / "gone.img").touch()
+    checked = blocksnap.done("config", "check")
+    assert checked.text == "1 files, 2 jobs, 2 repositories\n"
+    shown = blocksnap.done("config", "show").text
+    assert f'jobs.files.schedule = "daily"  # {tmp_path}/blocksnap.toml:20\n' in shown
+    assert f'jobs.files.tags.site = "north"  # {tmp_path}/blocksnap.toml:16\n' in shown
+    assert 'jobs.files.base = "none"  # default\n' in shown
+    # What is shown is itself a configuration, and says the same.
+    (tmp_path / "shown.toml").write_text(shown)
+    again = blocksnap.done("config", "show", "--json", "--config", tmp_path / "shown.toml").document
+    assert again["configuration"] == blocksnap.done("config", "show", "--json").document["configuration"]
+    assert "jobs.apart" not in blocksnap.done("config", "show", "--job", "files").text
+    (tmp_path / "gone.img").unlink()
+    (tmp_path / "secret").chmod(0o644)
+    warned = blocksnap("config", "check")
+    assert warned.code == 3
+    assert f"blocksnap.toml:25: jobs.apart.volumes.0: there is no volume {tmp_path}/gone.img" in warned.stderr
+    assert "can be read by others (mode 0644)" in warned.stderr
+    assert len(blocksnap("config", "check", "--json").document["warnings"]) == 2
+    (tmp_path / "wrong.toml").write_text("[jobs.a]\nvolumes = ['v/a']\nvolums = 1\n")
+    wrong = blocksnap("config", "check", "--config", tmp_path / "wrong.toml")
+    assert wrong.code == 2
+    assert wrong.errors == [
+        f"error: {tmp_path}/wrong.toml:3: jobs.a.volums: there is no such key; did you mean volumes?"
+    ]
+    assert blocksnap("config", "check", "--config", tmp_path / "none.toml").code == 2
+    assert blocksnap("list", "--config", tmp_path / "none.toml").code == 2
+
+
+def test_timers_are_printed_and_installed(blocksnap: Configured, tmp_path: Path) -> None:
+    assert "OnCalendar=daily" in blocksnap.done("timers").text
+    units = tmp_path / "units"
+    units.mkdir()
+    blocksnap.done("timers", "--install", "--directory", units)
+    assert sorted(os.listdir(units)) == ["blocksnap-backup-files.service", "blocksnap-backup-files.timer"]
+    service = (units / "blocksnap-backup-files.service").read_text()
+    assert f"backup --job files --config {tmp_path}/blocksnap.toml" in service
+    (tmp_path / "blocksnap.toml").write_text("[jobs.a]\nvolumes = ['v/a']\n")
+    assert blocksnap.done("timers", "--install", "--directory", units, "--json").document["removed"]
+    assert os.listdir(units) == []
