@@ -98,7 +98,7 @@ def show_command(settings: Settings, backup: str) -> None:
     BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
     """
     from blocksnap.operations.catalogue import find_backup
-    from blocksnap.operations.describing import describe, stored_bytes
+    from blocksnap.operations.describing import describe, describe_quiesced, stored_bytes
 
     stored = find_backup(settings.open_repository(), backup)
     document = describe(stored)
@@ -116,6 +116,7 @@ def show_command(settings: Settings, backup: str) -> None:
             ("kind", f"{record.kind}, parent {record.parent[:8]}" if record.parent else record.kind),
             ("method", f"{record.method}: {record.reason}"),
             ("consistency", record.consistency),
+            ("quiesced", describe_quiesced(record)),
             ("size", f"{format_size(record.size)} ({record.size} bytes)"),
             ("changed", format_size(figures.changed_bytes)),
             ("read", format_size(figures.read_bytes)),

@@ -115,7 +115,13 @@ def backup_command(
     repository = settings.open_repository()
     require_same_encryption(repository, settings.state_directory)
     resolved = _volumes_of(settings, job_settings)
-    options = BackupOptions(full=full, tags={**job_tags, **dict(tags)}, base=base or job_settings.base)
+    options = BackupOptions(
+        full=full,
+        tags={**job_tags, **dict(tags)},
+        base=base or job_settings.base,
+        quiesce=job_settings.quiesce,
+        job=job or "",
+    )
     groups = [resolved] if job_settings.group else [[volume] for volume in resolved]
     if dry_run:
         plans = [
@@ -326,7 +332,7 @@ def _back_up_groups(
 
 
 def _show_backups(settings: Settings, stored: list[StoredBackup]) -> None:
-    from blocksnap.operations.describing import describe, stored_bytes
+    from blocksnap.operations.describing import describe, describe_quiesced, stored_bytes
 
     if settings.json:
         print_json_line({"event": "done", "backups": [describe(each) for each in stored]})
@@ -344,5 +350,6 @@ def _show_backups(settings: Settings, stored: list[StoredBackup]) -> None:
                     f"{format_size(stored_bytes(each))} for {format_size(figures.new_bytes)} of new data",
                 ),
                 ("took", f"{figures.seconds:.1f} s; writers stood still for {figures.freeze_ms:.0f} ms"),
+                *([("quiesced", describe_quiesced(record))] if record.quiesced else []),
             )
         )

@@ -28,6 +28,7 @@ Step = Literal[
     "quiesce",
     "snapshot",
     "taken",
+    "released",
     "hold",
     "activate",
     "commit",
@@ -94,6 +95,8 @@ class Entry:
     owner: Owner | None
     steps: tuple[dict[str, object], ...]
     alive: bool
+    ending: bool = False
+    """The run is dead, but its watchdog is still at work."""
 
     def traces(self, volume: str | None = None) -> list[dict[str, str]]:
         """Return what may be left on the host, of one volume or of all."""
@@ -130,6 +133,16 @@ class Entry:
             for step in self.steps
             if step.get("step") == "rotate" and {"vg", "lv", "owner", "lv_uuid"} <= step.keys()
         ]
+
+    def standstill(self) -> dict[str, object] | None:
+        """Return the step that says what may stand still; None when there is none, or all was let go."""
+        found = None
+        for step in self.steps:
+            if step.get("step") == "quiesce":
+                found = step
+            elif step.get("step") == "released" and not step.get("failed"):
+                found = None
+        return found
 
     def volumes(self) -> set[str]:
         """Return the keys of the volumes that the run announced."""
@@ -174,6 +187,10 @@ class Journal:
         """Where it is."""
         return self._path
 
+    def fileno(self) -> int:
+        """Return its descriptor; whoever holds a copy keeps the run from being taken for a dead one."""
+        return self._fd
+
     def append(self, step: Step, **facts: object) -> None:
         """Write a step down, durably, before it is taken."""
         self.append_all([(step, facts)])
@@ -217,6 +234,28 @@ def read_entries(state_directory: str | Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: (entry.owner.began if entry.owner else 0.0, entry.run))
 
 
+def read_entry(path: Path) -> Entry | None:
+    """Return one journal as it is now, None when it is gone."""
+    return _read_entry(path)
+
+
+@contextlib.contextmanager
+def take_over(entry: Entry) -> Iterator[int | None]:
+    """Hold the journal of a dead run, to finish what it says; None when somebody else does, or it is gone."""
+    try:
+        fd = os.open(entry.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield fd
+    except BlockingIOError:
+        yield None
+    finally:
+        os.close(fd)
+
+
 def close_entry(entry: Entry) -> None:
     """Remove the journal of a dead run, of which nothing is left."""
     with contextlib.suppress(FileNotFoundError):
@@ -249,8 +288,15 @@ def _read_entry(path: Path) -> Entry | None:
     except (KeyError, ValueError):
         owner = None
     # A worker of a dead run may still hold the lock; a run in another PID namespace shows no process here.
-    alive = held or (owner is not None and owner.is_alive())
-    return Entry(run=path.name.removesuffix(_SUFFIX), path=path, owner=owner, steps=tuple(steps), alive=alive)
+    running = owner is not None and owner.is_alive()
+    return Entry(
+        run=path.name.removesuffix(_SUFFIX),
+        path=path,
+        owner=owner,
+        steps=tuple(steps),
+        alive=held or running,
+        ending=held and owner is not None and owner.boot == host.boot_id() and not running,
+    )
 
 
 def _parse(text: str) -> list[dict[str, object]]:
@@ -259,7 +305,8 @@ def _parse(text: str) -> list[dict[str, object]]:
         try:
             step = json.loads(line)
         except ValueError:
-            break
+            # A torn line is the last one of the run; a watchdog or a later run may have written behind it.
+            continue
         if isinstance(step, dict):
             steps.append(step)
     return steps

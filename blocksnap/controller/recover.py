@@ -13,6 +13,8 @@ only where the caller says so (``force``).
 A run that died between its journal and ``lvcreate`` left nothing, and its journal is closed. One that
 died within ``lvcreate`` left the volume with its tags, or nothing: LVM commits both at once.
 
+What a dead run left standing still, and its watchdog with it, is let go before anything else.
+
 Bases are left on purpose and are no leftovers. A run that died after it had announced what becomes of
 them, which it does when it is committed, has that finished here. A base whose volume is gone can be the base
 of nothing, and what it holds is in the repository, so it is removed, if this host has a record of its run.
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 
 from blocksnap.controller.history import History
 from blocksnap.controller.journal import Entry, Rotation, close_entry, read_entries
+from blocksnap.controller.quiescing import let_go_leftovers
 from blocksnap.errors import BlocksnapError
 from blocksnap.system import host
 
@@ -128,11 +131,13 @@ def recover(
     The caller holds the locks of these volumes. Journals of dead runs are closed when nothing is left
     of them.
     """
+    found = _Findings()
+    # What stands still comes first, whoever's it is: somebody waits for it.
+    found.removed, found.warnings = let_go_leftovers(state_directory)
     dead = [entry for entry in read_entries(state_directory) if not entry.alive and _concerns(entry, volumes)]
     looks_at_lvm = lvm_involved or any(entry.traces() for entry in dead)
     report = read_report() if looks_at_lvm else None
     entries = read_entries(state_directory)
-    found = _Findings()
     if report is not None:
         for entry in dead:
             _release_holds(entry, report, found)
@@ -146,7 +151,7 @@ def recover(
             continue
         _remove(leftover, force=force, found=found)
     for entry in dead:
-        if entry.run not in found.kept:
+        if entry.run not in found.kept and entry.standstill() is None:
             close_entry(entry)
     if report is not None:
         _remove_bases_of_nothing(report, state_directory, found)

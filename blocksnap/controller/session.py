@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from blocksnap.controller.history import History
 from blocksnap.controller.journal import Journal, Step
 from blocksnap.controller.lock import VolumeLocks
+from blocksnap.controller.quiescing import QuiesceRequest, announce
 from blocksnap.controller.recover import recover, remove_trace
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.extents.changes import BaseDecision, BasePolicy
 from blocksnap.volumes.base import Snapshot, Trace, Volume
+
+if TYPE_CHECKING:
+    from blocksnap.quiesce.standstill import Outcome, Standstill
 
 
 class _JournalledTraces:
@@ -39,20 +43,31 @@ class SnapshotSession:
     """A context in which every volume of a run has a snapshot.
 
     Entering takes the locks, removes what dead runs left of these volumes (``recovered``), writes down what
-    is about to be made, and takes all snapshots back to back. Leaving, by whatever exception, removes them
-    all and goes on past errors; one that stays is reported in ``warnings`` and left to the next run
-    by the journal.
+    is about to be made, lets stand still what was asked for, and takes all snapshots back to back. Leaving,
+    by whatever exception, removes them all and goes on past errors; one that stays is reported in
+    ``warnings`` and left to the next run by the journal.
     """
 
-    def __init__(self, volumes: Sequence[Volume], run: str, state_directory: str | Path) -> None:
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        run: str,
+        state_directory: str | Path,
+        quiesce: QuiesceRequest | None = None,
+    ) -> None:
         keys = [volume.key for volume in volumes]
         twice = {volume.name for volume in volumes if keys.count(volume.key) > 1}
         if twice:
             raise UsageError(
                 f"{', '.join(sorted(twice))} is named twice", resolution="name every volume once"
             )
+        if quiesce is not None:
+            quiesce.check(volumes)
         self.volumes = tuple(volumes)
         self.run = run
+        self._quiesce = quiesce
+        self._standstill: Standstill | None = None
+        self._quiesced: Outcome | None = None
         self.recovered: list[str] = []
         self.warnings: list[str] = []
         self._state_directory = state_directory
@@ -73,8 +88,13 @@ class SnapshotSession:
         times = [snapshot.timing.taken_at for snapshot in self.snapshots]
         return max(times) - min(times) if times else 0.0
 
+    @property
+    def quiesced(self) -> Outcome | None:
+        """What stood still for the snapshots, and for how long; None where nothing was asked for."""
+        return self._quiesced
+
     def __enter__(self) -> Self:
-        """Take the snapshots; raises BusyError, VolumeError, and leaves nothing behind then."""
+        """Take the snapshots; raises BusyError, VolumeError, QuiesceError, and leaves nothing behind then."""
         self._locks.__enter__()
         try:
             self._recover()
@@ -170,8 +190,32 @@ class SnapshotSession:
             trace = volume.trace(self.run)
             if trace is not None:
                 announced.append(("snapshot", {"volume": volume.key, "name": volume.name, "trace": trace}))
-        if announced:
+        standstill = self._quiesce.assemble(self.volumes, self._state_directory) if self._quiesce else None
+        if self._quiesce and standstill:
+            self._standstill = standstill
+            environment = self._quiesce.environment(self.volumes, self.run)
+            announced += announce(standstill, environment)
+            if announced:
+                journal.append_all(announced)
+            standstill.attend(journal.fileno(), environment)
+        elif announced:
             journal.append_all(announced)
+        if standstill is None:
+            self._take_back_to_back(journal)
+        else:
+            try:
+                standstill.begin()
+                self._take_back_to_back(journal)
+            finally:
+                standstill.end()
+        if announced:
+            journal.append("taken")
+        if standstill:
+            self._conclude(standstill, journal)
+        for _, snapshot in self._taken:
+            snapshot.check()
+
+    def _take_back_to_back(self, journal: Journal) -> None:
         # Nothing but the snapshots themselves from here to the last: what happens in between is skew.
         for volume in self.volumes:
             # One that is interrupted may have come to be, but there is no object yet to remove it by.
@@ -179,19 +223,27 @@ class SnapshotSession:
             ledger = _JournalledTraces(journal, volume, self._left)
             self._taken.append((volume, volume.take_snapshot(self.run, ledger)))
             self._in_doubt = None
-        if announced:
-            journal.append("taken")
-        for _, snapshot in self._taken:
-            snapshot.check()
+
+    def _conclude(self, standstill: Standstill, journal: Journal) -> None:
+        """All stood still and goes on; say what it was worth."""
+        if standstill.traces() and not standstill.left:
+            journal.append("released", by="controller")
+        self._quiesced = standstill.conclude()
+        if self._quiesced.state == "failed":
+            self.warnings.append(
+                f"the snapshots are only crash-consistent, as the job allows: {self._quiesced.reason}"
+            )
 
     def _leave(self) -> None:
         interrupt: BaseException | None = None
         clean = True
+        left = False
         try:
+            left = self._let_go()
             interrupt, clean = self._remove_all()
         finally:
             if self._journal:
-                if clean and not self._left:
+                if clean and not self._left and not left:
                     self._journal.finish()
                 else:
                     self._journal.close()
@@ -199,6 +251,16 @@ class SnapshotSession:
             self._locks.release()
         if interrupt is not None:
             raise interrupt
+
+    def _let_go(self) -> bool:
+        """End the watchdog; return whether something is left for the next run to let go."""
+        standstill, self._standstill = self._standstill, None
+        if standstill is None:
+            return False
+        standstill.end()
+        standstill.close()
+        self.warnings += standstill.warnings
+        return standstill.left
 
     def _remove_all(self) -> tuple[BaseException | None, bool]:
         """Remove every snapshot, the last first; return what interrupted it and whether nothing is left."""

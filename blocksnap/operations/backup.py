@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from blake3 import blake3
 
 import blocksnap
+from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import newest_of
@@ -38,13 +39,14 @@ def back_up(
 ) -> list[StoredBackup]:
     """Back up ``volumes`` at one instant; nothing is stored under a name until everything is.
 
-    Raises BusyError, VolumeError, StorageError; the snapshots are gone whatever happens.
+    Raises BusyError, VolumeError, QuiesceError, StorageError; the snapshots are gone whatever happens.
     """
     # The run announces itself first: a repository that cannot be written to costs no snapshot, and
     # whoever collects garbage knows of the run before it relies on what is stored.
     with RepositoryWriter(repository, this_author(), is_gone) as writer:
         known = repository.backups()
-        with open_session(volumes, writer.id.hex(), state_directory, report) as session:
+        request = QuiesceRequest(options.quiesce, (repository.backend.place,), options.job)
+        with open_session(volumes, writer.id.hex(), state_directory, report, request) as session:
             began = time.monotonic()
             try:
                 return _store(repository, writer, session, known, options, report, began)
@@ -77,10 +79,14 @@ def _store_again(
 
 @contextmanager
 def open_session(
-    volumes: Sequence[Volume], run: str, state_directory: str, report: Reporter
+    volumes: Sequence[Volume],
+    run: str,
+    state_directory: str,
+    report: Reporter,
+    quiesce: QuiesceRequest | None = None,
 ) -> Iterator[SnapshotSession]:
     """Hold snapshots of volumes, and tell what was cleaned up and what could not be, however it ends."""
-    session = SnapshotSession(volumes, run, state_directory)
+    session = SnapshotSession(volumes, run, state_directory, quiesce)
     try:
         with session:
             for message in session.recovered:
@@ -152,7 +158,11 @@ def _store(
             tags=dict(options.tags or {}),
             backups=tuple(
                 draft.finish(
-                    _backup_id(writer.id, number), base, skew_seconds=session.skew_seconds, seconds=seconds
+                    _backup_id(writer.id, number),
+                    base,
+                    quiesced=session.quiesced,
+                    skew_seconds=session.skew_seconds,
+                    seconds=seconds,
                 )
                 for number, (draft, base) in enumerate(zip(drafts, bases, strict=True))
             ),

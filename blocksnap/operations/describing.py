@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blocksnap.repository.documents import Backup
 from blocksnap.repository.repository import StoredBackup
 
 
@@ -35,6 +36,7 @@ def describe(stored: StoredBackup) -> dict[str, object]:
         "new_bytes": figures.new_bytes,
         "new_chunks": figures.new_chunks,
         "metadata_bytes": figures.metadata_bytes + _manifest_share(stored),
+        "quiesced": backup.quiesced.model_dump() if backup.quiesced else {"state": "none"},
         "freeze_ms": figures.freeze_ms,
         "skew_ms": figures.skew_ms,
         "seconds": figures.seconds,
@@ -42,6 +44,16 @@ def describe(stored: StoredBackup) -> dict[str, object]:
         "program": stored.manifest.program,
         "source": dict(backup.source),
     }
+
+
+def describe_quiesced(backup: Backup) -> str:
+    """Return one line about what stood still for a backup."""
+    quiesced = backup.quiesced
+    if quiesced is None:
+        return "nothing was asked to"
+    if quiesced.state == "failed":
+        return f"no: {quiesced.reason}"
+    return f"{', '.join(quiesced.by)}, for {quiesced.ms:.0f} ms"
 
 
 def stored_bytes(stored: StoredBackup) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from blocksnap.extents.changes import BaseDecision, BasePolicy, Changes, Parent
 from blocksnap.extents.model import ExtentList
@@ -15,11 +15,15 @@ from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.sink import DataSink
 from blocksnap.pipeline.flow import Flow, Geometry
 from blocksnap.pipeline.selection import Selection, select_all, select_changed
+from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapRoot, MapWriter
-from blocksnap.repository.documents import Backup, Mapped, Statistics, VolumeRecord
+from blocksnap.repository.documents import Backup, Mapped, Quiesced, Statistics, VolumeRecord
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.volumes.base import Snapshot, Volume
+
+if TYPE_CHECKING:
+    from blocksnap.quiesce.standstill import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class BackupOptions:
     full: bool = False
     tags: Mapping[str, str] | None = None
     base: BasePolicy = "none"
+    quiesce: QuiesceSettings = field(default_factory=QuiesceSettings)
+    job: str = ""
     level: int = 1
     workers: int = 2
 
@@ -78,7 +84,15 @@ class Draft:
     before: Stored
     stored: Stored
 
-    def finish(self, id_: str, base: BaseDecision | None, *, skew_seconds: float, seconds: float) -> Backup:
+    def finish(
+        self,
+        id_: str,
+        base: BaseDecision | None,
+        *,
+        quiesced: Outcome | None,
+        skew_seconds: float,
+        seconds: float,
+    ) -> Backup:
         """Return the record for the manifest; ``base`` is None for what has no use for one."""
         plan, snapshot, volume = self.plan, self.plan.snapshot, self.plan.volume
         return Backup(
@@ -94,7 +108,8 @@ class Draft:
             map=root_document(self.map),
             mapped=self.mapped,
             source={**snapshot.binding, **(base.to_binding() if base else {})},
-            consistency="crash" if volume.kind == "thin" else "cold",
+            consistency=_consistency(volume, quiesced),
+            quiesced=_quiesced_document(quiesced),
             statistics=Statistics(
                 changed_bytes=self.changed_bytes,
                 read_bytes=self.read_bytes,
@@ -102,7 +117,9 @@ class Draft:
                 stored_bytes=self.stored.total_bytes,
                 metadata_bytes=self.stored.metadata_bytes,
                 new_chunks=self.stored.new_chunks,
-                freeze_ms=round(snapshot.timing.freeze_seconds * 1000, 3),
+                freeze_ms=_milliseconds(
+                    max(snapshot.timing.freeze_seconds, quiesced.seconds if quiesced else 0.0)
+                ),
                 skew_ms=round(skew_seconds * 1000, 3),
                 seconds=round(seconds, 3),
             ),
@@ -189,6 +206,24 @@ def store_volume(
                 repository, writer, plan.changes.mapped, plan.parent.mapped if plan.parent else None
             )
     return Draft(plan, root, mapped, changed, read, before, writer.stored.since(before))
+
+
+def _consistency(volume: Volume, quiesced: Outcome | None) -> Literal["crash", "application", "cold"]:
+    if volume.snapshot_device is None:
+        return "cold"
+    return "application" if quiesced is not None and quiesced.state == "application" else "crash"
+
+
+def _quiesced_document(outcome: Outcome | None) -> Quiesced | None:
+    if outcome is None:
+        return None
+    return Quiesced(
+        state=outcome.state, by=outcome.by, reason=outcome.reason, ms=_milliseconds(outcome.seconds)
+    )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
 
 
 class _HoleFiller:

@@ -1,18 +1,55 @@
 """The protocol that every way of standing still meets.
 
-A ``Quiescer`` brings one application, or the filesystems below it, to a stop. It is made and prepared
+A ``Quiescer`` brings one application, or the filesystems below it, to a stop. It is made and attended
 while everything still runs, so that nothing but the stopping itself happens between ``begin`` and ``end``:
-what it needs is open, started or looked up by then, and it names its ``safeguards`` to the watchdog,
-which uses them when the controller cannot. Its ``trace`` is written to the journal before ``begin``, for the
-run after one that died together with its watchdog.
+what it needs is open, started or looked up by then. Its ``safeguards`` are what the watchdog does when the
+controller cannot; ``begin`` arms them before it does anything. Its ``trace`` is written to the journal
+before ``begin``, for the run after one that died together with its watchdog.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from blocksnap.system.watchdog import Safeguard, Watchdog
 
 Trace = dict[str, object]
 """What may be left standing, enough to let it go after a crash."""
+Strength = Literal["application", "frozen"]
+"""``application``: it knows that it is backed up, and its data is whole. ``frozen``: it just does not run."""
+
+
+class Guard:
+    """The watchdog as one quiescer sees it: its own safeguards, counted from 0."""
+
+    def __init__(self, watchdog: Watchdog, first: int) -> None:
+        self.watchdog = watchdog
+        self._first = first
+
+    def arm(self, number: int) -> None:
+        """Say that a safeguard is about to be needed; raises WatchdogError."""
+        self.watchdog.arm(self._first + number)
+
+    def disarm(self, number: int) -> None:
+        """Say that it is not needed any more."""
+        self.watchdog.disarm(self._first + number)
+
+    def start(self, number: int) -> None:
+        """Have its command started; raises WatchdogError."""
+        self.watchdog.start(self._first + number)
+
+    def kill(self, number: int) -> None:
+        """Have its command ended, with all processes of its session."""
+        self.watchdog.kill(self._first + number)
+
+    def ended(self, number: int) -> int | None:
+        """Return how its command ended, None when it did not."""
+        return self.watchdog.ended(self._first + number)
+
+    def wait_ended(self, number: int, deadline: float) -> int | None:
+        """Wait for its command until ``deadline``; None when it still runs then."""
+        return self.watchdog.wait_ended(self._first + number, deadline)
 
 
 class Quiescer(Protocol):
@@ -23,8 +60,21 @@ class Quiescer(Protocol):
         """How people call it: ``unit shop.service``, ``filesystem on /srv``."""
         ...
 
+    @property
+    def strength(self) -> Strength:
+        """What it is worth."""
+        ...
+
+    def safeguards(self) -> Sequence[Safeguard]:
+        """Return what the watchdog may have to do, in the order of ``begin``."""
+        ...
+
     def trace(self) -> Trace | None:
         """Return what to do about it after a crash; None when nothing outlives the processes."""
+        ...
+
+    def attend(self, guard: Guard) -> None:
+        """Do what can be done while everything still runs; raises QuiesceError."""
         ...
 
     def begin(self, deadline: float) -> None:
@@ -35,12 +85,12 @@ class Quiescer(Protocol):
         ...
 
     def end(self, deadline: float) -> None:
-        """Let it go on; a second call does nothing.
+        """Let it go on; does nothing where nothing was begun, or a second time.
 
         Raises QuiesceError when it did not stand still to the last, or was not told that it may go on.
         """
         ...
 
     def close(self) -> None:
-        """Give back what was opened; after ``end``, or when nothing was begun."""
+        """Give back what was opened, after ``end`` and after the watchdog."""
         ...

@@ -9,7 +9,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 from blocksnap.repository.keys import Role
 
@@ -163,6 +171,19 @@ class Statistics(Document):
     seconds: Annotated[float, Field(ge=0)]
 
 
+class Quiesced(Document):
+    """What stood still while the snapshots of a run were taken, for how long, and how that ended.
+
+    ``application``: hooks held it until the last snapshot; ``frozen``: processes or filesystems stood still;
+    ``failed``: something was to, and ``reason`` says why it did not.
+    """
+
+    state: Literal["application", "frozen", "failed"]
+    by: tuple[str, ...] = ()
+    reason: str | None = None
+    ms: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Backup(Document):
     """One volume at one time."""
 
@@ -179,7 +200,16 @@ class Backup(Document):
     mapped: Mapped | None = None
     source: dict[str, JsonValue]
     consistency: Literal["crash", "application", "cold"] = "crash"
+    quiesced: Quiesced | None = None
     statistics: Statistics
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        document: dict[str, JsonValue] = serialize(self)
+        # Left out, the document is what it was before there was such a field.
+        if document.get("quiesced", False) is None:
+            del document["quiesced"]
+        return document
 
 
 class Manifest(Document):

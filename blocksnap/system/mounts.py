@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blocksnap.system import blockdev
-from blocksnap.system.command import run
+from blocksnap.system.command import run_observed
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _SWAPS = Path("/proc/swaps")
@@ -67,7 +67,29 @@ def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
 def flush_filesystem(number: int) -> None:
     """Write out what is dirty in the filesystem that is mounted from a device, if there is one (syncfs)."""
     for mount in mounts_of(number)[:1]:
-        run("sync", "--file-system", mount.point)
+        flush(mount.point)
+
+
+def flush(point: str) -> None:
+    """Write out what is dirty in the filesystem that a path lies on (syncfs); raises CommandError.
+
+    It does not fork, so it may be called while something stands still.
+    """
+    run_observed(("sync", "--file-system", point), lambda: None)
+
+
+def device_of(mount: Mount) -> int | None:
+    """Return the number of the block device that a filesystem is mounted from, None where there is none."""
+    return mount.device if os.major(mount.device) else _source_number(mount)
+
+
+def swap_files() -> list[str]:
+    """Return the files and devices that are used as swap."""
+    try:
+        lines = _SWAPS.read_text().splitlines()[1:]
+    except OSError:
+        return []
+    return [_unescape(line.split()[0]) for line in lines]
 
 
 def users_of_device(number: int) -> list[str]:
@@ -84,11 +106,7 @@ def users_of_device(number: int) -> list[str]:
 
 def swap_users(number: int) -> list[str]:
     """Say whether a device is used as swap."""
-    try:
-        lines = _SWAPS.read_text().splitlines()[1:]
-    except OSError:
-        return []
-    return ["used as swap" for line in lines if _node_number(_unescape(line.split()[0])) == number]
+    return ["used as swap" for path in swap_files() if _node_number(path) == number]
 
 
 def loop_devices_of(path: str) -> list[str]:

@@ -123,6 +123,11 @@ class Volume(Protocol):
         """Current size in bytes."""
         ...
 
+    @property
+    def snapshot_device(self) -> int | None:
+        """Number of the device that a snapshot is taken of, None where none is: it is read as it is."""
+        ...
+
     def trace(self, run: str) -> Trace | None:
         """Return what ``take_snapshot`` will leave on the host for run ``run``; None when nothing."""
         ...

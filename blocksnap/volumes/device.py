@@ -44,6 +44,11 @@ class _ColdVolume:
         """Size when the volume was looked up."""
         return self._size
 
+    @property
+    def snapshot_device(self) -> int | None:
+        """None: it is read as it is."""
+        return None
+
     def trace(self, run: str) -> Trace | None:  # noqa: ARG002 - protocol
         """Nothing is left behind."""
         return None

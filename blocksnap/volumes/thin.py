@@ -57,6 +57,11 @@ class ThinVolume:
         """Size when the volume was looked up."""
         return self._thin.lv.lv_size
 
+    @property
+    def snapshot_device(self) -> int | None:
+        """Its number, if it is active."""
+        return self._thin.lv.number
+
     def trace(self, run: str) -> Trace | None:
         """Return the name that the snapshot of a run will have."""
         lv = self._thin.lv

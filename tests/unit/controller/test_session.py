@@ -41,6 +41,7 @@ class FakeSnapshot:
 class FakeVolume:
     kind = "file"
     size = 4096
+    snapshot_device: int | None = None
 
     def __init__(self, name: str, log: list[str], taken_at: float = 100.0) -> None:
         self.name = name

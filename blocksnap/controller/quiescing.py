@@ -1,0 +1,155 @@
+"""What a run asks to stand still, and what the runs after it do when it could not let that go again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from blocksnap.controller.journal import Entry, Step, read_entries, read_entry, take_over
+from blocksnap.errors import BlocksnapError, UsageError
+from blocksnap.system import host
+
+if TYPE_CHECKING:
+    from blocksnap.quiesce.settings import QuiesceSettings
+    from blocksnap.quiesce.standstill import Standstill
+    from blocksnap.volumes.base import Volume
+
+# Beyond the deadline: what the watchdog gives hooks to end, and a margin.
+_WATCHDOG_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class QuiesceRequest:
+    """What the job says, the paths we write to ourselves, and the name of the job."""
+
+    settings: QuiesceSettings
+    protected_paths: tuple[str, ...] = ()
+    job: str = ""
+
+    def check(self, volumes: Sequence[Volume]) -> None:
+        """Refuse what makes no sense; raises UsageError."""
+        cold = [volume.name for volume in volumes if volume.snapshot_device is None]
+        if cold and not self.settings.asks_for_nothing:
+            raise UsageError(
+                f"there is no snapshot of {', '.join(cold)} for which an application could stand still",
+                resolution="stop the application before and start it after the backup, without `quiesce`",
+            )
+
+    def assemble(self, volumes: Sequence[Volume], state_directory: str | Path) -> Standstill | None:
+        """Look up what is to stand still; None where nothing was asked for and nothing needs to."""
+        devices = [volume.snapshot_device for volume in volumes if volume.snapshot_device is not None]
+        if not devices:
+            return None
+        from blocksnap.quiesce.assemble import assemble
+
+        standstill = assemble(self.settings, devices, [*self.protected_paths, str(state_directory)])
+        return None if standstill.is_empty else standstill
+
+    def environment(self, volumes: Sequence[Volume], run: str) -> dict[str, str]:
+        """Return what a hook finds in its environment beside the usual."""
+        return {
+            "BLOCKSNAP_RUN": run,
+            "BLOCKSNAP_JOB": self.job,
+            "BLOCKSNAP_VOLUMES": "\n".join(volume.name for volume in volumes),
+        }
+
+
+def announce(standstill: Standstill, environment: Mapping[str, str]) -> list[tuple[Step, dict[str, object]]]:
+    """Return the step that says what may be left standing; none when nothing outlives the processes."""
+    traces = standstill.traces()
+    if not traces:
+        return []
+    return [
+        (
+            "quiesce",
+            {
+                "standing": traces,
+                "deadline_seconds": standstill.deadline_seconds,
+                "environment": dict(environment),
+            },
+        )
+    ]
+
+
+def let_go_leftovers(state_directory: str | Path) -> tuple[list[str], list[str]]:
+    """Let go what dead runs left standing still, of whatever volume; return what was done, and warnings.
+
+    Waits for watchdogs that are still at it.
+    """
+    done: list[str] = []
+    warnings: list[str] = []
+    for entry in read_entries(state_directory):
+        if entry.standstill() is None:
+            continue
+        settled = _await_watchdog(entry)
+        if settled is None or settled.alive:
+            continue
+        with take_over(settled) as fd:
+            current = read_entry(settled.path) if fd is not None else None
+            step = current.standstill() if current is not None else None
+            if fd is not None and step is not None:
+                _let_go(settled, step, fd, done, warnings)
+    return done, warnings
+
+
+def _await_watchdog(entry: Entry) -> Entry | None:
+    step = entry.standstill() or {}
+    deadline = step.get("deadline_seconds")
+    patience = (deadline if isinstance(deadline, int | float) else 10.0) * 2 + _WATCHDOG_SECONDS
+    until = time.monotonic() + patience
+    found: Entry | None = entry
+    while found is not None and found.ending and time.monotonic() < until:
+        time.sleep(0.02)
+        found = read_entry(entry.path)
+    return found
+
+
+def _let_go(
+    entry: Entry, step: Mapping[str, object], journal: int, done: list[str], warnings: list[str]
+) -> None:
+    standing = step.get("standing")
+    failed = 0
+    same_boot = entry.owner is not None and entry.owner.boot == host.boot_id()
+    environment = step.get("environment")
+    for trace in reversed(standing) if isinstance(standing, list) else ():
+        try:
+            said = _let_one_go(
+                trace, environment if isinstance(environment, dict) else {}, same_boot=same_boot
+            )
+        except BlocksnapError as err:
+            failed += trace.get("kind") != "after"
+            warnings.append(f"run {entry.run} left something standing still: {err}")
+        else:
+            if said:
+                done.append(f"{said}, which run {entry.run} left standing still")
+    line = json.dumps({"step": "released", "by": "recovery", "failed": failed})
+    with contextlib.suppress(OSError):
+        # The line before may be torn.
+        os.write(journal, f"\n{line}\n".encode())
+        os.fdatasync(journal)
+
+
+def _let_one_go(
+    trace: Mapping[str, object], environment: Mapping[str, str], *, same_boot: bool
+) -> str | None:
+    """Let one thing go; None when there was nothing to be done. Raises BlocksnapError."""
+    from blocksnap.quiesce import filesystem, freezer
+    from blocksnap.quiesce.hook import run_after
+
+    kind, facts = trace.get("kind"), dict(trace)
+    if kind == "after":
+        argv = tuple(str(word) for word in cast("list[object]", trace.get("argv")))
+        run_after(argv, environment)
+        return f"ran {argv[0]}"
+    # The kernel forgets the others when it goes down.
+    if kind == "filesystem" and same_boot and filesystem.thaw_leftover(facts):
+        return f"thawed the filesystem on {trace.get('point')}"
+    if kind == "cgroup" and same_boot and freezer.thaw_leftover(facts):
+        return f"thawed {trace.get('name')}"
+    return None

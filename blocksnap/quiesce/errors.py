@@ -1,0 +1,67 @@
+"""What can go wrong when something is to stand still."""
+
+from __future__ import annotations
+
+from blocksnap.errors import QuiesceError
+
+_SHOWN_BYTES = 600
+
+
+class HookError(QuiesceError):
+    """A command of the administrator refused, failed, or did not answer (exit code 15)."""
+
+    def __init__(self, command: str, problem: str, said: str = "") -> None:
+        self.command = command
+        self.problem = problem
+        super().__init__(
+            f"the hook {command} {problem}",
+            details=said[-_SHOWN_BYTES:].strip() or None,
+            resolution="docs/operations.md says what a hook is asked and has to answer",
+        )
+
+
+class HookReleaseError(HookError):
+    """The command that ends a standstill failed, after the snapshots were taken.
+
+    ``was_run`` is False when it is still to be run.
+    """
+
+    def __init__(self, command: str, problem: str, said: str = "", *, was_run: bool = True) -> None:
+        self.was_run = was_run
+        super().__init__(command, problem, said)
+
+
+class UnsafeHookError(QuiesceError):
+    """A hook could be changed by others than those it would run as (exit code 15)."""
+
+    def __init__(self, command: str, path: str, problem: str) -> None:
+        self.command = command
+        self.path = path
+        self.problem = problem
+        super().__init__(
+            f"the hook {command} is not run: {path} {problem}",
+            details="the file and every directory above it have to be root's, and writable by nobody else",
+            resolution=f"see: namei -l {command}",
+        )
+
+
+class FilesystemFreezeError(QuiesceError):
+    """A filesystem could not be frozen (exit code 15)."""
+
+    def __init__(self, point: str, problem: str) -> None:
+        self.point = point
+        self.problem = problem
+        super().__init__(f"the filesystem on {point} cannot be frozen: {problem}")
+
+
+class DeadlineError(QuiesceError):
+    """The standstill took too long, and was ended by the watchdog (exit code 15)."""
+
+    def __init__(self, allowed_seconds: float, took_seconds: float) -> None:
+        self.allowed_seconds = allowed_seconds
+        self.took_seconds = took_seconds
+        super().__init__(
+            f"the snapshots were not taken within {allowed_seconds:g} s: the watchdog ended the standstill",
+            details=f"applications and filesystems go on since second {took_seconds:.1f}",
+            resolution="raise deadline_seconds if the application may wait so long, or find what was slow",
+        )

@@ -1,0 +1,101 @@
+"""Freeze and thaw filesystems by descriptor (ioctl_fifreeze(2)), and what of them lies above a device."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blocksnap.system import blockdev, mounts
+from blocksnap.system.mounts import Mount
+
+# <linux/fs.h>, <linux/loop.h>
+_FIFREEZE = 0xC0045877
+_FITHAW = 0xC0045878
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_INFO_BYTES = 232
+_LOOP_MAJOR = 7
+_SYS_BLOCK = Path("/sys/block")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A mounted filesystem whose data ends up on a device: directly at depth 0, else through other layers."""
+
+    mount: Mount
+    depth: int
+
+
+def freeze(fd: int) -> None:
+    """Freeze the filesystem on which ``fd`` is open; OSError EBUSY when it is frozen already."""
+    fcntl.ioctl(fd, _FIFREEZE, 0)
+
+
+def thaw(fd: int) -> bool:
+    """Thaw it; False when it was not frozen. Raises OSError."""
+    try:
+        fcntl.ioctl(fd, _FITHAW, 0)
+    except OSError as err:
+        if err.errno == 22:
+            return False
+        raise
+    return True
+
+
+def layers_above(number: int, table: Sequence[Mount] | None = None) -> list[Layer]:
+    """Return the filesystems of this mount namespace above a device, those deepest in the stack first.
+
+    Partitions, encryption, RAID and nested volume groups are followed through the kernel's list of holders,
+    loop devices through the file that each is backed by.
+    """
+    table = mounts.read_mounts() if table is None else table
+    found: dict[int, Layer] = {}
+    seen: set[int] = set()
+    wanted = [(number, 0)]
+    while wanted:
+        device, depth = wanted.pop(0)
+        if device in seen:
+            continue
+        seen.add(device)
+        wanted += [(each, depth + 1) for each in (*blockdev.holders(device), *blockdev.partitions(device))]
+        for mount in mounts.mounts_of(device, list(table)):
+            if mount.device in found:
+                continue
+            found[mount.device] = Layer(mount, depth)
+            wanted += [(loop, depth + 1) for loop in _loops_on(mount.device)]
+    # Within one depth as they were mounted last: a filesystem may hold the image that a later one is on.
+    order = {mount.device: place for place, mount in enumerate(table)}
+    return sorted(found.values(), key=lambda layer: (-layer.depth, -order.get(layer.mount.device, 0)))
+
+
+def backing_filesystem(number: int) -> int | None:
+    """Return the filesystem (st_dev) of the file that a loop device is backed by; None for other devices."""
+    if os.major(number) != _LOOP_MAJOR:
+        return None
+    try:
+        fd = os.open(blockdev.node_of(number), os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, blockdev.NoDeviceError):
+        return None
+    try:
+        buffer = bytearray(_LOOP_INFO_BYTES)
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, buffer)
+    except OSError:
+        # It is not attached.
+        return None
+    else:
+        device: int = struct.unpack_from("=Q", buffer)[0]
+        return device
+    finally:
+        os.close(fd)
+
+
+def _loops_on(filesystem: int) -> list[int]:
+    """Return the loop devices whose files lie on a filesystem."""
+    numbers = []
+    for folder in _SYS_BLOCK.glob("loop*/loop"):
+        major, minor = (folder.parent / "dev").read_text().split(":")
+        numbers.append(os.makedev(int(major), int(minor)))
+    return [number for number in numbers if backing_filesystem(number) == filesystem]
