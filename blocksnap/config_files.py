@@ -287,7 +287,10 @@ def _key_text(path: KeyPath) -> str:
 def _message(error: Any) -> str:  # noqa: ANN401 - pydantic's own type is private
     kind, said = error["type"], str(error["msg"])
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(), 1)
+        key = str(error["loc"][-1])
+        if key in _known_keys():
+            return "this key does not belong here"
+        near = difflib.get_close_matches(key, _known_keys(), 1)
         return "there is no such key" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "missing":
         return "is missing"

@@ -130,7 +130,8 @@ def test_jobs_come_from_the_configuration(blocksnap: CommandLine, volume: Path, 
     secret = tmp_path / "secret"
     secret.write_text("from a file\n")
     (tmp_path / "blocksnap.toml").write_text(
-        f'repository = "{blocksnap.repository}"\npassphrase_file = "{secret}"\n'
+        f'repository = "main"\n[repositories.main]\n'
+        f'url = "{blocksnap.repository}"\npassphrase_file = "{secret}"\n'
         f'[jobs.night]\nvolumes = ["{volume}"]\ntags = {{ job = "night" }}\n'
     )
     bare: dict[str, str | None] = {"BLOCKSNAP_REPOSITORY": None, "BLOCKSNAP_PASSPHRASE": None}
@@ -141,7 +142,8 @@ def test_jobs_come_from_the_configuration(blocksnap: CommandLine, volume: Path, 
     (tmp_path / "blocksnap.toml").write_text("repositry = 'x'\n")
     wrong = blocksnap("list", **bare)
     assert wrong.code == 2
-    assert "blocksnap.toml: repositry" in wrong.stderr
+    assert "blocksnap.toml:1: repositry" in wrong.stderr
+    assert "did you mean repository?" in wrong.stderr
 
 
 @pytest.mark.parametrize("source", ["file", "environment", "command", "credential"])
