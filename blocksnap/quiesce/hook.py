@@ -13,11 +13,11 @@ As root only such are run as nobody but root could have changed.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from blocksnap.quiesce.base import Guard, Strength, Trace
 from blocksnap.quiesce.errors import HookError, HookReleaseError, UnsafeHookError
@@ -25,6 +25,7 @@ from blocksnap.quiesce.settings import HookSettings
 from blocksnap.system.watchdog import Command, Safeguard, Session, Watchdog, WatchdogError
 
 _ANSWER_LIMIT = 4096
+_MOST_LINKS = 40
 _BEFORE = "before"
 _AFTER = "after"
 
@@ -32,12 +33,11 @@ _AFTER = "after"
 def check_command(command: str) -> None:
     """Make sure that nobody but its user could have changed a command; raises UnsafeHookError, HookError.
 
-    The file itself, and every directory and link on the way to it, by either of its names.
+    That goes for the file itself and for every directory and link on the way to it.
     """
     owners = {0, os.geteuid()}
     try:
-        places = list(dict.fromkeys([*_way_to(command), *_way_to(os.path.realpath(command))]))
-        for place in places:
+        for place in _way_to(command):
             status = os.lstat(place)
             if status.st_uid not in owners:
                 raise UnsafeHookError(command, place, f"belongs to user {status.st_uid}")
@@ -51,8 +51,28 @@ def check_command(command: str) -> None:
 
 
 def _way_to(path: str) -> Iterator[str]:
-    yield path
-    yield from (str(parent) for parent in Path(path).parents)
+    """Yield what the kernel looks at to find a file: a link somewhere in the middle decides as much."""
+    here, links = "/", 0
+    words = path.split("/")
+    yield here
+    while words:
+        word = words.pop(0)
+        if word in ("", "."):
+            continue
+        if word == "..":
+            here = os.path.dirname(here)
+            continue
+        place = os.path.join(here, word)
+        yield place
+        if not os.path.islink(place):
+            here = place
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        target = os.readlink(place)
+        here = "/" if target.startswith("/") else here
+        words = [*target.split("/"), *words]
 
 
 class SessionHook:

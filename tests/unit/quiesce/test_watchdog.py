@@ -1,0 +1,162 @@
+"""The watchdog against hooks: whatever becomes of its controller, they are let go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blocksnap.errors import QuiesceError
+from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.settings import QuiesceSettings
+from blocksnap.quiesce.standstill import Standstill
+from blocksnap.system.watchdog import Watchdog, WatchdogError, Write
+from support.standing import is_gone, read_log, wait_until, write_hook
+
+CONTROLLER = """
+import json, os, sys, time
+from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.settings import QuiesceSettings
+settings, journal = sys.argv[1:]
+standstill = assemble(QuiesceSettings.model_validate_json(settings), [], [])
+fd = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+standstill.attend(fd, {"BLOCKSNAP_RUN": "run1"})
+standstill.begin()
+print("standing", standstill._watchdog.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def start_controller(tmp_path: Path, settings: dict[str, object]) -> tuple[subprocess.Popen[str], int]:
+    """Start one and wait until everything stands still; return it and the number of its watchdog."""
+    argv = [sys.executable, "-c", CONTROLLER, json.dumps(settings), str(tmp_path / "journal")]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    word, pid = process.stdout.readline().split()
+    assert word == "standing"
+    return process, int(pid)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def pair_and_session(hooks: Path) -> list[dict[str, object]]:
+    both = write_hook(hooks, "both", 'log "$BLOCKSNAP_PHASE by ${BLOCKSNAP_RELEASED_BY:-nobody}"')
+    lock = write_hook(hooks, "lock", "read a; log $a; echo ready; read a; log $a")
+    return [{"session": [lock]}, {"before": [both], "after": [both]}]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_whatever_becomes_of_the_controller_everything_is_let_go(
+    tmp_path: Path, hooks: Path, end: signal.Signals
+) -> None:
+    settings = {"deadline_seconds": 1.0, "hooks": pair_and_session(hooks)}
+    process, watchdog = start_controller(tmp_path, settings)
+    try:
+        assert read_log(hooks) == ["begin", "before by controller"]
+        process.send_signal(end)
+        assert wait_until(lambda: len(read_log(hooks)) == 4)
+        assert sorted(read_log(hooks)[2:]) == ["after by watchdog", "end"]
+    finally:
+        finish(process)
+    # It stays with a controller that might go on, and then leaves what it did in the journal.
+    assert wait_until(lambda: is_gone(watchdog))
+    (line,) = (tmp_path / "journal").read_text().split("\n")[1:-1]
+    said = json.loads(line)
+    why = "the time was up" if end == signal.SIGSTOP else "the controller is gone"
+    assert (said["step"], said["by"], said["why"], said["failed"]) == ("released", "watchdog", why, 0)
+    assert len(read_log(hooks)) == 4
+
+
+def test_a_controller_that_was_stopped_learns_that_it_was_too_late(tmp_path: Path, hooks: Path) -> None:
+    standstill = assemble(
+        QuiesceSettings.model_validate({"deadline_seconds": 0.5, "hooks": pair_and_session(hooks)}), [], []
+    )
+    journal = os.open(tmp_path / "journal", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        standstill.attend(journal, {})
+        standstill.begin()
+        time.sleep(1.5)
+        standstill.end()
+        with pytest.raises(QuiesceError, match=r"were not taken within 0.5 s: the watchdog"):
+            standstill.conclude()
+        # `after` was run by it, and is not run again.
+        assert sorted(read_log(hooks)[2:]) == ["after by watchdog", "end"]
+    finally:
+        standstill.close()
+        os.close(journal)
+
+
+def test_a_watchdog_that_is_killed_spoils_the_standstill_and_nothing_else(
+    tmp_path: Path, hooks: Path
+) -> None:
+    standstill: Standstill = assemble(
+        QuiesceSettings.model_validate({"hooks": pair_and_session(hooks)}), [], []
+    )
+    journal = os.open(tmp_path / "journal", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        standstill.attend(journal, {})
+        standstill.begin()
+        assert standstill._watchdog is not None
+        os.kill(standstill._watchdog.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        standstill.end()
+        with pytest.raises(QuiesceError, match="the watchdog was killed"):
+            standstill.conclude()
+        # The session ends by itself; who runs `after` now is the next run, by the journal.
+        assert standstill.left
+        assert wait_until(lambda: "end" in read_log(hooks))
+    finally:
+        standstill.close()
+        os.close(journal)
+
+
+def test_nothing_in_force_leaves_nothing_to_do(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        watchdog = Watchdog([Write(fd, "let go")], 10.0)
+        watchdog.arm(0)
+        watchdog.disarm(0)
+        assert watchdog.expired_after is None
+        assert watchdog.close(10.0)
+        assert os.pread(fd, 10, 0) == b""
+        watchdog = Watchdog([Write(fd, "let go")], 10.0)
+        watchdog.arm(0)
+        assert watchdog.close(10.0)
+        assert os.pread(fd, 10, 0) == b"let go"
+    finally:
+        os.close(fd)
+
+
+def test_the_watchdog_ignores_who_asks_it_to_end(tmp_path: Path) -> None:
+    watchdog = Watchdog([], 10.0)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
+            os.kill(watchdog.pid, number)
+        time.sleep(0.1)
+        assert not watchdog.is_lost
+        locked = Path(f"/proc/{watchdog.pid}/status").read_text().split("VmLck:")[1].split()[0]
+        if os.geteuid() == 0:
+            assert int(locked) > 0
+        assert Path(f"/proc/{watchdog.pid}/cwd").resolve() == Path("/")
+    finally:
+        assert watchdog.close(10.0)
+
+
+def test_who_says_something_to_a_dead_watchdog_is_told() -> None:
+    watchdog = Watchdog([], 10.0)
+    os.kill(watchdog.pid, signal.SIGKILL)
+    assert wait_until(lambda: watchdog.is_lost)
+    with pytest.raises(WatchdogError, match="is gone"):
+        watchdog.arm(0)
+    assert watchdog.close(10.0)
