@@ -38,7 +38,7 @@ class Decision:
 
 
 def decide(layer: Layer, protected: Collection[int]) -> Decision:
-    """Decide about a filesystem above a volume; ``protected`` are those that are never frozen (st_dev)."""
+    """Decide about a filesystem above a volume; ``protected`` are those that are never frozen."""
     mount = layer.mount
     if mount.read_only:
         return Decision(layer, "leave", "nothing is written to it")
@@ -52,16 +52,16 @@ def decide(layer: Layer, protected: Collection[int]) -> Decision:
 
 
 def protected_filesystems(paths: Iterable[str]) -> set[int]:
-    """Return the filesystems (st_dev) that must not stand still for the sake of these paths.
+    """Return the filesystems, as mountinfo numbers them, that must not stand still for these paths' sake.
 
     Those that a filesystem lies on are protected with it, through loop devices too; and those with swap.
     """
     table = mounts.read_mounts()
     wanted = []
     for path in [*SYSTEM_PATHS, *paths, *mounts.swap_files()]:
-        status = _status_of_existing(path)
-        if status is not None:
-            wanted.append(status.st_dev)
+        mount = mounts.mount_under(path)
+        if mount is not None:
+            wanted.append(mount.device)
     found: set[int] = set()
     while wanted:
         filesystem = wanted.pop()
@@ -88,10 +88,10 @@ class FilesystemFreeze:
         self._guard: Guard | None = None
         self._began = False
         try:
-            self._fd = os.open(self._point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._fd = os.open(self._point, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as err:
             raise FilesystemFreezeError(self._point, os.strerror(err.errno or 0)) from err
-        if os.fstat(self._fd).st_dev != self._device:
+        if mounts.filesystem_of(self._fd) != self._device:
             self.close()
             raise FilesystemFreezeError(self._point, "another one was mounted there meanwhile")
 
@@ -197,11 +197,11 @@ def thaw_leftover(trace: Trace) -> bool:
     """
     point = str(trace["point"])
     try:
-        fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(point, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        return os.fstat(fd).st_dev == trace["device"] and freeze.thaw(fd)
+        return mounts.filesystem_of(fd) == trace["device"] and freeze.thaw(fd)
     except OSError as err:
         raise FilesystemFreezeError(point, f"and not thawed: {os.strerror(err.errno or 0)}") from err
     finally:
@@ -229,16 +229,3 @@ def _devices_below(filesystem: int, table: list[mounts.Mount]) -> set[int]:
             found.add(number)
             wanted += blockdev.slaves(number)
     return found
-
-
-def _status_of_existing(path: str) -> os.stat_result | None:
-    """Return the status of a path, or of the nearest directory above it that exists."""
-    while True:
-        try:
-            return os.stat(path)
-        except FileNotFoundError:
-            if path in ("/", ""):
-                return None
-            path = os.path.dirname(path)
-        except OSError:
-            return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -61,7 +62,8 @@ def layers_above(number: int, table: Sequence[Mount] | None = None) -> list[Laye
             continue
         seen.add(device)
         wanted += [(each, depth + 1) for each in (*blockdev.holders(device), *blockdev.partitions(device))]
-        for mount in mounts.mounts_of(device, list(table)):
+        # Of several mounts one that shows all of the filesystem.
+        for mount in sorted(mounts.mounts_of(device, list(table)), key=lambda mount: mount.root != "/"):
             if mount.device in found:
                 continue
             found[mount.device] = Layer(mount, depth)
@@ -72,7 +74,10 @@ def layers_above(number: int, table: Sequence[Mount] | None = None) -> list[Laye
 
 
 def backing_filesystem(number: int) -> int | None:
-    """Return the filesystem (st_dev) of the file that a loop device is backed by; None for other devices."""
+    """Return the filesystem of the file that a loop device is backed by, as mountinfo numbers it.
+
+    None for other devices.
+    """
     if os.major(number) != _LOOP_MAJOR:
         return None
     try:
@@ -85,11 +90,16 @@ def backing_filesystem(number: int) -> int | None:
     except OSError:
         # It is not attached.
         return None
-    else:
-        device: int = struct.unpack_from("=Q", buffer)[0]
-        return device
     finally:
         os.close(fd)
+    device: int = struct.unpack_from("=Q", buffer)[0]
+    path = Path(f"/sys/dev/block/{blockdev.number_text(number)}/loop/backing_file").read_text().rstrip("\n")
+    with contextlib.suppress(OSError):
+        # The kernel gives the path as whoever attached it saw it.
+        mount = mounts.mount_under(path)
+        if mount is not None and os.stat(path).st_dev == device:
+            return mount.device
+    return device
 
 
 def _loops_on(filesystem: int) -> list[int]:

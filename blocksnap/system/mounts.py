@@ -78,6 +78,23 @@ def flush(point: str) -> None:
     run_observed(("sync", "--file-system", point), lambda: None)
 
 
+def filesystem_of(fd: int) -> int | None:
+    """Return the filesystem on which a descriptor is open, by the number that mountinfo has for it.
+
+    It is not always what stat calls st_dev: each btrfs subvolume has one of its own.
+    """
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if ":" in line
+    )
+    wanted = fields.get("mnt_id", "").strip()
+    for line in _MOUNTINFO.read_text(errors="surrogateescape").splitlines():
+        words = line.split(" ", 3)
+        if words[0] == wanted:
+            major, minor = words[2].split(":")
+            return os.makedev(int(major), int(minor))
+    return None
+
+
 def device_of(mount: Mount) -> int | None:
     """Return the number of the block device that a filesystem is mounted from, None where there is none."""
     return mount.device if os.major(mount.device) else _source_number(mount)

@@ -111,7 +111,7 @@ class Application:
     def kill(self) -> None:
         """End it whatever it does."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def wait_until(happens: object, seconds: float = 30.0) -> bool:

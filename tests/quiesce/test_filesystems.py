@@ -1,0 +1,239 @@
+"""Filesystems above others on loop devices: which are frozen, in which order, and that they are thawed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.errors import FilesystemFreezeError
+from blocksnap.quiesce.filesystem import FilesystemFlush, FilesystemFreeze, decide, protected_filesystems
+from blocksnap.quiesce.settings import QuiesceSettings
+from blocksnap.quiesce.standstill import Standstill
+from blocksnap.system import freeze
+from blocksnap.system.freeze import layers_above
+from support.loops import call, loop_device, mounted
+from support.require import require
+from support.standing import Application, is_gone, wait_until
+
+CONTROLLER = """
+import os, signal, sys
+from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.settings import QuiesceSettings
+device, deadline, end = sys.argv[1:]
+settings = QuiesceSettings(deadline_seconds=float(deadline))
+standstill = assemble(settings, [int(device)], [])
+standstill.attend(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), {})
+standstill.begin()
+print(standstill._watchdog.pid, flush=True)
+os.kill(os.getpid(), getattr(signal, end))
+standstill.end()
+standstill.close()
+"""
+
+
+@dataclass
+class Nested:
+    """A volume with a filesystem that holds the image of another one."""
+
+    device: str
+    outer: Path
+    inner_device: str
+    inner: Path
+
+    @property
+    def number(self) -> int:
+        return os.stat(self.device).st_rdev
+
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    require("root", os.geteuid() == 0, "loop devices need root")
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Iterator[Nested]:
+    with ExitStack() as stack:
+        device = stack.enter_context(loop_device(tmp_path / "outer.img", size=64 << 20))
+        call("mkfs.ext4", "-q", device)
+        outer = stack.enter_context(mounted(device, tmp_path / "outer"))
+        image = outer / "inner.img"
+        inner_device = stack.enter_context(loop_device(image, size=32 << 20))
+        call("mkfs.ext4", "-q", inner_device)
+        inner = stack.enter_context(mounted(inner_device, tmp_path / "inner"))
+        made = Nested(device, outer, inner_device, inner)
+        yield made
+        for folder in (inner, outer):
+            thaw(folder)
+
+
+def thaw(folder: Path) -> bool:
+    """Whether it was frozen."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        return freeze.thaw(fd)
+    finally:
+        os.close(fd)
+
+
+def attended(number: int, **settings: object) -> Standstill:
+    standstill = assemble(QuiesceSettings.model_validate(settings), [number], [])
+    fd = os.open(os.devnull, os.O_WRONLY)
+    standstill.attend(fd, {})
+    os.close(fd)
+    return standstill
+
+
+def test_the_deepest_is_frozen_and_what_lies_directly_on_the_volume_is_not(nested: Nested) -> None:
+    layers = layers_above(nested.number)
+    assert [(Path(layer.mount.point), layer.depth) for layer in layers] == [
+        (nested.inner, 1),
+        (nested.outer, 0),
+    ]
+    decisions = [decide(layer, set()) for layer in layers]
+    assert [decision.action for decision in decisions] == ["freeze", "leave"]
+    assert "the snapshot freezes it" in decisions[1].reason
+    standstill = attended(nested.number)
+    standstill.begin()
+    with subprocess.Popen(["touch", nested.inner / "file"]) as writer:
+        with pytest.raises(subprocess.TimeoutExpired):
+            writer.wait(0.3)
+        (nested.outer / "file").touch()
+        standstill.end()
+        assert writer.wait(30) == 0
+    outcome = standstill.conclude()
+    standstill.close()
+    assert (outcome.state, outcome.by) == ("frozen", (f"filesystem on {nested.inner}",))
+    assert not thaw(nested.inner)
+
+
+def test_never_asked_for_is_never_done(nested: Nested) -> None:
+    assert attended(nested.number, filesystems="never").is_empty
+
+
+def test_what_we_write_to_is_flushed_and_not_frozen(nested: Nested) -> None:
+    repository = nested.inner / "repository" / "not there yet"
+    protected = protected_filesystems([str(repository)])
+    # And with it what it lies on.
+    assert {os.stat(nested.inner).st_dev, os.stat(nested.outer).st_dev} <= protected
+    layers = layers_above(nested.number)
+    assert [decide(layer, protected).action for layer in layers] == ["flush", "leave"]
+    standstill = assemble(QuiesceSettings(), [nested.number], [str(repository)])
+    assert [type(each) for each in standstill._quiescers] == [FilesystemFlush]
+    fd = os.open(os.devnull, os.O_WRONLY)
+    standstill.attend(fd, {})
+    os.close(fd)
+    standstill.begin()
+    (nested.inner / "file").write_text("not blocked")
+    standstill.end()
+    standstill.close()
+
+
+def test_the_hosts_own_filesystems_are_protected_whatever_they_lie_on(nested: Nested) -> None:
+    protected = protected_filesystems([])
+    assert {os.stat(path).st_dev for path in ("/", "/etc", "/var", "/usr")} <= protected
+    assert os.stat(nested.inner).st_dev not in protected
+
+
+def test_what_somebody_else_froze_is_refused_and_stays_frozen(nested: Nested) -> None:
+    call("fsfreeze", "--freeze", nested.inner)
+    standstill = attended(nested.number)
+    with pytest.raises(FilesystemFreezeError, match="somebody else has frozen it"):
+        standstill.begin()
+    standstill.close()
+    assert thaw(nested.inner)
+
+
+def test_who_thaws_it_meanwhile_is_noticed(nested: Nested) -> None:
+    standstill = attended(nested.number)
+    standstill.begin()
+    call("fsfreeze", "--unfreeze", nested.inner)
+    standstill.end()
+    with pytest.raises(FilesystemFreezeError, match="somebody thawed it"):
+        standstill.conclude()
+    standstill.close()
+
+
+def test_a_mount_that_was_replaced_is_not_frozen(nested: Nested) -> None:
+    (layer, _) = layers_above(nested.number)
+    call("umount", nested.inner)
+    try:
+        with pytest.raises(FilesystemFreezeError, match="another one was mounted"):
+            FilesystemFreeze(layer)
+    finally:
+        call("mount", nested.inner_device, nested.inner)
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+def test_a_btrfs_directly_on_the_volume_is_frozen_by_us(tmp_path: Path, kind: str) -> None:
+    require(kind, shutil.which(f"mkfs.{kind}") is not None, f"there is no mkfs.{kind}")
+    with loop_device(tmp_path / "image", size=320 << 20) as device:
+        call(f"mkfs.{kind}", "-q", device)
+        with mounted(device, tmp_path / "mnt") as folder:
+            (layer,) = layers_above(os.stat(device).st_rdev)
+            assert (layer.depth, layer.mount.point) == (0, str(folder))
+            action = decide(layer, set()).action
+            assert action == ("freeze" if kind == "btrfs" else "leave")
+            if action == "freeze":
+                standstill = attended(os.stat(device).st_rdev)
+                standstill.begin()
+                standstill.end()
+                assert standstill.conclude().state == "frozen"
+                standstill.close()
+                assert not thaw(folder)
+
+
+def test_a_filesystem_on_a_partition_is_found(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+        # One entry of the table of a PC: a Linux partition from sector 2048 to the end.
+        file.seek(446)
+        file.write(struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, (64 << 20) // 512 - 2048))
+        file.seek(510)
+        file.write(b"\x55\xaa")
+    with loop_device(image) as device, ExitStack() as stack:
+        call("partx", "--add", device)
+        stack.callback(call, "partx", "--delete", device)
+        partition = f"{device}p1"
+        require(
+            "partscan", wait_until(lambda: os.path.exists(partition), 5.0), "no node of a partition appears"
+        )
+        call("mkfs.ext4", "-q", partition)
+        with mounted(partition, tmp_path / "mnt") as folder:
+            (layer,) = layers_above(os.stat(device).st_rdev)
+            assert (layer.depth, layer.mount.point) == (1, str(folder))
+            assert decide(layer, set()).action == "freeze"
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_application_goes_on_within_the_deadline_and_a_second(
+    nested: Nested, end: signal.Signals
+) -> None:
+    deadline = 1.0
+    application = Application(nested.inner / "data", fsync=True)
+    argv = [sys.executable, "-c", CONTROLLER, str(nested.number), str(deadline), end.name]
+    try:
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as controller:
+            assert controller.stdout is not None
+            watchdog = int(controller.stdout.readline())
+            try:
+                # Written by somebody else, it comes through when the filesystem is thawed.
+                call("touch", nested.inner / "file")
+            finally:
+                controller.kill()
+        assert wait_until(lambda: is_gone(watchdog))
+        assert application.longest_stall() < deadline + 1
+    finally:
+        application.kill()
+    assert not thaw(nested.inner)
