@@ -14,7 +14,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-tracked vagrant-test clean
-.PHONY: soak-btrfs soak-histories soak-model soak-power-cut soak-simulation soak-tamper soak-thin soak-together soak-xfs
+.PHONY: soak-btrfs soak-histories soak-kill soak-model soak-power-cut soak-simulation soak-tamper soak-thin soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -57,6 +57,9 @@ soak-xfs: bootstrap ## 2,100 rounds of everything that happens to files, against
 soak-histories: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=40 -- $(PYTEST) --timeout 7000 \
 		tests/lvm/test_thin_histories.py tests/lvm/test_thin_metadata.py -k 'random_histories or lock_free'
+
+soak-kill: bootstrap ## a backup of a group, killed at every step, and what doctor --fix makes of it, in the lab
+	vagrant/lab --timeout 3600 --env BLOCKSNAP_SOAK=1 -- $(PYTEST) --timeout 3600 tests/lvm/test_doctor.py
 
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering

@@ -30,6 +30,7 @@ _COMMANDS = {
     "forget": "collection_commands",
     "prune": "collection_commands",
     "key": "key_commands",
+    "doctor": "doctor_commands",
     "timers": "timer_commands",
     "config": "config_commands",
     "debug": "debug_commands",

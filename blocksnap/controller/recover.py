@@ -22,6 +22,7 @@ of nothing, and what it holds is in the repository, so it is removed, if this ho
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -37,6 +38,10 @@ from blocksnap.system import host
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvReport
 
+_SECOND_LOOK_SECONDS = 1.0
+_SUSPENDING = frozenset(
+    {"lvcreate", "lvremove", "lvchange", "lvconvert", "lvextend", "lvresize", "lvreduce", "pvmove", "dmsetup"}
+)
 RunState = Literal["alive", "dead", "unknown"]
 
 
@@ -55,10 +60,11 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What was removed, and what could or should not be."""
+    """What was removed, what could not be, and what may be somebody else's."""
 
     removed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    puzzles: tuple[str, ...] = ()
 
 
 def find_leftovers(report: LvReport | None, entries: Collection[Entry]) -> list[Leftover]:
@@ -115,6 +121,7 @@ class _Findings:
 
     removed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    puzzles: list[str] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     bases: set[tuple[str, str]] = field(default_factory=set)
 
@@ -139,6 +146,7 @@ def recover(
     report = read_report() if looks_at_lvm else None
     entries = read_entries(state_directory)
     if report is not None:
+        _resume_origins(dead, report, found)
         for entry in dead:
             _release_holds(entry, report, found)
         for entry in entries:
@@ -155,7 +163,7 @@ def recover(
             close_entry(entry)
     if report is not None:
         _remove_bases_of_nothing(report, state_directory, found)
-    return Recovery(tuple(found.removed), tuple(found.warnings))
+    return Recovery(tuple(found.removed), tuple(found.warnings), tuple(found.puzzles))
 
 
 def remove_trace(trace: Mapping[str, str] | None) -> None:
@@ -173,7 +181,7 @@ def _remove(leftover: Leftover, *, force: bool, found: _Findings) -> None:
     name = f"{leftover.vg}/{leftover.name}"
     if not may_remove(leftover, boot_time=host.boot_time(), force=force):
         found.kept.add(leftover.run)
-        found.warnings.append(
+        found.puzzles.append(
             f"{name}, a snapshot of {leftover.origin}, is of run {leftover.run}, which this state directory "
             "does not know; if no other run is using it, remove it with lvremove"
         )
@@ -225,6 +233,35 @@ def _finish_rotation(entry: Entry, rotation: Rotation, report: LvReport, found: 
         found.warnings.append(f"cannot finish what run {entry.run} began with the bases of {name}: {err}")
 
 
+def _resume_origins(dead: Collection[Entry], report: LvReport, found: _Findings) -> None:
+    """Resume what an ``lvcreate`` that died left suspended: whoever writes to it waits for ever."""
+    from blocksnap.system import devmapper
+
+    runs = {
+        trace["origin_uuid"]: entry.run
+        for entry in dead
+        for trace in entry.traces()
+        if "origin_uuid" in trace
+    }
+    for uuid, run in runs.items():
+        lv = report.find_uuid(uuid)
+        if lv is None or lv.number is None or not devmapper.is_suspended(lv.number):
+            continue
+        # An LVM command that is at work suspends for some milliseconds, and resumes itself.
+        time.sleep(_SECOND_LOOK_SECONDS)
+        at_work = host.processes(_SUSPENDING)
+        if not devmapper.is_suspended(lv.number):
+            continue
+        try:
+            if at_work:
+                found.puzzles.append(f"{lv.full_name} is suspended, and process {at_work[0]} may be why")
+            else:
+                devmapper.resume(lv.number)
+                found.removed.append(f"resumed {lv.full_name}, which run {run} left suspended")
+        except BlocksnapError as err:
+            found.warnings.append(f"cannot resume {lv.full_name}, which is suspended: {err}")
+
+
 def _release_holds(entry: Entry, report: LvReport, found: _Findings) -> None:
     """Let go of a metadata snapshot that the run made a pool hold."""
     from blocksnap.volumes import thin_hold
@@ -243,7 +280,7 @@ def _release_holds(entry: Entry, report: LvReport, found: _Findings) -> None:
             found.removed.append(f"released the metadata snapshot of {pool} that run {entry.run} left")
         elif left == "unclear":
             found.kept.add(entry.run)
-            found.warnings.append(
+            found.puzzles.append(
                 f"{pool} holds a metadata snapshot, perhaps of run {entry.run}; if nobody else took it, "
                 "release it: dmsetup message VG-POOL-tpool 0 release_metadata_snap"
             )

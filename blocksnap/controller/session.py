@@ -181,7 +181,7 @@ class SnapshotSession:
             self._state_directory, keys, lvm_involved=any(volume.kind == "thin" for volume in self.volumes)
         )
         self.recovered += found.removed
-        self.warnings += found.warnings
+        self.warnings += [*found.warnings, *found.puzzles]
 
     def _take_all(self, journal: Journal) -> None:
         announced: list[tuple[Step, dict[str, object]]] = []

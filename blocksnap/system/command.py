@@ -93,6 +93,11 @@ def has_program(program: str) -> bool:
     return _find(program) is not None
 
 
+def package_of(program: str) -> str | None:
+    """Return the Debian package that has a program that we run; None when it is not known."""
+    return _PACKAGES.get(program)
+
+
 def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> str:
     """Run a program to its end and return its standard output.
 

@@ -18,6 +18,7 @@ from blocksnap.system.command import run
 PoolMode = Literal["rw", "ro", "out_of_data_space", "fail"]
 SnapshotState = Literal["valid", "invalid", "overflow", "merging", "merge failed", "unknown"]
 _SECTOR = 512
+_SYS_BLOCK = Path("/sys/block")
 _LVM_UUID = re.compile(r"LVM-(\w{32})(\w{32})(-\w+)?")
 
 
@@ -113,6 +114,21 @@ def lvm_identity(number: int) -> LvmIdentity | None:
 def is_suspended(number: int) -> bool:
     """Tell whether a device is suspended; False when it is gone."""
     return _read(sysfs_folder(number) / "dm/suspended") == "1"
+
+
+def suspended_devices() -> set[int]:
+    """Return the numbers of all devices that are suspended now."""
+    return {number for number in _devices() if is_suspended(number)}
+
+
+def has_lvm_devices() -> bool:
+    """Tell whether LVM has made any device that is active."""
+    return any(lvm_identity(number) is not None for number in _devices())
+
+
+def resume(number: int) -> None:
+    """Let a suspended device go on."""
+    run("dmsetup", "resume", *_selected(number))
 
 
 def pool_above(metadata: int) -> int | None:
@@ -237,6 +253,15 @@ def _snapshot_words(text: str, what: str) -> tuple[str, list[str]]:
 def _number(text: str) -> int:
     major, _, minor = text.partition(":")
     return os.makedev(int(major), int(minor))
+
+
+def _devices() -> list[int]:
+    found = []
+    for path in sorted(_SYS_BLOCK.glob("dm-*/dev")):
+        text = _read(path)
+        if text:
+            found.append(_number(text))
+    return found
 
 
 def _selected(number: int) -> tuple[str, ...]:

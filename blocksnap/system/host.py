@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -51,6 +52,19 @@ def process_start(pid: int) -> int | None:
         return None
     state, start = fields[0], fields[19]
     return None if state in "ZXx" else int(start)
+
+
+def processes(names: Collection[str]) -> list[int]:
+    """Return the processes that run a program of one of these names."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "comm").read_text().rstrip("\n")
+        except OSError:
+            continue
+        if name in names:
+            found.append(int(folder.name))
+    return found
 
 
 def _read(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from blocksnap.errors import UsageError, VolumeError
-from blocksnap.system.command import CommandError, run, run_observed
+from blocksnap.system.command import CommandError, has_program, run, run_observed
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
 
 TAG = "blocksnap"
@@ -113,6 +113,15 @@ def report(vg: str | None = None) -> LvReport:
             raise NoVolumeError(f"in a volume group {vg}") from err
         raise
     return parse_report(text)
+
+
+def archive_folder() -> str | None:
+    """Return where LVM keeps old versions of its metadata; None when it keeps none."""
+    if not has_program("lvmconfig"):
+        return None
+    values = parse_config(run("lvmconfig", "--type", "full", "backup/archive", "backup/archive_dir"))
+    folder = values.get("archive_dir")
+    return folder if values.get("archive") == 1 and isinstance(folder, str) else None
 
 
 def disks() -> dict[str, str]:

@@ -291,7 +291,7 @@ def test_snapshot_of_an_unknown_run_is_reported_or_removed_by_age(mock: MockComm
     mock.add("lvs", out=report_text(*thin_rows("data"), snapshot_row("new", "data"), old))
     found = recover(tmp_path)
     assert removed_names(mock) == ["blocksnap-old"]
-    (warning,) = found.warnings
+    (warning,) = found.puzzles
     assert "vg0/blocksnap-new" in warning
     assert "if no other run is using it" in warning
     recover(tmp_path, force=True)
