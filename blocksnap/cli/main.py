@@ -27,6 +27,7 @@ _COMMANDS = {
     "restore": "volume_commands",
     "verify": "volume_commands",
     "check": "check_commands",
+    "repair": "repair_commands",
     "forget": "collection_commands",
     "prune": "collection_commands",
     "key": "key_commands",

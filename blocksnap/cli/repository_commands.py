@@ -99,11 +99,14 @@ def show_command(settings: Settings, backup: str) -> None:
     """
     from blocksnap.operations.catalogue import find_backup
     from blocksnap.operations.describing import describe, describe_quiesced, stored_bytes
+    from blocksnap.operations.losses import current_losses
 
-    stored = find_backup(settings.open_repository(), backup)
-    document = describe(stored)
+    repository = settings.open_repository()
+    stored = find_backup(repository, backup)
+    lost = current_losses(repository, stored.backup)
     if settings.json:
-        print_json(document)
+        missing = [{"offset": offset, "length": length} for offset, length in lost]
+        print_json({**describe(stored), "lost": missing})
         return
     record, figures = stored.backup, stored.backup.statistics
     total, data = stored_bytes(stored), figures.stored_bytes - figures.metadata_bytes
@@ -125,6 +128,7 @@ def show_command(settings: Settings, backup: str) -> None:
             ("freeze", f"{figures.freeze_ms:.0f} ms; skew in its group {figures.skew_ms:.0f} ms"),
             ("took", f"{figures.seconds:.1f} s"),
             ("tags", " ".join(f"{key}={value}" for key, value in stored.manifest.tags.items()) or "none"),
+            *(("LOST", f"bytes {offset} to {offset + length}") for offset, length in lost),
             *((f"source {name}", str(value)) for name, value in record.source.items()),
         )
     )

@@ -62,15 +62,34 @@ def check_repository(
         memory = CheckMemory(state_directory, repository.config.id)
         memory.keep_only(checker.sizes)
         states = memory.merged_with(load_states(repository))
-        names = _choose(checker.sizes, states, options)
+        # What was set aside is known to be damaged, and what it was replaced by is looked at.
+        aside = repository.aside().packs
+        sizes = {name: size for name, size in checker.sizes.items() if name not in aside}
+        names = _choose(sizes, states, options)
         with (
-            phase(report, "reading packs", sum(checker.sizes[name] for name in names)),
+            phase(report, "reading packs", sum(sizes[name] for name in names)),
             _notes(options.level, memory, repository, report) as notes,
         ):
             checker.check_packs(names, options.budget, notes.add)
     checker.name_losses()
     _tell(checker.result, report)
     return checker.result
+
+
+def scrub(
+    repository: Repository, sizes: Mapping[str, int], memory: CheckMemory, report: Reporter
+) -> dict[str, PackState]:
+    """Compare packs with the hashes in their names; return what is known of each now."""
+    with (
+        phase(report, "reading packs", sum(sizes.values())),
+        _notes(HASHES, memory, repository, report) as notes,
+    ):
+        for verdict in read_packs(
+            sorted(sizes), ALL, sizes, lambda name: hash_without_key(repository.backend, name, sizes[name])
+        ):
+            notes.add(verdict)
+            report.advance(verdict.size)
+    return memory.states
 
 
 def check_without_key(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from blocksnap.extents.changes import BaseDecision, BasePolicy, Changes, Parent
 from blocksnap.extents.model import ExtentList
 from blocksnap.operations.catalogue import map_root, root_document
+from blocksnap.operations.losses import current_losses
 from blocksnap.operations.mapped import load_mapped, store_mapped
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.sink import DataSink
@@ -149,6 +150,8 @@ def plan_backup(
         known_here = isinstance(run, str) and knows(volume, run)
         remembered = Parent(parent.size, parent.source, known_here, lambda: load_mapped(repository, mapped))
     changes = snapshot.find_changes(remembered)
+    if parent is not None and changes.inherits:
+        changes = _with_lost(changes, ExtentList.of(current_losses(repository, parent)).clip(snapshot.size))
     if parent is None or not changes.inherits:
         selection = select_all(geometry, changes.allocated)
     else:
@@ -163,6 +166,14 @@ def plan_backup(
     nothing = ExtentList()
     changes = replace(changes, allocated=nothing, changed=nothing, discarded=nothing)
     return BackupPlan(volume, snapshot, parent, changes, selection, geometry)
+
+
+def _with_lost(changes: Changes, lost: ExtentList) -> Changes:
+    """What the repository has lost of the parent is read, so that the new backup is whole."""
+    if not lost:
+        return changes
+    reason = f"{changes.reason}; {lost.total} bytes of the parent are lost, and read again"
+    return replace(changes, reason=reason, changed=changes.changed.union(lost))
 
 
 def store_volume(

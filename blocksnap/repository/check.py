@@ -50,6 +50,7 @@ class Checker:
         self._listed: list[StoredBackup] = []
         self._whole_index = True
         self._config_hash = ""
+        self._aside: frozenset[str] = frozenset()
         self.result = CheckResult(level=level)
 
     def check_structure(self) -> None:
@@ -92,7 +93,7 @@ class Checker:
         if self._level >= CONTENTS:
             self._repository.keys.require(Right.READ)
         level, sizes, result = max(self._level, HASHES), self._sizes, self.result
-        names = sorted(sizes) if names is None else names
+        names = sorted(sizes.keys() - self._aside) if names is None else names
         result.packs_left = len(names)
         for verdict in read_packs(
             names, budget, sizes, lambda name: check_pack(self._repository, name, sizes[name], level)
@@ -145,7 +146,11 @@ class Checker:
 
     def _backups(self) -> Iterator[StoredBackup]:
         forgotten = {id_ for each in self._repository.forgotten().values() for id_ in each.backups}
+        aside = self._repository.aside().objects
         for info in sorted(self._repository.backend.list("manifests/"), key=lambda info: info.name):
+            if info.name in aside:
+                self.result.garbage(info.name, "damaged, and given up")
+                continue
             try:
                 manifest = self._repository.load_manifest(info.name)
             except BlocksnapError as err:
@@ -166,7 +171,11 @@ class Checker:
         for info in backend.list("keys/"):
             self._try(info.name, partial(self._key, info.name))
         self._writers()
+        aside = self._repository.aside().objects
         for info in backend.list("gc/"):
+            if info.name in aside:
+                self.result.garbage(info.name, "damaged, and given up")
+                continue
             self._try(info.name, partial(read_object, self._repository, info.name))
         for info in backend.list(CHECKS):
             self._try(info.name, partial(read_checked, self._repository, info.name))
@@ -204,7 +213,12 @@ class Checker:
 
     def _load_segments(self) -> None:
         self._segments, self._whole_index = [], True
+        self._aside = self._repository.aside().packs
+        aside = self._repository.aside().objects
         for info in self._repository.backend.list("index/"):
+            if info.name in aside:
+                self.result.garbage(info.name, "damaged, and replaced by a repair")
+                continue
             try:
                 self._segments.append(self._repository.open_segment(info.name))
             except BlocksnapError as err:
@@ -216,10 +230,15 @@ class Checker:
 
     def _packs_against_index(self) -> None:
         listed: set[str] = set()
+        aside = self._repository.aside().packs
+        for name in sorted(aside & self._sizes.keys()):
+            self.result.garbage(name, "damaged, and set aside by a repair")
         for segment in self._segments:
             for pack, size in segment.packs:
                 listed.add(pack.name)
                 found = self._sizes.get(pack.name)
+                if pack.name in aside:
+                    continue
                 if found is None:
                     self.result.damage(pack.name, "the index lists it, but it is missing")
                 elif found != size:
@@ -255,9 +274,9 @@ class Checker:
 
     def _find(self, id_: bytes) -> int | None:
         for segment in reversed(self._segments):
-            found = segment.find(id_)
-            if found is not None and found.pack.name in self._sizes:
-                return found.type
+            for found in segment.find_all(id_):
+                if found.pack.name in self._sizes and found.pack.name not in self._aside:
+                    return found.type
         return None
 
     def _try(self, name: str, read: Callable[[], object]) -> None:

@@ -7,7 +7,7 @@ up by the next one, and any number may run at once: what has to be agreed on is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,10 +19,17 @@ from blocksnap.repository.documents import Backup, Condemned, Manifest, Root, Sw
 from blocksnap.repository.epochs import Epoch, create_part, read_epoch
 from blocksnap.repository.fencing import IsGone, Run, fence, is_silent, read_runs, settled_runs
 from blocksnap.repository.frame import FrameType
-from blocksnap.repository.marking import Marker, MergedIndex, require_nothing_lost
+from blocksnap.repository.marking import (
+    LAST_RESORT,
+    TRUSTED,
+    UNUSABLE,
+    Marker,
+    MergedIndex,
+    require_nothing_lost,
+)
 from blocksnap.repository.moving import copy_needed
 from blocksnap.repository.pack import PackId
-from blocksnap.repository.repository import Repository
+from blocksnap.repository.repository import Aside, Repository
 from blocksnap.repository.sweeping import execute_sweep, tidy
 from blocksnap.repository.victims import Choice, Limits, PackUse, choose_victims
 from blocksnap.repository.writer import RepositoryWriter
@@ -37,6 +44,7 @@ class Plan:
     choice: Choice
     marked: tuple[str, ...]
     forgotten: tuple[str, ...]
+    aside: tuple[str, ...]
     manifests: tuple[str, ...]
     backups: int
     nodes: int
@@ -95,24 +103,26 @@ class Collector:
         Raises DamageError when anything that would have to be marked cannot be read: then nothing may go.
         """
         repository = self._repository
-        # Forgotten first, then manifests, then the index: what is seen of one is complete in the next.
+        # Forgotten first, then manifests, then the index: what is seen of one is complete in the next. What
+        # is set aside after this is not known to the epoch, and then nothing is deleted in it.
+        aside = repository.aside()
         forgotten = {id_ for each in repository.forgotten().values() for id_ in each.backups}
         manifests = [manifest for manifest, _ in repository.manifests()]
         repository.refresh_index()
         _require_sound(repository)
         sizes = {info.name: info.size for info in repository.backend.list("packs/")}
         index = self._index = self._stack.enter_context(MergedIndex(repository.index.segments))
-        usable = [sizes.get(pack.name) == size for pack, size in zip(index.packs, index.sizes, strict=True)]
-        marker = self._marker = Marker(index, usable, self._reader)
+        marker = self._marker = self._new_marker(index, sizes, aside)
         needed = [each for manifest in manifests for each in manifest.backups if each.id not in forgotten]
         for backup in needed:
             for root in self._roots_of(backup):
                 marker.mark(root)
         require_nothing_lost(marker)
         return Plan(
-            choice=choose_victims(self._uses(index, marker, sizes), self._limits),
+            choice=choose_victims(self._uses(index, marker, sizes, aside), self._limits),
             marked=tuple(sorted(manifest.writer for manifest in manifests)),
             forgotten=tuple(sorted(forgotten)),
+            aside=tuple(sorted(aside.runs)),
             manifests=tuple(sorted(each.writer for each in manifests if _is_given_up(each, forgotten))),
             backups=len(needed),
             nodes=marker.nodes,
@@ -173,6 +183,7 @@ class Collector:
                 ),
                 marked=plan.marked,
                 forgotten=plan.forgotten,
+                aside=plan.aside,
             ),
         )
         # Ours, or that of a collector who was first, who may be further already.
@@ -209,7 +220,11 @@ class Collector:
         manifests = {manifest.writer: manifest for manifest, _ in repository.manifests()}
         repository.refresh_index()
         _require_sound(repository)
-        kept = self._needed_since(condemned, manifests)
+        if repository.aside().runs <= set(condemned.aside):
+            kept = self._needed_since(condemned, manifests)
+        else:
+            # What was marked may be what has turned out damaged since, and its twin condemned.
+            kept = set(condemned.packs)
         forgotten, marked = set(condemned.forgotten), set(condemned.marked)
         return create_part(
             repository,
@@ -240,17 +255,18 @@ class Collector:
             for backup in manifest.backups
             if backup.id not in forgotten
         }
-        sizes = {info.name for info in self._repository.backend.list("packs/")}
+        sizes = {info.name: info.size for info in self._repository.backend.list("packs/")}
         with MergedIndex(self._repository.index.segments) as index:
-            usable = [pack.name in sizes and pack.name not in doomed for pack in index.packs]
-            marker = Marker(index, usable, self._reader)
+            there = {name: 0 if name in doomed else size for name, size in sizes.items()}
+            marker = self._new_marker(index, there, self._repository.aside())
             for run in manifests.keys() - marked:
                 for backup in manifests[run].backups:
                     if backup.id not in forgotten:
                         self._mark_new(marker, backup, known.get(backup.parent or ""))
             kept = set()
             for id_ in list(marker.lost):
-                homes = {index.packs[index.pack_of(number)].name for number in index.numbers(id_)} & sizes
+                homes = {index.packs[index.pack_of(number)].name for number in index.numbers(id_)}
+                homes &= sizes.keys()
                 if homes:
                     kept.add(min(homes))
                     marker.lost.discard(id_)
@@ -271,7 +287,18 @@ class Collector:
         if backup.mapped is not None:
             yield self._roots(backup.mapped.map)
 
-    def _uses(self, index: MergedIndex, marker: Marker, sizes: dict[str, int]) -> Sequence[PackUse]:
+    def _new_marker(self, index: MergedIndex, sizes: Mapping[str, int], aside: Aside) -> Marker:
+        trust = [
+            (LAST_RESORT if sizes.get(pack.name) else UNUSABLE)
+            if pack.name in aside.packs
+            else (TRUSTED if sizes.get(pack.name) == size else UNUSABLE)
+            for pack, size in zip(index.packs, index.sizes, strict=True)
+        ]
+        return Marker(index, trust, self._reader, gives_up=aside.lost.__contains__)
+
+    def _uses(
+        self, index: MergedIndex, marker: Marker, sizes: dict[str, int], aside: Aside
+    ) -> Sequence[PackUse]:
         needed, frames = [0] * len(index.packs), [0] * len(index.packs)
         data = [True] * len(index.packs)
         for number, row in enumerate(index.rows()):
@@ -299,6 +326,7 @@ class Collector:
                     data=place is not None and data[place],
                     settled=owner in settled or owner not in runs,
                     indexed=place is not None,
+                    aside=name in aside.packs,
                 )
             )
         return uses

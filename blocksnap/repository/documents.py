@@ -254,7 +254,8 @@ class Forgotten(Document):
 class Condemned(Document):
     """An object ``gc/<epoch>/condemned``: what is to go, and by which manifests that was decided.
 
-    ``marked`` are the manifests whose needs were looked at, ``forgotten`` the backups that were passed over.
+    ``marked`` are the manifests whose needs were looked at, ``forgotten`` the backups that were passed over,
+    ``aside`` the runs of repairs that were known.
     """
 
     format: int = FORMAT_VERSION
@@ -264,6 +265,7 @@ class Condemned(Document):
     packs: tuple[str, ...]
     marked: tuple[Hex16, ...]
     forgotten: tuple[Hex16, ...]
+    aside: tuple[Hex16, ...] = ()
 
 
 class Sweep(Document):
@@ -275,6 +277,31 @@ class Sweep(Document):
     time: datetime
     packs: tuple[str, ...]
     manifests: tuple[Hex16, ...]
+
+
+class LostRange(Document):
+    """A range of a backup, in bytes, that a repair could not bring back."""
+
+    backup: Hex16
+    offset: Count
+    length: Annotated[int, Field(ge=1)]
+
+
+class SetAside(Document):
+    """An object ``gc/aside/<run>``: what a repair has found damaged and replaced as far as that goes.
+
+    ``packs`` are the last resort of readers, and no writer or collector relies on them. ``objects`` need not
+    be read any more. ``lost`` are ids of chunks and map nodes that somebody has given up. ``ranges`` says
+    of which backups what was lost at that time.
+    """
+
+    format: int = FORMAT_VERSION
+    run: Hex16
+    time: datetime
+    packs: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+    lost: tuple[Hex32, ...] = ()
+    ranges: tuple[LostRange, ...] = ()
 
 
 class Checked(Document):

@@ -10,11 +10,11 @@ from pydantic import BaseModel
 
 from blocksnap.backends.errors import ObjectExistsError
 from blocksnap.repository.decoding import encode_signed
-from blocksnap.repository.documents import Condemned, Done, Forgotten, Sweep
+from blocksnap.repository.documents import Condemned, Done, Forgotten, SetAside, Sweep
 from blocksnap.repository.errors import NewerFormatError
 from blocksnap.repository.frame import FrameType, Sealer
 from blocksnap.repository.keys import Right
-from blocksnap.repository.repository import FORGET, Repository
+from blocksnap.repository.repository import ASIDE, FORGET, Repository
 
 _PART = re.compile(r"gc/(\d{8})/(condemned|sweep|done)")
 _Part = TypeVar("_Part", Condemned, Sweep, Done)
@@ -57,6 +57,8 @@ def read_object(repository: Repository, name: str) -> BaseModel:
     """Return any object under ``gc/``; raises DamageError, NewerFormatError, ObjectMissingError."""
     if name.startswith(FORGET):
         return repository.read_signed(name, FrameType.COLLECTION, Forgotten)
+    if name.startswith(ASIDE):
+        return repository.read_signed(name, FrameType.COLLECTION, SetAside)
     match = _PART.fullmatch(name)
     if match is None:
         raise NewerFormatError(repository.backend.place, f"the object {name}")
@@ -91,6 +93,12 @@ def create_forgotten(repository: Repository, document: Forgotten) -> None:
     repository.backend.put(name, _seal(repository, name, document))
 
 
+def create_set_aside(repository: Repository, document: SetAside) -> None:
+    """Set aside what a repair has replaced: its packs and segments have to be durable by now."""
+    name = f"{ASIDE}{document.run}"
+    repository.backend.put(name, _seal(repository, name, document))
+
+
 def part_names(number: int) -> tuple[str, ...]:
     """Return the names of the objects of an epoch, in the order in which they may be deleted."""
     return tuple(_name(number, part) for part in ("condemned", "sweep", "done"))
@@ -105,7 +113,7 @@ def _seal(repository: Repository, name: str, document: BaseModel) -> bytes:
 def _list_parts(repository: Repository) -> dict[int, set[str]]:
     found: dict[int, set[str]] = {}
     for info in repository.backend.list("gc/"):
-        if info.name.startswith(FORGET):
+        if info.name.startswith((FORGET, ASIDE)):
             continue
         match = _PART.fullmatch(info.name)
         if match is None:

@@ -77,13 +77,14 @@ def is_silent(run: Run, now: datetime, is_gone: IsGone) -> bool:
 
 
 def fence(repository: Repository, writer: str, now: datetime) -> bool:
-    """Shut a run out; False when it has committed, or was shut out before."""
+    """Shut a run out, or settle one's own; False when it has committed, or was shut out before."""
     document = Fence(writer=writer, time=now, fenced=True)
     sealed = Sealer(repository.keys).seal(FrameType.MANIFEST, document.model_dump_json().encode())
     try:
         repository.backend.put(f"manifests/{writer}", sealed)
     except ObjectExistsError:
-        return False
+        # A retried creation may meet its own first try.
+        return repository.backend.read(f"manifests/{writer}") == sealed
     return True
 
 

@@ -176,6 +176,7 @@ class Index:
     def __init__(self) -> None:
         self._segments: list[Segment] = []
         self._condemned: frozenset[str] = frozenset()
+        self._aside: frozenset[PackId] = frozenset()
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -192,8 +193,18 @@ class Index:
         self._segments.append(segment)
 
     def keep_only(self, names: Container[str]) -> None:
-        """Drop the segments that are not among these."""
-        self._segments = [segment for segment in self._segments if segment.name in names]
+        """Drop the segments that are not among these; those that were made up stay."""
+        self._segments = [
+            segment for segment in self._segments if segment.name in names or not segment.stored
+        ]
+
+    def replace_made_up(self, segments: Iterable[Segment]) -> None:
+        """Put segments that are not stored in the place of those that were there."""
+        self._segments = [*(each for each in self._segments if each.stored), *segments]
+
+    def set_aside(self, packs: Iterable[str]) -> None:
+        """Find what lies in these packs last, and only where no other pack has it."""
+        self._aside = frozenset(map(PackId.parse, packs))
 
     def pass_over(self, condemned: frozenset[str], sizes: Mapping[str, int]) -> None:
         """Find nothing any more in packs that are missing or have another size.
@@ -206,13 +217,22 @@ class Index:
 
     def stays(self, id_: bytes) -> bool:
         """Tell whether a blob lies where it will still be when this run commits."""
-        return any(location.pack.name not in self._condemned for location in self.find_all(id_))
+        return any(
+            location.pack not in self._aside and location.pack.name not in self._condemned
+            for location in self.find_all(id_)
+        )
 
     def find(self, id_: bytes) -> Location | None:
         """Return where a blob lies, or None."""
         return next(self.find_all(id_), None)
 
     def find_all(self, id_: bytes) -> Iterator[Location]:
-        """Yield every place where a blob lies."""
+        """Yield every place where a blob lies, the best first."""
+        doubtful = []
         for segment in reversed(self._segments):
-            yield from segment.find_all(id_)
+            for location in segment.find_all(id_):
+                if location.pack in self._aside:
+                    doubtful.append(location)
+                else:
+                    yield location
+        yield from doubtful

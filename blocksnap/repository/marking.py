@@ -11,16 +11,18 @@ import heapq
 import mmap
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from blocksnap.errors import DamageError
-from blocksnap.repository.blockmap import Entry, MapReader, MapRoot
+from blocksnap.repository.blockmap import FANOUT, HOLE, Entry, MapReader, MapRoot
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import MAX_FRAME, ROW, Segment, first_row
 from blocksnap.repository.pack import PackId
 
+UNUSABLE, LAST_RESORT, TRUSTED = 0, 1, 2
+"""How far the rows of a pack are to be believed."""
 _ID = 32
 _BUFFERED_ROWS = 4096
 _PACK_FIELD = struct.Struct("<I")
@@ -118,13 +120,25 @@ def _renumbered(segment: Segment, table: Sequence[int]) -> Iterator[bytes]:
 class Marker:
     """Marks what backups need, in a merged index.
 
-    ``usable`` says of every pack whether its rows may be believed. ``nodes`` counts the nodes that were read.
+    ``trust`` says of every pack whether its rows may be believed: UNUSABLE, LAST_RESORT or TRUSTED.
+    A row of the middle sort is ``accepted`` one by one. Of an id that is in no such row, and of a node that
+    cannot be read, ``gives_up`` tells whether to go on without. ``nodes`` counts the nodes that were read.
     """
 
-    def __init__(self, index: MergedIndex, usable: Sequence[bool], reader: MapReader) -> None:
+    def __init__(
+        self,
+        index: MergedIndex,
+        trust: Sequence[int],
+        reader: MapReader,
+        *,
+        accepts: Callable[[int], bool] = lambda _: True,
+        gives_up: Callable[[bytes], bool] = lambda _: False,
+    ) -> None:
         self._index = index
-        self._usable = usable
+        self._trust = trust
         self._reader = reader
+        self._accepts = accepts
+        self._gives_up = gives_up
         self._bits = bytearray(-(-len(index) // 8))
         self.nodes = 0
         self.lost: set[bytes] = set()
@@ -142,7 +156,7 @@ class Marker:
             if len(entry) != _ID or not self._mark_id(entry) or level < 0:
                 continue
             self.nodes += 1
-            stack.extend((child, level - 1) for child in reversed(self._reader.node(entry, level)))
+            stack.extend((child, level - 1) for child in reversed(self._below(entry, level)))
 
     def mark_difference(self, root: MapRoot, base: MapRoot) -> None:
         """Mark what is below a root but not, at the same place, below another of as many levels."""
@@ -155,24 +169,42 @@ class Marker:
             if len(entry) != _ID or entry == other or not self._mark_id(entry) or level < 0:
                 continue
             self.nodes += 1
-            below = self._reader.node(other, level) if len(other) == _ID else [other] * 64
+            mine = self._below(entry, level)
+            if not mine:
+                continue
+            below = self._below(other, level) if len(other) == _ID else [other] * FANOUT
             stack.extend(
-                (mine, its, level - 1)
-                for mine, its in zip(self._reader.node(entry, level), below, strict=True)
+                (child, its, level - 1) for child, its in zip(mine, below or [HOLE] * FANOUT, strict=True)
             )
 
+    def _below(self, entry: Entry, level: int) -> Sequence[Entry]:
+        try:
+            return self._reader.node(entry, level)
+        except DamageError:
+            if not self._gives_up(entry):
+                raise
+            return ()
+
     def _mark_id(self, id_: bytes) -> bool:
-        """Mark the first usable row of an id; tell whether that is new."""
+        """Mark the best row of an id; tell whether that is new."""
+        last_resort = -1
         for number in self._index.numbers(id_):
-            if not self._usable[self._index.pack_of(number)]:
-                continue
-            if self.is_marked(number):
-                return False
-            self._bits[number // 8] |= 1 << number % 8
-            return True
-        if id_ in self.lost:
+            trust = self._trust[self._index.pack_of(number)]
+            if trust == LAST_RESORT and last_resort < 0 and self._accepts(number):
+                last_resort = number
+            if trust == TRUSTED:
+                return self._mark_row(number)
+        if last_resort >= 0:
+            return self._mark_row(last_resort)
+        if id_ in self.lost or self._gives_up(id_):
             return False
         self.lost.add(id_)
+        return True
+
+    def _mark_row(self, number: int) -> bool:
+        if self.is_marked(number):
+            return False
+        self._bits[number // 8] |= 1 << number % 8
         return True
 
 

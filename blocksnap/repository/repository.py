@@ -29,7 +29,7 @@ from blocksnap.repository.decoding import (
     seal_public,
     validate,
 )
-from blocksnap.repository.documents import Backup, Config, Fence, Forgotten, Manifest, Operation
+from blocksnap.repository.documents import Backup, Config, Fence, Forgotten, Manifest, Operation, SetAside
 from blocksnap.repository.errors import (
     DamagedObjectError,
     MissingChunkError,
@@ -56,6 +56,7 @@ from blocksnap.repository.pack import PackId, SealedPack, read_footer, read_pack
 _REFRESH_SECONDS = 2.0
 _SALVAGED = "salvaged from the packs"
 FORGET = "gc/forget/"
+ASIDE = "gc/aside/"
 _Model = TypeVar("_Model", bound=BaseModel)
 ASKED = Callable[[], bytes | None]
 """Returns the passphrase, or None when the user gave none; called only when one is needed."""
@@ -72,6 +73,16 @@ class StoredBackup:
     """When the manifest arrived, by the storage's clock."""
 
 
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What repairs have set aside: see SetAside. ``runs`` are those of the repairs."""
+
+    runs: frozenset[str] = frozenset()
+    packs: frozenset[str] = frozenset()
+    objects: frozenset[str] = frozenset()
+    lost: frozenset[bytes] = frozenset()
+
+
 class Repository:
     """An open repository."""
 
@@ -86,6 +97,7 @@ class Repository:
         self._index: Index | None = None
         self._refreshed = 0.0
         self._is_behind = False
+        self._set_aside: dict[str, SetAside] = {}
         self.damage: list[BlocksnapError] = []
         """What was found damaged, or too new, and could be passed over; commands warn of it."""
         self.bad_ids: set[bytes] = set()
@@ -188,12 +200,14 @@ class Repository:
         tables.
         """
         index = self._index = self._index or Index()
+        aside = self.aside()
+        index.set_aside(aside.packs)
         self._refreshed, self._is_behind = time.monotonic(), False
         known = {segment.name for segment in index.segments}
         damaged = False
         listed = sorted(info.name for info in self.backend.list("index/"))
         for name in listed:
-            if name not in known:
+            if name not in known and name not in aside.objects:
                 try:
                     index.add(self.open_segment(name))
                 except ObjectMissingError:
@@ -203,7 +217,7 @@ class Repository:
                     damaged = True
                     self._note(err)
         # Those that are gone come last, so that another thread never misses what both old and new ones list.
-        index.keep_only({*listed, _SALVAGED})
+        index.keep_only(set(listed) - aside.objects)
         if damaged and _SALVAGED not in known:
             self._salvage(index)
         return None
@@ -290,7 +304,10 @@ class Repository:
         """
         # What was committed since the index was loaded is not in it.
         self._is_behind = True
+        aside = self.aside()
         for info in self.backend.list("manifests/"):
+            if info.name in aside.objects:
+                continue
             try:
                 manifest = self.load_manifest(info.name)
             except ObjectMissingError:
@@ -324,12 +341,61 @@ class Repository:
         One that cannot be read is damage, and what it gave up is there again.
         """
         found: dict[str, Forgotten] = {}
+        aside = self.aside()
         for info in self.backend.list(FORGET):
+            if info.name in aside.objects:
+                continue
             try:
-                found[info.name] = self.read_signed(info.name, FrameType.COLLECTION, Forgotten)
+                found[info.name] = self.read_forgotten(info.name)
             except DamageError as err:
-                self._note(err)
+                # A garbage collection removes what is of no use any more.
+                if self.backend.exists(info.name):
+                    self._note(err)
         return found
+
+    def read_forgotten(self, name: str) -> Forgotten:
+        """Return one act of forgetting; raises DamageError."""
+        return self.read_signed(name, FrameType.COLLECTION, Forgotten)
+
+    def aside(self) -> Aside:
+        """Return what repairs have set aside; one record that cannot be read is damage and done without."""
+        found: dict[str, SetAside] = {}
+        problems: dict[str, DamageError] = {}
+        for info in self.backend.list(ASIDE):
+            try:
+                known = self._set_aside.get(info.name)
+                found[info.name] = known or self.read_signed(info.name, FrameType.COLLECTION, SetAside)
+            except DamageError as err:
+                problems[info.name] = err
+        self._set_aside = found
+        records = found.values()
+        objects = frozenset(name for record in records for name in record.objects)
+        for name in problems.keys() - objects:
+            if self.backend.exists(name):
+                self._note(problems[name])
+        return Aside(
+            runs=frozenset(record.run for record in records),
+            packs=frozenset(name for record in records for name in record.packs),
+            objects=objects,
+            lost=frozenset(bytes.fromhex(id_) for record in records for id_ in record.lost),
+        )
+
+    def aside_records(self) -> dict[str, SetAside]:
+        """Return what says so, by the names of the objects."""
+        self.aside()
+        return dict(self._set_aside)
+
+    def known_losses(self, backup: str) -> list[tuple[int, int]]:
+        """Return the ranges (offset, length) of a backup that a repair could not bring back at its time."""
+        self.aside()
+        return sorted(
+            {
+                (each.offset, each.length)
+                for record in self._set_aside.values()
+                for each in record.ranges
+                if each.backup == backup
+            }
+        )
 
     def backups(self) -> list[StoredBackup]:
         """Return all backups that are not forgotten, oldest first."""

@@ -50,7 +50,21 @@ def tidy(repository: Repository, epoch: int, now: datetime) -> None:
                 _delete(repository, name)
     packs = {info.name for info in repository.backend.list("packs/")}
     _delete_all(repository, superseded(repository, packs))
+    _tidy_aside(repository, packs, known)
     _forget_history(repository, epoch, settled, now)
+
+
+def _tidy_aside(repository: Repository, packs: set[str], backups: set[str]) -> None:
+    """Delete segments that were replaced by a repair, and what repairs say of things that are gone."""
+    aside = repository.aside()
+    segments = {info.name for info in repository.backend.list("index/")} & aside.objects
+    _delete_all(repository, sorted(segments))
+    there = packs | {info.name for info in repository.backend.list("manifests/")}
+    for name, record in repository.aside_records().items():
+        of_use = there.intersection(record.packs) or there.intersection(record.objects)
+        of_use = of_use or backups.intersection(each.backup for each in record.ranges)
+        if not of_use and not (record.lost and not record.ranges) and not repository.damage:
+            _delete(repository, name)
 
 
 def _forget_history(repository: Repository, epoch: int, settled: set[str], now: datetime) -> None:
@@ -68,7 +82,9 @@ def _forget_history(repository: Repository, epoch: int, settled: set[str], now: 
 def _replace_segments(repository: Repository, writer: RepositoryWriter, sweep: Sweep) -> None:
     """Replace the segments that list swept packs, and merge the small ones when there are many."""
     repository.refresh_index()
-    swept = set(sweep.packs)
+    # Nor are rows of use that point into packs which are gone, and known to be.
+    there = {info.name for info in repository.backend.list("packs/")}
+    swept = set(sweep.packs) | (repository.aside().packs - there)
     segments = [segment for segment in repository.index.segments if segment.stored]
     old = [segment for segment in segments if any(pack.name in swept for pack, _ in segment.packs)]
     if len(segments) - len(old) > MANY_SEGMENTS:

@@ -30,6 +30,8 @@ class PackUse:
     data: bool
     settled: bool
     indexed: bool
+    aside: bool = False
+    """Damaged: what is unharmed in it was copied, and the rest may be of use to somebody yet."""
 
     @property
     def dead_bytes(self) -> int:
@@ -96,6 +98,10 @@ def choose_victims(packs: Iterable[PackUse], limits: Limits) -> Choice:
         elif not pack.needed_bytes:
             why = "no backup needs anything of it" if pack.indexed else "an interrupted run left it"
             decided[pack.name] = Decision(pack, "drop", why)
+        elif pack.aside:
+            decided[pack.name] = Decision(
+                pack, "keep", "damaged, and nothing else has what backups need of it"
+            )
         elif dead_percent <= limits.dead_percent and pack.name not in small:
             decided[pack.name] = Decision(pack, "keep", f"{dead_percent:.0f} % of it is dead")
         elif pack.needed_bytes > budget:
@@ -115,7 +121,11 @@ def _small_packs(packs: list[PackUse]) -> list[PackUse]:
         small = [
             pack
             for pack in packs
-            if pack.settled and pack.data == data and pack.needed_bytes > 0 and pack.size < target // 4
+            if pack.settled
+            and not pack.aside
+            and pack.data == data
+            and pack.needed_bytes > 0
+            and pack.size < target // 4
         ]
         if sum(pack.needed_bytes for pack in small) >= target:
             found += small

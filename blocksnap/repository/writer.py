@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -103,15 +103,17 @@ class RepositoryWriter:
         is_gone: IsGone = nobody_is_gone,
         *,
         collects: bool = False,
+        right: Right | None = None,
     ) -> None:
         """Announce the run, then learn what is stored (in this order: see the design, 3.9).
 
         ``is_gone`` tells of which earlier runs of this host the packs may be taken over. Nobody waits for a
         run that ``collects`` garbage. Raises NewerFormatError for a repository that this version must not
-        write to, and MissingRightError when the repository's key may not do it.
+        write to, and MissingRightError when the repository's key has not the ``right`` to it, by default
+        that to collect or to store.
         """
         repository.require("gc" if collects else "write")
-        repository.keys.require(Right.COLLECT if collects else Right.STORE)
+        repository.keys.require(right or (Right.COLLECT if collects else Right.STORE))
         self._repository = repository
         self._author = author
         self._collects = collects
@@ -188,15 +190,28 @@ class RepositoryWriter:
         """Store a blob unless it is there already, and return its id."""
         id_ = self.identify(kind, plain)
         if self.claim(id_):
-            buffer = memoryview(bytearray(len(plain) + OVERHEAD))
-            # Nodes are ids, and ids do not compress.
-            end = self._sealer.seal_into(kind, id_, plain, buffer, compress=kind != FrameType.NODE)
-            self.store(kind, id_, buffer[:end], len(plain))
+            self.store_again(kind, id_, plain)
         return id_
+
+    def store_again(self, kind: FrameType, id_: bytes, plain: bytes) -> None:
+        """Store a blob whatever is said to be there."""
+        # Nodes are ids, and ids do not compress.
+        buffer = memoryview(bytearray(len(plain) + OVERHEAD))
+        end = self._sealer.seal_into(kind, id_, plain, buffer, compress=kind != FrameType.NODE)
+        self.store(kind, id_, buffer[:end], len(plain))
 
     def store_node(self, plain: bytes) -> bytes:
         """Store a map node and return its id."""
         return self.store_blob(FrameType.NODE, plain)
+
+    def adopt(self, packs: Iterable[SealedPack]) -> None:
+        """List packs that others have stored, and that no segment lists."""
+        for pack in packs:
+            self._durable.append(pack)
+            self.adopted += pack.size
+            if sum(len(each.rows) for each in self._durable) >= SEGMENT_ROWS:
+                self._write_segment()
+        self._write_segment()
 
     def flush(self) -> None:
         """Make everything stored so far durable and indexed."""
@@ -247,9 +262,7 @@ class RepositoryWriter:
             adopted = find_adoptable(
                 repository, self._author.host, sizes, condemned, is_gone, datetime.now(UTC)
             )
-            self._durable += adopted
-            self._write_segment()
-            self.adopted = sum(pack.size for pack in adopted)
+            self.adopt(adopted)
         return len(sizes)
 
     def _announce(self) -> None:

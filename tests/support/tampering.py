@@ -9,8 +9,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from blocksnap.backends.base import Backend, ObjectInfo, ObjectWriter
-from blocksnap.backends.errors import ObjectMissingError
+from blocksnap.backends.base import Backend, Buffer, ObjectInfo, ObjectWriter
+from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
 from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import BlocksnapError
 from blocksnap.extents.changes import MappedSet
@@ -71,6 +71,37 @@ class Memory(Backend):
         for name, content in self._objects.items():
             if name.startswith(prefix):
                 yield ObjectInfo(name, len(content))
+
+
+class Changing(Memory):
+    """The same for whoever adds objects to it."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects = dict(objects)
+        super().__init__(self.objects)
+
+    def open_writer(self) -> ObjectWriter:
+        return _Draft(self.objects)
+
+    def delete(self, name: str) -> None:
+        if self.objects.pop(name, None) is None:
+            raise ObjectMissingError(name)
+
+
+class _Draft(ObjectWriter):
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self._objects = objects
+        self._data = bytearray()
+
+    def write(self, data: Buffer) -> None:
+        self._data += data
+
+    def publish(self, name: str) -> None:
+        if self._objects.setdefault(name, content := bytes(self._data)) is not content:
+            raise ObjectExistsError(name)
+
+    def abort(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def test_sizes_are_understood() -> None:
         1 << 20,
         4 << 20,
     ]
-    for text in ("", "K", "1.5M", "-1", "12X"):
+    for text in ("", "K", "1.5M", "-1", "12P"):
         with pytest.raises(UsageError):
             parse_size(text)
 
