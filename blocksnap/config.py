@@ -141,6 +141,7 @@ class Configuration(_Model):
     repository: str | None = None
     """Name or URL of the repository, where neither the command line nor a job names one."""
     state_directory: AbsolutePath | None = None
+    cache_directory: AbsolutePath | None = None
     repositories: dict[Name, RepositorySettings] = {}
     volumes: dict[Name, VolumeSettings] = {}
     defaults: JobSettings = JobSettings()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 DEFAULT_STATE_DIRECTORY = "/var/lib/blocksnap"
+DEFAULT_CACHE_DIRECTORY = "/var/cache/blocksnap"
 DEFAULT_CONFIGURATION = "/etc/blocksnap/blocksnap.toml"
 EXIT_WARNINGS = 3
 
@@ -36,6 +37,8 @@ class Settings:
     verbosity: int
     key: str | None = None
     config: str | None = None
+    cache: str | None = None
+    no_cache: bool = False
     opened: list[Repository] = field(default_factory=list)
     damage: list[BlocksnapError] = field(default_factory=list)
 
@@ -105,6 +108,14 @@ class Settings:
         configured = self.configuration.state_directory if self.configuration else None
         return os.environ.get("BLOCKSNAP_STATE_DIRECTORY") or configured or DEFAULT_STATE_DIRECTORY
 
+    @property
+    def cache_directory(self) -> str | None:
+        """Where this host may keep what is derived from repositories; None where it is to keep nothing."""
+        if self.no_cache:
+            return None
+        configured = self.configuration.cache_directory if self.configuration else None
+        return self.cache or configured or _default_cache_directory()
+
     def open_backend(self) -> Backend:
         """Open the place that was named, until the command ends."""
         from blocksnap.backends import open_backend
@@ -121,7 +132,9 @@ class Settings:
         backend = self.open_backend()
         configured = self._configured_repository
         key = self.key or (configured.key if configured else None) or ""
-        repository = Repository.open(backend, self.passphrase, key=key, host=host_name())
+        repository = Repository.open(
+            backend, self.passphrase, key=key, host=host_name(), cache=self.cache_directory
+        )
         self.opened.append(repository)
         return repository
 
@@ -146,6 +159,14 @@ class Settings:
         )
 
 
+def _default_cache_directory() -> str:
+    if os.geteuid() == 0:
+        return DEFAULT_CACHE_DIRECTORY
+    # The XDG base directory specification: what is not an absolute path is to be passed over.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "blocksnap")
+
+
 def common_options(command: _Command) -> _Command:
     """Add the options every command has; they arrive as one ``settings`` argument."""
 
@@ -155,13 +176,17 @@ def common_options(command: _Command) -> _Command:
         passphrase_file: str | None,
         key: str | None,
         config: str | None,
+        cache_dir: str | None,
         *,
+        no_cache: bool,
         json: bool,
         quiet: bool,
         verbose: int,
         **arguments: object,
     ) -> object:
-        settings = Settings(repo, passphrase_file, json, -1 if quiet else verbose, key, config)
+        settings = Settings(
+            repo, passphrase_file, json, -1 if quiet else verbose, key, config, cache_dir, no_cache
+        )
         result = command(settings=settings, **arguments)
         if settings.warn_of_damage():
             click.get_current_context().exit(EXIT_WARNINGS)
@@ -191,6 +216,13 @@ def common_options(command: _Command) -> _Command:
             metavar="ID",
             help="Try the passphrase on this key only, instead of one after the other.",
         ),
+        click.option(
+            "--cache-dir",
+            envvar="BLOCKSNAP_CACHE",
+            metavar="DIR",
+            help="Where to keep the index of repositories between runs, which is for speed alone.",
+        ),
+        click.option("--no-cache", is_flag=True, help="Neither use nor write such a directory."),
         click.option(
             "--json", is_flag=True, help="Print JSON: one document, or one event a line while running."
         ),

@@ -19,8 +19,7 @@ _POLL_SECONDS = 5.0
 
 def plan_prune(repository: Repository, limits: Limits) -> Plan:
     """Say what would go, and why; nothing is written."""
-    with _collector(repository, limits, lambda _: None) as collector:
-        return collector.plan()
+    return _collector(repository, limits, lambda _: None).plan()
 
 
 def prune(repository: Repository, limits: Limits, report: Reporter, *, wait_seconds: float) -> Outcome:
@@ -43,9 +42,8 @@ def _collect(repository: Repository, limits: Limits, report: Reporter) -> Outcom
     with (
         RepositoryWriter(repository, this_author(), collects=True) as writer,
         phase(report, "prune", 0),
-        _collector(repository, limits, report.advance) as collector,
     ):
-        return collector.collect(writer, is_gone)
+        return _collector(repository, limits, report.advance).collect(writer, is_gone)
 
 
 def _collector(repository: Repository, limits: Limits, advance: Callable[[int], None]) -> Collector:

@@ -14,12 +14,12 @@ from functools import partial
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
 from blocksnap.repository.checked import CHECKS, read_checked
+from blocksnap.repository.checked_index import CheckedIndex
 from blocksnap.repository.documents import Root, WriterRecord
 from blocksnap.repository.epochs import read_object
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.findings import CheckResult, Loss
 from blocksnap.repository.frame import FrameType
-from blocksnap.repository.index import Segment
 from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository, StoredBackup, load_config
@@ -46,9 +46,8 @@ class Checker:
         self._root = roots
         self._advance = advance
         self._sizes: dict[str, int] = {}
-        self._segments: list[Segment] = []
+        self._index = CheckedIndex(repository)
         self._listed: list[StoredBackup] = []
-        self._whole_index = True
         self._config_hash = ""
         self._aside: frozenset[str] = frozenset()
         self.result = CheckResult(level=level)
@@ -63,7 +62,8 @@ class Checker:
             self.result = CheckResult(level=self._level)
             before = self._collections()
             self._look()
-            if not self.result.damaged or self._collections() == before:
+            is_sound = not self.result.damaged and not self.result.bad_ids
+            if is_sound or self._collections() == before:
                 return
 
     def _collections(self) -> list[str]:
@@ -212,72 +212,58 @@ class Checker:
             )
 
     def _load_segments(self) -> None:
-        self._segments, self._whole_index = [], True
-        self._aside = self._repository.aside().packs
-        aside = self._repository.aside().objects
+        aside = self._repository.aside()
+        self._aside = aside.packs
         for info in self._repository.backend.list("index/"):
-            if info.name in aside:
+            if info.name in aside.objects:
                 self.result.garbage(info.name, "damaged, and replaced by a repair")
-                continue
-            try:
-                self._segments.append(self._repository.open_segment(info.name))
-            except BlocksnapError as err:
-                self._whole_index = False
-                self.result.trouble(info.name, err)
-        if not self._whole_index:
-            # Readers find what a damaged segment listed in the packs' own tables, and so does this.
-            self._segments = list(self._repository.index.segments)
+        self._index = CheckedIndex(self._repository, aside.objects)
+        self._index.load(self.result.trouble)
 
     def _packs_against_index(self) -> None:
-        listed: set[str] = set()
+        listed = {pack.name for pack, _ in self._index.packs()}
         aside = self._repository.aside().packs
         for name in sorted(aside & self._sizes.keys()):
             self.result.garbage(name, "damaged, and set aside by a repair")
-        for segment in self._segments:
-            for pack, size in segment.packs:
-                listed.add(pack.name)
-                found = self._sizes.get(pack.name)
-                if pack.name in aside:
-                    continue
-                if found is None:
-                    self.result.damage(pack.name, "the index lists it, but it is missing")
-                elif found != size:
-                    self.result.damage(pack.name, f"it has {found} bytes instead of {size}")
-        for name in sorted(self._sizes.keys() - listed) if self._whole_index else []:
+        for pack, size in self._index.packs():
+            found = self._sizes.get(pack.name)
+            if pack.name in aside:
+                continue
+            if found is None:
+                self.result.damage(pack.name, "the index lists it, but it is missing")
+            elif found != size:
+                self.result.damage(pack.name, f"it has {found} bytes instead of {size}")
+        for name in sorted(self._sizes.keys() - listed) if self._index.is_whole else []:
             self.result.garbage(name, "no index segment lists it: an interrupted run left it")
         self.result.packs = len(self._sizes)
 
     def _maps(self, backups: Iterable[StoredBackup]) -> None:
-        seen: set[bytes] = set()
+        newer: dict[bytes, BlocksnapError] = {}
+
+        def note(id_: bytes, err: BlocksnapError) -> None:
+            if isinstance(err, NewerFormatError):
+                newer[id_] = err
+                return
+            self.result.bad_ids.add(id_)
+            self.result.trouble(f"map node {id_.hex()[:16]}", err)
+
+        marker = self._index.marker(self._sizes.keys() - self._aside, note)
+        marker.mark((self._root(stored.backup.map) for stored in backups), FrameType.DATA)
+        mapped = (stored.backup.mapped for stored in backups)
+        marker.mark((self._root(each.map) for each in mapped if each), FrameType.ATTACHMENT)
+        self.result.nodes, self.result.chunks = marker.nodes, marker.leaves
+        self.result.bad_ids |= marker.lost - marker.lost_nodes
+        if newer:
+            self._name_newer(backups, newer)
+
+    def _name_newer(self, backups: Iterable[StoredBackup], newer: Mapping[bytes, BlocksnapError]) -> None:
         reader = MapReader(self._repository.load_node)
         for stored in backups:
             backup = stored.backup
-            try:
-                self._walk(reader, self._root(backup.map), FrameType.DATA, seen)
-                if backup.mapped:
-                    self._walk(reader, self._root(backup.mapped.map), FrameType.ATTACHMENT, seen)
-            except NewerFormatError as err:
-                self.result.trouble(f"backup {backup.id[:8]} of {backup.volume.name}", err)
-
-    def _walk(self, reader: MapReader, root: MapRoot, leaf: FrameType, seen: set[bytes]) -> None:
-        def note(id_: bytes, err: DamageError) -> None:
-            self.result.bad_ids.add(id_)
-            self.result.damage(f"map node {id_.hex()[:16]}", err.brief)
-
-        for id_, level in reader.walk(root, seen, note):
-            if level >= 0:
-                self.result.nodes += 1
-                continue
-            self.result.chunks += 1
-            if self._find(id_) != leaf:
-                self.result.bad_ids.add(id_)
-
-    def _find(self, id_: bytes) -> int | None:
-        for segment in reversed(self._segments):
-            for found in segment.find_all(id_):
-                if found.pack.name in self._sizes and found.pack.name not in self._aside:
-                    return found.type
-        return None
+            roots = [self._root(backup.map), *([self._root(backup.mapped.map)] if backup.mapped else [])]
+            if any(next(reader.losses(root, root.capacity, newer), None) for root in roots):
+                name = f"backup {backup.id[:8]} of {backup.volume.name}"
+                self.result.trouble(name, next(iter(newer.values())))
 
     def _try(self, name: str, read: Callable[[], object]) -> None:
         try:

@@ -7,30 +7,25 @@ up by the next one, and any number may run at once: what has to be agreed on is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, Self
+from typing import Literal
 
 from blocksnap.errors import DamageError
-from blocksnap.repository.blockmap import MapReader, MapRoot
+from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.documents import Backup, Condemned, Manifest, Root, Sweep
 from blocksnap.repository.epochs import Epoch, create_part, read_epoch
 from blocksnap.repository.fencing import IsGone, Run, fence, is_silent, read_runs, settled_runs
 from blocksnap.repository.frame import FrameType
-from blocksnap.repository.marking import (
-    LAST_RESORT,
-    TRUSTED,
-    UNUSABLE,
-    Marker,
-    MergedIndex,
-    require_nothing_lost,
-)
+from blocksnap.repository.marking import LAST_RESORT, TRUSTED, UNUSABLE, Marker, require_nothing_lost
 from blocksnap.repository.moving import copy_needed
+from blocksnap.repository.nodes import NodeLoader
+from blocksnap.repository.numbered import NumberedIndex
 from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Aside, Repository
 from blocksnap.repository.sweeping import execute_sweep, tidy
+from blocksnap.repository.table import TornTableError
 from blocksnap.repository.victims import Choice, Limits, PackUse, choose_victims
 from blocksnap.repository.writer import RepositoryWriter
 
@@ -67,7 +62,7 @@ class Outcome:
 
 
 class Collector:
-    """One collection; a context manager, which holds the merged index.
+    """One collection.
 
     ``roots`` turns a stored root into one, ``advance`` is told of bytes that were copied.
     """
@@ -86,22 +81,22 @@ class Collector:
         self._limits = limits
         self._now = now
         self._advance = advance
-        self._reader = MapReader(repository.load_node)
-        self._stack = ExitStack()
-        self._index: MergedIndex | None = None
+        self._loader = NodeLoader(repository)
+        self._index: NumberedIndex | None = None
         self._marker: Marker | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def plan(self) -> Plan:
         """Mark, and choose what is to go.
 
         Raises DamageError when anything that would have to be marked cannot be read: then nothing may go.
         """
+        while True:
+            try:
+                return self._plan()
+            except TornTableError as err:
+                self._repository.index.distrust(err)
+
+    def _plan(self) -> Plan:
         repository = self._repository
         # Forgotten first, then manifests, then the index: what is seen of one is complete in the next. What
         # is set aside after this is not known to the epoch, and then nothing is deleted in it.
@@ -111,12 +106,11 @@ class Collector:
         repository.refresh_index()
         _require_sound(repository)
         sizes = {info.name: info.size for info in repository.backend.list("packs/")}
-        index = self._index = self._stack.enter_context(MergedIndex(repository.index.segments))
+        index = self._index = NumberedIndex(repository.index.views)
         marker = self._marker = self._new_marker(index, sizes, aside)
         needed = [each for manifest in manifests for each in manifest.backups if each.id not in forgotten]
-        for backup in needed:
-            for root in self._roots_of(backup):
-                marker.mark(root)
+        for leaf in (FrameType.DATA, FrameType.ATTACHMENT):
+            marker.mark((found[leaf] for found in map(self._roots_of, needed) if leaf in found), leaf)
         require_nothing_lost(marker)
         return Plan(
             choice=choose_victims(self._uses(index, marker, sizes, aside), self._limits),
@@ -130,6 +124,14 @@ class Collector:
 
     def collect(self, writer: RepositoryWriter, is_gone: IsGone) -> Outcome:
         """Collect as far as it goes now: a run that is at work may have to be waited for."""
+        while True:
+            try:
+                return self._collect(writer, is_gone)
+            except TornTableError as err:
+                # It goes on where it was, as after any interruption.
+                self._repository.index.distrust(err)
+
+    def _collect(self, writer: RepositoryWriter, is_gone: IsGone) -> Outcome:
         epoch, plan = read_epoch(self._repository), None
         problems: tuple[DamageError, ...] = ()
         self._shut_out_silent(writer, is_gone)
@@ -256,57 +258,58 @@ class Collector:
             if backup.id not in forgotten
         }
         sizes = {info.name: info.size for info in self._repository.backend.list("packs/")}
-        with MergedIndex(self._repository.index.segments) as index:
-            there = {name: 0 if name in doomed else size for name, size in sizes.items()}
-            marker = self._new_marker(index, there, self._repository.aside())
-            for run in manifests.keys() - marked:
-                for backup in manifests[run].backups:
-                    if backup.id not in forgotten:
-                        self._mark_new(marker, backup, known.get(backup.parent or ""))
-            kept = set()
-            for id_ in list(marker.lost):
-                homes = {index.packs[index.pack_of(number)].name for number in index.numbers(id_)}
-                homes &= sizes.keys()
-                if homes:
-                    kept.add(min(homes))
-                    marker.lost.discard(id_)
-            require_nothing_lost(marker)
+        index = NumberedIndex(self._repository.index.views)
+        there = {name: 0 if name in doomed else size for name, size in sizes.items()}
+        marker = self._new_marker(index, there, self._repository.aside())
+        for run in manifests.keys() - marked:
+            for backup in manifests[run].backups:
+                if backup.id not in forgotten:
+                    self._mark_new(marker, backup, known.get(backup.parent or ""))
+        kept = set()
+        for id_ in list(marker.lost):
+            homes = {index.packs[row.pack].name for row in index.find(id_)} & sizes.keys()
+            if homes:
+                kept.add(min(homes))
+                marker.lost.discard(id_)
+        require_nothing_lost(marker)
         return kept
 
     def _mark_new(self, marker: Marker, backup: Backup, parent: Backup | None) -> None:
         # What it shares with a parent that was marked needs no second look.
-        known = list(self._roots_of(parent)) if parent else []
-        for root, base in zip(self._roots_of(backup), [*known, None, None], strict=False):
-            if base is None:
-                marker.mark(root)
+        known = self._roots_of(parent) if parent else {}
+        for leaf, root in self._roots_of(backup).items():
+            if leaf in known:
+                marker.mark_difference(root, known[leaf], leaf)
             else:
-                marker.mark_difference(root, base)
+                marker.mark([root], leaf)
 
-    def _roots_of(self, backup: Backup) -> Iterator[MapRoot]:
-        yield self._roots(backup.map)
+    def _roots_of(self, backup: Backup) -> dict[FrameType, MapRoot]:
+        """Return the maps of a backup by what their leaves lead to."""
+        roots = {FrameType.DATA: self._roots(backup.map)}
         if backup.mapped is not None:
-            yield self._roots(backup.mapped.map)
+            roots[FrameType.ATTACHMENT] = self._roots(backup.mapped.map)
+        return roots
 
-    def _new_marker(self, index: MergedIndex, sizes: Mapping[str, int], aside: Aside) -> Marker:
+    def _new_marker(self, index: NumberedIndex, sizes: Mapping[str, int], aside: Aside) -> Marker:
         trust = [
             (LAST_RESORT if sizes.get(pack.name) else UNUSABLE)
             if pack.name in aside.packs
             else (TRUSTED if sizes.get(pack.name) == size else UNUSABLE)
             for pack, size in zip(index.packs, index.sizes, strict=True)
         ]
-        return Marker(index, trust, self._reader, gives_up=aside.lost.__contains__)
+        return Marker(index, trust, self._loader, gives_up=aside.lost.__contains__)
 
     def _uses(
-        self, index: MergedIndex, marker: Marker, sizes: dict[str, int], aside: Aside
+        self, index: NumberedIndex, marker: Marker, sizes: dict[str, int], aside: Aside
     ) -> Sequence[PackUse]:
         needed, frames = [0] * len(index.packs), [0] * len(index.packs)
         data = [True] * len(index.packs)
-        for number, row in enumerate(index.rows()):
-            if row.type != FrameType.DATA:
-                data[row.pack] = False
-            frames[row.pack] += row.length
+        for _, number, pack, _, length, kind in index.entries():
+            if kind != FrameType.DATA:
+                data[pack] = False
+            frames[pack] += length
             if marker.is_marked(number):
-                needed[row.pack] += row.length
+                needed[pack] += length
         # Runs after packs: a pack whose run is not announced here is older than the records that were kept.
         runs, settled = read_runs(self._repository), settled_runs(self._repository)
         places = {pack.name: number for number, pack in enumerate(index.packs)}

@@ -159,6 +159,11 @@ class KeyRing:
         """
         return _derive("index key", self.meta_key + self.repository_id)
 
+    @cached_property
+    def cache_key(self) -> bytes:
+        """Key of the checksums in what a host keeps of the index for itself."""
+        return _derive("cache key", self.meta_key + self.repository_id)
+
     def identify(self, kind: int, plain: bytes | memoryview) -> bytes:
         """Return the 32-byte id of a blob: keyed BLAKE3, with a key for each type."""
         return blake3(plain, key=_present(self._id_keys[kind], self, Right.IDENTIFY)).digest()

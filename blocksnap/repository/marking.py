@@ -1,211 +1,168 @@
-"""Which rows of the index are needed: one merged index on disk, and one bit for each of its rows in memory.
+"""Which rows of the index are needed: one bit for each of them, set by a walk over the maps of all backups.
 
-The segments of a repository are merged into a file without a name, which is mapped: look-ups cost page cache
-and no memory, however large the repository is. A walk over the maps of all backups visits each node once,
-because a node whose bit is set has been seen with all that is below it.
+Many backups are walked together, place by place: at each place the nodes that any of them has there are read,
+once, and of what they lead to only what differs is looked up. A node whose bit is set has been seen with all
+that is below it. So the work is that of the nodes and chunks there are, and not of how often they are shared.
 """
 
 from __future__ import annotations
 
-import heapq
-import mmap
-import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Callable, Iterable, Sequence
 
-from blocksnap.errors import DamageError
-from blocksnap.repository.blockmap import FANOUT, HOLE, Entry, MapReader, MapRoot
+from blocksnap.errors import BlocksnapError, DamageError
+from blocksnap.repository.blockmap import FANOUT, HOLE, Entry, MapRoot, decode_node
+from blocksnap.repository.errors import NewerFormatError
 from blocksnap.repository.frame import FrameType
-from blocksnap.repository.index import MAX_FRAME, ROW, Segment, first_row
-from blocksnap.repository.pack import PackId
+from blocksnap.repository.nodes import NodeLoader
+from blocksnap.repository.numbered import NumberedIndex, NumberedRow
 
 UNUSABLE, LAST_RESORT, TRUSTED = 0, 1, 2
 """How far the rows of a pack are to be believed."""
+TOGETHER = 256
+"""Backups that are walked together: each has a stream of nodes of its own, which is read in blocks."""
 _ID = 32
-_BUFFERED_ROWS = 4096
-_PACK_FIELD = struct.Struct("<I")
-
-
-@dataclass(frozen=True, slots=True)
-class MergedRow:
-    """A row of the merged index; ``pack`` is a position in ``MergedIndex.packs``."""
-
-    id: bytes
-    pack: int
-    offset: int
-    length: int
-    type: FrameType
-
-
-class MergedIndex:
-    """All rows of all segments, sorted by id; equal ids lie beside each other.
-
-    A context manager: leaving it gives the file back.
-    """
-
-    def __init__(self, segments: Sequence[Segment], folder: str | None = None) -> None:
-        """Merge; ``folder`` has room for 44 bytes a row (default: that for temporary files)."""
-        self.packs: list[PackId] = []
-        self.sizes: list[int] = []
-        numbers: dict[PackId, int] = {}
-        tables = []
-        for segment in segments:
-            for pack, size in segment.packs:
-                if numbers.setdefault(pack, len(self.packs)) == len(self.packs):
-                    self.packs.append(pack)
-                    self.sizes.append(size)
-            tables.append([numbers[pack] for pack, _ in segment.packs])
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
-        self._count = 0
-        self._fill(heapq.merge(*map(_renumbered, segments, tables)))
-        self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ) if self._count else None
-        self._rows = memoryview(self._map) if self._map else memoryview(b"")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._rows.release()
-        if self._map:
-            self._map.close()
-        self._file.close()
-
-    def __len__(self) -> int:
-        return self._count
-
-    def numbers(self, id_: bytes) -> Iterator[int]:
-        """Yield the numbers of the rows that have this id."""
-        number = first_row(self._rows, self._count, id_)
-        while 0 <= number < self._count and self._rows[number * ROW.size : number * ROW.size + _ID] == id_:
-            yield number
-            number += 1
-
-    def row(self, number: int) -> MergedRow:
-        """Return one row."""
-        id_, pack, offset, packed = ROW.unpack_from(self._rows, number * ROW.size)
-        return MergedRow(id_, pack, offset, packed & MAX_FRAME, FrameType(packed >> 24))
-
-    def pack_of(self, number: int) -> int:
-        """Return the pack of one row."""
-        pack: int = _PACK_FIELD.unpack_from(self._rows, number * ROW.size + _ID)[0]
-        return pack
-
-    def rows(self) -> Iterator[MergedRow]:
-        """Yield all rows, in the order of their numbers."""
-        return map(self.row, range(self._count))
-
-    def _fill(self, rows: Iterable[bytes]) -> None:
-        waiting: list[bytes] = []
-        for row in rows:
-            waiting.append(row)
-            if len(waiting) == _BUFFERED_ROWS:
-                self._write(waiting)
-        self._write(waiting)
-        self._file.flush()
-
-    def _write(self, rows: list[bytes]) -> None:
-        self._file.write(b"".join(rows))
-        self._count += len(rows)
-        rows.clear()
-
-
-def _renumbered(segment: Segment, table: Sequence[int]) -> Iterator[bytes]:
-    """Yield the rows of a segment with the merged numbers of its packs."""
-    for id_, ordinal, offset, packed in ROW.iter_unpack(segment.rows):
-        yield ROW.pack(id_, table[ordinal], offset, packed)
 
 
 class Marker:
-    """Marks what backups need, in a merged index.
+    """Marks what backups need, in a numbered index.
 
-    ``trust`` says of every pack whether its rows may be believed: UNUSABLE, LAST_RESORT or TRUSTED.
-    A row of the middle sort is ``accepted`` one by one. Of an id that is in no such row, and of a node that
-    cannot be read, ``gives_up`` tells whether to go on without. ``nodes`` counts the nodes that were read.
+    ``trust`` says of every pack whether its rows may be believed: UNUSABLE, LAST_RESORT or TRUSTED. A row of
+    the middle sort is ``accepted`` one by one. Of an id that is in no such row, and of a node that cannot be
+    read, ``gives_up`` tells whether to go on without. A node that cannot be read is told to ``on_damage``
+    instead, if there is one. ``nodes`` counts the nodes that were read, and ``leaves`` what they lead to,
+    each once.
     """
 
     def __init__(
         self,
-        index: MergedIndex,
+        index: NumberedIndex,
         trust: Sequence[int],
-        reader: MapReader,
+        loader: NodeLoader,
         *,
-        accepts: Callable[[int], bool] = lambda _: True,
+        accepts: Callable[[NumberedRow, bytes], bool] = lambda _row, _id: True,
         gives_up: Callable[[bytes], bool] = lambda _: False,
+        on_damage: Callable[[bytes, BlocksnapError], None] | None = None,
     ) -> None:
         self._index = index
         self._trust = trust
-        self._reader = reader
+        self._loader = loader
         self._accepts = accepts
         self._gives_up = gives_up
+        self._on_damage = on_damage
         self._bits = bytearray(-(-len(index) // 8))
+        self._names = [pack.name for pack in index.packs]
         self.nodes = 0
+        self.leaves = 0
         self.lost: set[bytes] = set()
         """Ids that are needed and in no usable pack."""
+        self.lost_nodes: set[bytes] = set()
+        """Those of them that are nodes, which may be readable all the same."""
 
     def is_marked(self, number: int) -> bool:
         """Tell whether a row is needed."""
         return bool(self._bits[number // 8] >> number % 8 & 1)
 
-    def mark(self, root: MapRoot) -> None:
-        """Mark everything below a root; raises DamageError when a node cannot be read."""
-        stack: list[tuple[Entry, int]] = [(root.entry, root.levels - 1)]
-        while stack:
-            entry, level = stack.pop()
-            if len(entry) != _ID or not self._mark_id(entry) or level < 0:
-                continue
-            self.nodes += 1
-            stack.extend((child, level - 1) for child in reversed(self._below(entry, level)))
+    def mark(self, roots: Iterable[MapRoot], leaf: FrameType) -> None:
+        """Mark everything below roots whose leaves lead to blobs of one type; raises DamageError."""
+        by_levels: dict[int, dict[Entry, None]] = {}
+        for root in roots:
+            by_levels.setdefault(root.levels, {})[root.entry] = None
+        for levels, entries in sorted(by_levels.items()):
+            waiting = list(entries)
+            for begin in range(0, len(waiting), TOGETHER):
+                self._walk(waiting[begin : begin + TOGETHER], levels - 1, leaf)
 
-    def mark_difference(self, root: MapRoot, base: MapRoot) -> None:
+    def mark_difference(self, root: MapRoot, base: MapRoot, leaf: FrameType) -> None:
         """Mark what is below a root but not, at the same place, below another of as many levels."""
         if root.levels != base.levels:
-            self.mark(root)
+            self.mark([root], leaf)
             return
         stack: list[tuple[Entry, Entry, int]] = [(root.entry, base.entry, root.levels - 1)]
         while stack:
             entry, other, level = stack.pop()
-            if len(entry) != _ID or entry == other or not self._mark_id(entry) or level < 0:
+            if len(entry) != _ID or entry == other:
                 continue
-            self.nodes += 1
-            mine = self._below(entry, level)
-            if not mine:
+            entries = self._enter(entry, level, leaf)
+            if entries is None:
                 continue
-            below = self._below(other, level) if len(other) == _ID else [other] * FANOUT
-            stack.extend(
-                (child, its, level - 1) for child, its in zip(mine, below or [HOLE] * FANOUT, strict=True)
-            )
+            below = self._below_base(other, level)
+            stack.extend((mine, its, level - 1) for mine, its in zip(entries, below, strict=True))
 
-    def _below(self, entry: Entry, level: int) -> Sequence[Entry]:
+    def _below_base(self, entry: Entry, level: int) -> list[Entry]:
+        if len(entry) != _ID:
+            return [entry] * FANOUT
         try:
-            return self._reader.node(entry, level)
+            return self._decode(entry, level, None)
         except DamageError:
             if not self._gives_up(entry):
                 raise
-            return ()
+            return [HOLE] * FANOUT
 
-    def _mark_id(self, id_: bytes) -> bool:
-        """Mark the best row of an id; tell whether that is new."""
-        last_resort = -1
-        for number in self._index.numbers(id_):
-            trust = self._trust[self._index.pack_of(number)]
-            if trust == LAST_RESORT and last_resort < 0 and self._accepts(number):
-                last_resort = number
+    def _walk(self, entries: Iterable[Entry], level: int, leaf: FrameType) -> None:
+        stack = [(entries, level)]
+        while stack:
+            group, level = stack.pop()
+            found = [
+                below
+                for entry in group
+                if len(entry) == _ID and (below := self._enter(entry, level, leaf)) is not None
+            ]
+            slots = (dict.fromkeys(slot) for slot in zip(*found, strict=True))
+            if level == 0:
+                for slot in slots:
+                    for entry in slot:
+                        if len(entry) == _ID:
+                            self._enter(entry, -1, leaf)
+            else:
+                stack.extend((slot, level - 1) for slot in reversed(list(slots)))
+
+    def _enter(self, entry: Entry, level: int, leaf: FrameType) -> list[Entry] | None:
+        """Mark an entry; return what is below it, if it is a node that was not entered yet."""
+        row = self._best(entry, FrameType.NODE if level >= 0 else leaf)
+        if row is None:
+            if entry in self.lost or self._gives_up(entry):
+                return None
+            self.lost.add(entry)
+            if level >= 0:
+                self.lost_nodes.add(entry)
+        elif self.is_marked(row.number):
+            return None
+        else:
+            self._bits[row.number // 8] |= 1 << row.number % 8
+        if level < 0:
+            self.leaves += 1
+            return None
+        self.nodes += 1
+        try:
+            return self._decode(entry, level, row)
+        except (DamageError, NewerFormatError) as err:
+            if self._on_damage:
+                self._on_damage(entry, err)
+            elif isinstance(err, NewerFormatError) or not self._gives_up(entry):
+                raise
+            return None
+
+    def _decode(self, entry: Entry, level: int, row: NumberedRow | None) -> list[Entry]:
+        """Return what is below a node; one that is in no usable pack may be in another."""
+        if row is None:
+            plain = self._loader.load_anywhere(entry)
+        else:
+            pack, size = self._names[row.pack], self._index.sizes[row.pack]
+            plain = self._loader.load(entry, pack, size, row.offset, row.length)
+        return decode_node(plain, level=level, where=f"map node {entry.hex()[:16]}")
+
+    def _best(self, id_: bytes, kind: FrameType) -> NumberedRow | None:
+        """Return the row of an id that is to be marked."""
+        last_resort = None
+        for row in self._index.find(id_):
+            trust = self._trust[row.pack]
+            if row.type != kind:
+                continue
             if trust == TRUSTED:
-                return self._mark_row(number)
-        if last_resort >= 0:
-            return self._mark_row(last_resort)
-        if id_ in self.lost or self._gives_up(id_):
-            return False
-        self.lost.add(id_)
-        return True
-
-    def _mark_row(self, number: int) -> bool:
-        if self.is_marked(number):
-            return False
-        self._bits[number // 8] |= 1 << number % 8
-        return True
+                return row
+            if trust == LAST_RESORT and last_resort is None and self._accepts(row, id_):
+                last_resort = row
+        return last_resort
 
 
 def require_nothing_lost(marker: Marker) -> None:

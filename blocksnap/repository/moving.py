@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
 from blocksnap.repository.errors import DamagedObjectError
-from blocksnap.repository.frame import FrameHeader
-from blocksnap.repository.marking import Marker, MergedIndex, MergedRow
+from blocksnap.repository.frame import FrameHeader, FrameType
+from blocksnap.repository.marking import Marker
+from blocksnap.repository.numbered import NumberedIndex, NumberedRow
 from blocksnap.repository.pack import hash_pack
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.victims import PackUse
@@ -31,7 +32,7 @@ class Moved:
 def copy_needed(
     repository: Repository,
     writer: RepositoryWriter,
-    index: MergedIndex,
+    index: NumberedIndex,
     marker: Marker,
     packs: Collection[PackUse],
     advance: Callable[[int], None],
@@ -43,10 +44,10 @@ def copy_needed(
     wanted = {pack.name: pack for pack in packs}
     rows = {name: array("Q") for name in wanted}
     names = [pack.name for pack in index.packs]
-    for number in range(len(index)):
-        name = names[index.pack_of(number)]
-        if name in rows and marker.is_marked(number):
-            rows[name].append(number)
+    chosen = {number: rows[name] for number, name in enumerate(names) if name in rows}
+    for _, number, pack, _, _, _ in index.entries() if chosen else ():
+        if pack in chosen and marker.is_marked(number):
+            chosen[pack].append(number)
     moved, problems, precious = [], [], set[str]()
     for name in sorted(wanted):
         try:
@@ -54,7 +55,8 @@ def copy_needed(
         except DamageError as err:
             problems.append(err)
             for number in rows[name]:
-                precious.update(names[index.pack_of(twin)] for twin in index.numbers(index.row(number).id))
+                id_, _ = index.row(number)
+                precious.update(names[twin.pack] for twin in index.find(id_))
             continue
         moved.append(wanted[name])
     writer.flush()
@@ -66,17 +68,17 @@ def _copy_pack(
     writer: RepositoryWriter,
     name: str,
     size: int,
-    rows: Iterable[MergedRow],
+    rows: Iterable[tuple[bytes, NumberedRow]],
     advance: Callable[[int], None],
 ) -> None:
     # A frame that was harmed would get a new, whole pack around it, and a check without keys find nothing.
     if not hash_pack(repository.read_range, name, size):
         raise DamagedObjectError(name, "its bytes do not have the hash in its name")
-    for row in sorted(rows, key=lambda row: row.offset):
+    for id_, row in sorted(rows, key=lambda found: found[1].offset):
         frame = memoryview(bytearray(row.length))
         repository.read_range(name, row.offset, frame)
         header = FrameHeader.parse(frame, where=f"frame at {row.offset} of {name}")
-        if (header.id, header.type, header.frame_length) != (row.id, row.type, row.length):
+        if (header.id, header.type, header.frame_length) != (id_, row.type, row.length):
             raise DamagedObjectError(name, f"another frame than the index says lies at {row.offset}")
-        writer.store(row.type, row.id, frame, header.plain_length)
+        writer.store(FrameType(row.type), id_, frame, header.plain_length)
         advance(row.length)

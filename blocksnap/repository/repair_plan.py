@@ -21,9 +21,12 @@ from blocksnap.repository.check import merged
 from blocksnap.repository.documents import Backup, Root
 from blocksnap.repository.epochs import read_object
 from blocksnap.repository.findings import Loss
+from blocksnap.repository.frame import FrameType
 from blocksnap.repository.frame_scan import scan_frames
 from blocksnap.repository.index import SEGMENT_ROWS, Segment, encode_segment
-from blocksnap.repository.marking import LAST_RESORT, TRUSTED, UNUSABLE, Marker, MergedIndex
+from blocksnap.repository.marking import LAST_RESORT, TRUSTED, UNUSABLE, Marker
+from blocksnap.repository.nodes import NodeLoader
+from blocksnap.repository.numbered import NumberedIndex, NumberedRow
 from blocksnap.repository.pack import PackId, PackRow, SealedPack, read_footer
 from blocksnap.repository.repository import ASIDE, FORGET, Aside, Repository
 from blocksnap.repository.scrubbing import hash_without_key
@@ -109,6 +112,8 @@ class Planner:
         documents = list(self._bad_documents())
         forgotten = {id_ for each in repository.forgotten().values() for id_ in each.backups}
         manifests, backups = self._read_manifests(forgotten)
+        # What this host remembers of a damaged segment helps nobody else.
+        repository.index.reread()
         repository.refresh_index()
         repository.index.replace_made_up(())
         segments = list(self._bad_segments())
@@ -117,13 +122,13 @@ class Planner:
         for _ in range(_ROUNDS):
             self._examine_all()
             known = len(self._suspects), len(self._loose), len(self._examined)
-            with self._merged_index() as index:
-                marker = self._mark(index, backups)
-                if self._lost or segments:
-                    self._find_loose()
-                if known == (len(self._suspects), len(self._loose), len(self._examined)):
-                    rescued = self._choose_rescued(index, marker)
-                    break
+            index = self._numbered_index()
+            marker = self._mark(index, backups)
+            if self._lost or segments:
+                self._find_loose()
+            if known == (len(self._suspects), len(self._loose), len(self._examined)):
+                rescued = self._choose_rescued(index, marker)
+                break
         else:
             raise DamageError("the repository changes faster than it can be looked at")
         return RepairPlan(
@@ -171,12 +176,11 @@ class Planner:
                 if problem:
                     yield BadObject(info.name, problem)
 
-    @property
-    def _stored(self) -> list[Segment]:
-        return [segment for segment in self._repository.index.segments if segment.stored]
+    def _listed_packs(self) -> dict[str, int]:
+        return {pack.name: size for pack, size in self._repository.index.packs().items()}
 
     def _of_wrong_size(self) -> set[str]:
-        listed = {pack.name: size for segment in self._stored for pack, size in segment.packs}
+        listed = self._listed_packs()
         return {name for name, size in self._sizes.items() if listed.get(name, size) != size}
 
     def _examine_all(self) -> None:
@@ -200,7 +204,7 @@ class Planner:
 
     def _find_loose(self) -> None:
         """Find what packs hold that no whole segment lists, by their tables or by scanning them."""
-        listed = {pack.name for segment in self._stored for pack, _ in segment.packs}
+        listed = self._listed_packs().keys()
         batch: list[SealedPack] = []
         for name in sorted(self._sizes.keys() - listed - self._loose):
             pack = self.sealed_pack(name)
@@ -239,9 +243,9 @@ class Planner:
             file.write(encode_segment(packs, key))
             file.flush()
             data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-        return Segment(data, name="made up for a repair", index_key=key, stored=False)
+        return Segment(data, name="made up for a repair", index_key=key)
 
-    def _merged_index(self) -> MergedIndex:
+    def _numbered_index(self) -> NumberedIndex:
         """Return the index with all that was found beside it."""
         found = [
             SealedPack(PackId.parse(name), self._sizes[name], rows)
@@ -253,32 +257,28 @@ class Planner:
         index.replace_made_up(made_up)
         # Nobody looks at a bad pack first, set aside before or not.
         index.set_aside(self._aside.packs | self._proven.keys())
-        return MergedIndex([*self._stored, *made_up])
+        return NumberedIndex(index.views)
 
-    def _mark(self, index: MergedIndex, backups: list[Backup]) -> Marker:
+    def _mark(self, index: NumberedIndex, backups: list[Backup]) -> Marker:
         names = [pack.name for pack in index.packs]
         self._lost.clear()
 
-        def accepts(number: int) -> bool:
+        def accepts(row: NumberedRow, id_: bytes) -> bool:
             """Take what is proven; a pack that was set aside, or is condemned, is looked at when needed."""
-            name = names[index.pack_of(number)]
-            if not self._examine(name):
-                return True
-            row = index.row(number)
-            return (row.offset, row.id) in self._proven[name]
+            name = names[row.pack]
+            return not self._examine(name) or (row.offset, id_) in self._proven[name]
 
         def gives_up(id_: bytes) -> bool:
             self._lost.add(id_)
-            self._suspects.update(names[index.pack_of(number)] for number in index.numbers(id_))
+            self._suspects.update(names[row.pack] for row in index.find(id_))
             self._suspects &= self._sizes.keys()
             return True
 
         trust = [self._trust(name, size) for name, size in zip(names, index.sizes, strict=True)]
-        reader = MapReader(self._repository.load_node)
-        marker = Marker(index, trust, reader, accepts=accepts, gives_up=gives_up)
-        for backup in backups:
-            for root in self._roots_of(backup):
-                marker.mark(root)
+        marker = Marker(index, trust, NodeLoader(self._repository), accepts=accepts, gives_up=gives_up)
+        marker.mark((self._roots(backup.map) for backup in backups), FrameType.DATA)
+        mapped = (backup.mapped for backup in backups)
+        marker.mark((self._roots(each.map) for each in mapped if each), FrameType.ATTACHMENT)
         return marker
 
     def _trust(self, name: str, size: int) -> int:
@@ -293,7 +293,7 @@ class Planner:
         if backup.mapped is not None:
             yield self._roots(backup.mapped.map)
 
-    def _choose_rescued(self, index: MergedIndex, marker: Marker) -> dict[str, tuple[PackRow, ...]]:
+    def _choose_rescued(self, index: NumberedIndex, marker: Marker) -> dict[str, tuple[PackRow, ...]]:
         """Return what backups need and only packs have that cannot be relied on."""
         names = [pack.name for pack in index.packs]
         unreliable = {
@@ -302,19 +302,16 @@ class Planner:
             if self._trust(name, index.sizes[number]) == LAST_RESORT
         }
         rescued: dict[str, list[PackRow]] = {}
-        for number in range(len(index)) if unreliable else ():
-            if index.pack_of(number) in unreliable and marker.is_marked(number):
-                row = index.row(number)
-                rescued.setdefault(names[row.pack], []).append(
-                    PackRow(row.id, row.offset, row.length, 0, row.type)
-                )
+        for id_, number, pack, offset, length, kind in index.entries() if unreliable else ():
+            if pack in unreliable and marker.is_marked(number):
+                rescued.setdefault(names[pack], []).append(PackRow(id_, offset, length, 0, kind))
         return {
             name: tuple(sorted(rows, key=lambda row: row.offset)) for name, rows in sorted(rescued.items())
         }
 
     def _bad_packs(self) -> Iterator[BadObject]:
         """Yield what is to be set aside: bad packs, and missing ones that a segment still lists."""
-        listed = {pack.name: size for segment in self._stored for pack, size in segment.packs}
+        listed = self._listed_packs()
         for name in sorted((listed.keys() - self._sizes.keys()) - self._aside.packs):
             yield BadObject(name, "it is missing")
         for name in sorted(self._proven.keys() - self._aside.packs):

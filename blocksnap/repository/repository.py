@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -21,6 +21,7 @@ from blocksnap.backends.base import Backend, ObjectInfo
 from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository import documents
+from blocksnap.repository.cache import IndexCache
 from blocksnap.repository.decoding import (
     decode_manifest,
     decode_public,
@@ -40,7 +41,7 @@ from blocksnap.repository.errors import (
     WrongPassphraseError,
 )
 from blocksnap.repository.frame import FrameType, Opener
-from blocksnap.repository.index import Index, Location, Segment, encode_segment
+from blocksnap.repository.index import Segment, encode_segment
 from blocksnap.repository.key_objects import (
     FOLDER,
     OpenKey,
@@ -51,10 +52,10 @@ from blocksnap.repository.key_objects import (
     read_key,
 )
 from blocksnap.repository.keys import KdfCost, KeyRing, Right, Role, new_master
+from blocksnap.repository.lookup import Index, Location
 from blocksnap.repository.pack import PackId, SealedPack, read_footer, read_pack_range
 
 _REFRESH_SECONDS = 2.0
-_SALVAGED = "salvaged from the packs"
 FORGET = "gc/forget/"
 ASIDE = "gc/aside/"
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -87,17 +88,25 @@ class Repository:
     """An open repository."""
 
     def __init__(
-        self, backend: Backend, config: Config, keys: KeyRing, *, key: OpenKey | None = None
+        self,
+        backend: Backend,
+        config: Config,
+        keys: KeyRing,
+        *,
+        key: OpenKey | None = None,
+        cache: str | None = None,
     ) -> None:
         self.backend = backend
         self.config = config
         self.keys = keys
         self.key = key
         """The key that opened it; None where there is no encryption."""
+        self._cache = cache
         self._index: Index | None = None
         self._refreshed = 0.0
         self._is_behind = False
         self._set_aside: dict[str, SetAside] = {}
+        self._replaced: frozenset[str] = frozenset()
         self.damage: list[BlocksnapError] = []
         """What was found damaged, or too new, and could be passed over; commands warn of it."""
         self.bad_ids: set[bytes] = set()
@@ -150,15 +159,25 @@ class Repository:
         )
 
     @classmethod
-    def open(cls, backend: Backend, passphrase: ASKED, *, key: str = "", host: str = "") -> Repository:
+    def open(
+        cls,
+        backend: Backend,
+        passphrase: ASKED,
+        *,
+        key: str = "",
+        host: str = "",
+        cache: str | None = None,
+    ) -> Repository:
         """Open a repository with the key whose id begins with ``key``, or any; those for ``host`` come first.
+
+        ``cache`` is the folder of this host in which what is derived from the repository may be kept.
 
         Raises NoRepositoryError, PassphraseError, DamageError, NewerFormatError, NoSuchKeyError.
         """
         config, digest = load_config(backend)
         repository_id = bytes.fromhex(config.id)
         if config.encryption == "none":
-            return cls(backend, config, KeyRing.plain(repository_id))
+            return cls(backend, config, KeyRing.plain(repository_id), cache=cache)
         secret = passphrase()
         if secret is None:
             raise NoPassphraseError(backend.place)
@@ -172,7 +191,7 @@ class Repository:
             opened = find_open_key(
                 backend, secret, config=digest, repository_id=repository_id, host=host, note=damage.append
             )
-        repository = cls(backend, config, opened.ring, key=opened)
+        repository = cls(backend, config, opened.ring, key=opened, cache=cache)
         repository.damage += damage
         return repository
 
@@ -188,57 +207,49 @@ class Repository:
     @property
     def index(self) -> Index:
         """The index, loaded on first use."""
-        if self._index is None:
-            self._index = Index()
+        found = self._index
+        if found is None:
+            cache = IndexCache(self._cache, self.keys) if self._cache else None
+            found = self._index = Index(self, self.keys, cache)
             self.refresh_index()
-        return self._index
+        return found
 
     def refresh_index(self) -> None:
-        """Add segments that were stored since the index was loaded.
+        """Take in the segments that were stored since the index was looked at; raises StorageError.
 
         A segment that is damaged or too new is passed over, and what it listed is read from the packs' own
         tables.
         """
-        index = self._index = self._index or Index()
+        if self._index is None:
+            # Which comes back here.
+            _ = self.index
+            return
         aside = self.aside()
-        index.set_aside(aside.packs)
+        self._replaced = aside.objects
+        self._index.set_aside(aside.packs)
         self._refreshed, self._is_behind = time.monotonic(), False
-        known = {segment.name for segment in index.segments}
-        damaged = False
-        listed = sorted(info.name for info in self.backend.list("index/"))
-        for name in listed:
-            if name not in known and name not in aside.objects:
-                try:
-                    index.add(self.open_segment(name))
-                except ObjectMissingError:
-                    # Replaced meanwhile, by one that was there before this one went.
-                    return self.refresh_index()
-                except (DamagedObjectError, NewerFormatError) as err:
-                    damaged = True
-                    self._note(err)
-        # Those that are gone come last, so that another thread never misses what both old and new ones list.
-        index.keep_only(set(listed) - aside.objects)
-        if damaged and _SALVAGED not in known:
-            self._salvage(index)
-        return None
+        self._index.refresh()
 
-    def _salvage(self, index: Index) -> None:
-        listed = {pack.name for segment in index.segments for pack, _ in segment.packs}
+    def segment_names(self) -> list[str]:
+        """List the segments that there are now, without those that a repair has replaced."""
+        return [info.name for info in self.backend.list("index/") if info.name not in self._replaced]
+
+    def salvage(self, listed: Container[PackId]) -> Segment:
+        """Make up a segment of the tables of the packs that none lists."""
         packs = []
         for info in self.backend.list("packs/"):
-            if info.name in listed:
-                continue
             try:
-                rows = read_footer(self.backend, self.keys, info.name, info.size)
-                packs.append(SealedPack(PackId.parse(info.name), info.size, rows))
+                pack = PackId.parse(info.name)
+                if pack not in listed:
+                    rows = read_footer(self.backend, self.keys, info.name, info.size)
+                    packs.append(SealedPack(pack, info.size, rows))
             except (DamagedObjectError, NewerFormatError, ValueError):
                 continue
         key = self.keys.index_key
-        index.add(
-            Segment(memoryview(encode_segment(packs, key)), name=_SALVAGED, index_key=key, stored=False)
-        )
+        return Segment(memoryview(encode_segment(packs, key)), name="made up", index_key=key)
 
-    def _note(self, err: BlocksnapError) -> None:
+    def note(self, err: BlocksnapError) -> None:
+        """Remember something damaged, or too new, that could be passed over."""
         if all(str(known) != str(err) for known in self.damage):
             self.damage.append(err)
 
@@ -313,7 +324,7 @@ class Repository:
             except ObjectMissingError:
                 continue
             except (DamageError, NewerFormatError) as err:
-                self._note(err)
+                self.note(err)
                 continue
             if manifest is not None:
                 yield manifest, info
@@ -350,7 +361,7 @@ class Repository:
             except DamageError as err:
                 # A garbage collection removes what is of no use any more.
                 if self.backend.exists(info.name):
-                    self._note(err)
+                    self.note(err)
         return found
 
     def read_forgotten(self, name: str) -> Forgotten:
@@ -372,7 +383,7 @@ class Repository:
         objects = frozenset(name for record in records for name in record.objects)
         for name in problems.keys() - objects:
             if self.backend.exists(name):
-                self._note(problems[name])
+                self.note(problems[name])
         return Aside(
             runs=frozenset(record.run for record in records),
             packs=frozenset(name for record in records for name in record.packs),

@@ -27,15 +27,15 @@ def find_adoptable(
 
     ``sizes`` are those of all packs, and ``passed_over`` the condemned ones.
     """
-    listed = {pack.name for segment in repository.index.segments for pack, _ in segment.packs}
+    listed = repository.index.packs()
     loose: dict[str, list[str]] = {}
     for name in sizes:
-        if name in listed or name in passed_over:
-            continue
         try:
-            loose.setdefault(PackId.parse(name).writer.hex(), []).append(name)
+            pack = PackId.parse(name)
         except ValueError:
             continue
+        if pack not in listed and name not in passed_over:
+            loose.setdefault(pack.writer.hex(), []).append(name)
     if not loose:
         return []
     dead = _dead_runs(repository, host, set(loose), is_gone, now)

@@ -13,8 +13,7 @@ from blocksnap.repository.documents import Done, Sweep
 from blocksnap.repository.epochs import create_part, epoch_numbers, part_names, read_done
 from blocksnap.repository.fencing import fence, settled_runs
 from blocksnap.repository.index import encode_rows, segment_name
-from blocksnap.repository.marking import MergedIndex, MergedRow
-from blocksnap.repository.pack import PackId
+from blocksnap.repository.numbered import Entry, NumberedIndex
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter
 
@@ -84,53 +83,45 @@ def _replace_segments(repository: Repository, writer: RepositoryWriter, sweep: S
     repository.refresh_index()
     # Nor are rows of use that point into packs which are gone, and known to be.
     there = {info.name for info in repository.backend.list("packs/")}
-    swept = set(sweep.packs) | (repository.aside().packs - there)
-    segments = [segment for segment in repository.index.segments if segment.stored]
-    old = [segment for segment in segments if any(pack.name in swept for pack, _ in segment.packs)]
+    names = set(sweep.packs) | (repository.aside().packs - there)
+    index = NumberedIndex(repository.index.views)
+    swept = {number for number, pack in enumerate(index.packs) if pack.name in names}
+    segments = index.segments
+    old = index.segments_of(swept) if swept else set[str]()
     if len(segments) - len(old) > MANY_SEGMENTS:
-        old += [segment for segment in segments if segment not in old and len(segment) < SHARD_ROWS // 2]
+        old |= {name for name, rows in segments.items() if rows < SHARD_ROWS // 2}
     if not old:
         return
-    sizes = {pack: size for segment in old for pack, size in segment.packs}
-    with MergedIndex(old) as merged:
-        kept = (row for row in merged.rows() if merged.packs[row.pack].name not in swept)
-        rows = _without_repeats(kept)
-        number = 0
-        while shard := list(islice(rows, SHARD_ROWS)):
-            _write_shard(repository, writer, sweep.epoch, number, shard, merged.packs, sizes)
-            number += 1
-    _delete_all(repository, (segment.name for segment in old))
+    rows = _without_repeats(entry for entry in index.sorted_entries(old) if entry[2] not in swept)
+    number = 0
+    while shard := list(islice(rows, SHARD_ROWS)):
+        data = _encode_shard(shard, index, repository.keys.index_key)
+        repository.backend.put(segment_name(sweep.epoch, writer.id, number), data)
+        number += 1
+    _delete_all(repository, sorted(old))
     repository.refresh_index()
 
 
-def _write_shard(
-    repository: Repository,
-    writer: RepositoryWriter,
-    epoch: int,
-    number: int,
-    rows: list[MergedRow],
-    packs: list[PackId],
-    sizes: dict[PackId, int],
-) -> None:
-    used = sorted({row.pack for row in rows})
+def _encode_shard(rows: list[Entry], index: NumberedIndex, index_key: bytes) -> bytes:
+    used = sorted({pack for _, _, pack, _, _, _ in rows})
     ordinals = {pack: ordinal for ordinal, pack in enumerate(used)}
-    data = encode_rows(
-        [(row.id, ordinals[row.pack], row.offset, row.length, row.type) for row in rows],
-        [(packs[pack], sizes[packs[pack]]) for pack in used],
-        repository.keys.index_key,
+    return encode_rows(
+        ((id_, ordinals[pack], offset, length, kind) for id_, _, pack, offset, length, kind in rows),
+        [(index.packs[pack], index.sizes[pack]) for pack in used],
+        index_key,
     )
-    repository.backend.put(segment_name(epoch, writer.id, number), data)
 
 
-def _without_repeats(rows: Iterator[MergedRow]) -> Iterator[MergedRow]:
-    last: tuple[bytes, int, int] | None = None
+def _without_repeats(rows: Iterable[Entry]) -> Iterator[Entry]:
+    last = b""
     seen: set[tuple[int, int]] = set()
     for row in rows:
-        if last is None or last[0] != row.id:
+        id_, _, pack, offset, _, _ = row
+        if id_ != last:
             seen.clear()
-        last = (row.id, row.pack, row.offset)
-        if (row.pack, row.offset) not in seen:
-            seen.add((row.pack, row.offset))
+            last = id_
+        if (pack, offset) not in seen:
+            seen.add((pack, offset))
             yield row
 
 

@@ -25,7 +25,7 @@ from blocksnap.repository.epochs import Epoch, read_epoch
 from blocksnap.repository.errors import FencedError
 from blocksnap.repository.fencing import IsGone, nobody_is_gone
 from blocksnap.repository.frame import OVERHEAD, FrameType, Sealer
-from blocksnap.repository.index import SEGMENT_ROWS, encode_segment, segment_name
+from blocksnap.repository.index import SEGMENT_ROWS, Segment, encode_segment, segment_name
 from blocksnap.repository.keys import Right
 from blocksnap.repository.pack import PackWriter, SealedPack, pack_target
 from blocksnap.repository.repository import Repository
@@ -316,7 +316,8 @@ class RepositoryWriter:
         data = encode_segment(self._durable, self._repository.keys.index_key)
         name = segment_name(0, self.id, self._segments)
         self._repository.backend.put(name, data)
-        self._repository.index.add(self._repository.open_segment(name))
+        key = self._repository.keys.index_key
+        self._repository.index.add(Segment(memoryview(data), name=name, index_key=key))
         self._segments += 1
         self.stored.metadata_bytes += len(data)
         for pack in self._durable:

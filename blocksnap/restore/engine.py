@@ -19,7 +19,7 @@ from blocksnap.errors import DamageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.frame import FrameType
-from blocksnap.repository.index import Location
+from blocksnap.repository.lookup import Location
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.plan import FrameFetch, RangeFetch, Window, plan_windows
 from blocksnap.restore.targets import Target, write_stream

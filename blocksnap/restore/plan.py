@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
 from blocksnap.repository.blockmap import HOLE, ZERO, Entry
-from blocksnap.repository.index import Location
+from blocksnap.repository.lookup import Location
 
 WINDOW_CHUNKS = 16384
 MAX_RANGE = 4 << 20

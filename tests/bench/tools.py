@@ -245,7 +245,10 @@ class Blocksnap(Tool):
         return str(Path(sys.executable).parent / "blocksnap")
 
     def environment(self, place: Place) -> dict[str, str]:
-        return super().environment(place) | {"BLOCKSNAP_PASSPHRASE": PASSPHRASE}
+        return super().environment(place) | {
+            "BLOCKSNAP_PASSPHRASE": PASSPHRASE,
+            "BLOCKSNAP_CACHE": f"{place.state}/cache",
+        }
 
     def create(self, place: Place) -> Command:
         return self.command(place, "init", "--repo", str(place.repository), cwd=place.root)

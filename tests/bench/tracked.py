@@ -33,6 +33,7 @@ def blocksnap(folder: Path, *arguments: str) -> tuple[float, dict[str, object]]:
         **os.environ,
         "BLOCKSNAP_REPOSITORY": str(folder / "repository"),
         "BLOCKSNAP_STATE_DIRECTORY": str(folder / "state"),
+        "BLOCKSNAP_CACHE": str(folder / "cache"),
         "BLOCKSNAP_PASSPHRASE": "benchmark",
     }
     argv = [sys.executable, "-m", "blocksnap", *arguments, "--json"]

@@ -57,6 +57,7 @@ class Blocksnap:
             "BLOCKSNAP_REPOSITORY": str(repository),
             "BLOCKSNAP_PASSPHRASE": secrets.token_hex(16),
             "BLOCKSNAP_STATE_DIRECTORY": str(run_directory / "state"),
+            "BLOCKSNAP_CACHE": str(run_directory / "cache"),
             "BLOCKSNAP_CONFIG": str(run_directory / "no-configuration"),
         }
 

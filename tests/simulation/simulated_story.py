@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from blocksnap.backends.base import ObjectInfo
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import map_root, newest_of, root_document
-from blocksnap.repository import sweeping, victims, writer
+from blocksnap.repository import lookup, sweeping, victims, writer
 from blocksnap.repository.blockmap import ZERO, MapReader, MapWriter
 from blocksnap.repository.collector import Collector
 from blocksnap.repository.documents import Backup, Forgotten, Manifest, Statistics, VolumeRecord
@@ -47,8 +49,11 @@ class Clock(datetime):
         return cls.world.luck.randbytes(count)
 
 
-def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packs of a few frames, segments of a few rows, and no thread but the processes'."""
+def small_world(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Packs of a few frames, segments and tables of a few rows, and no thread but the processes'."""
+    monkeypatch.setattr(Story, "cache", folder / "cache")
+    monkeypatch.setattr(lookup, "SMALL_ROWS", 8)
+    monkeypatch.setattr(lookup, "_AT_ONCE", 40)
     monkeypatch.setattr(writer, "ThreadPoolExecutor", InlineExecutor)
     monkeypatch.setattr(writer, "pack_target", lambda _: 2000)
     monkeypatch.setattr(victims, "pack_target", lambda _: 2000)
@@ -63,12 +68,25 @@ def content_of(number: int) -> bytes:
     return random.Random(number).randbytes(64)
 
 
+def tear(folder: Path) -> None:
+    """Harm everything that a cache holds: what is open in a process, too."""
+    for file in sorted(folder.rglob("index-*")):
+        size = file.stat().st_size
+        with file.open("r+b") as opened:
+            opened.seek(size // 3)
+            opened.write(b"torn")
+
+
 class Story:
     """What a world is made of, and what has to be true of it."""
+
+    cache = Path()
+    """The cache of the one host on which all processes run."""
 
     def __init__(self, seed: int, world: World | None = None) -> None:
         self.world = Clock.world = world or World(seed)
         self.always_gone = False
+        shutil.rmtree(self.cache, ignore_errors=True)
         self.luck = random.Random(seed)
         self.contents: dict[str, dict[int, bytes]] = {}
         """Of every backup that was reported done: what it has to give back."""
@@ -78,7 +96,11 @@ class Story:
         self.collected = 0
 
     def open(self) -> Repository:
-        return Repository.open(SimulatedBackend(self.world), lambda: None)
+        chance = self.luck.random()
+        if chance < 0.1:
+            tear(self.cache)
+        cache = str(self.cache) if chance < 0.9 else None
+        return Repository.open(SimulatedBackend(self.world), lambda: None, cache=cache)
 
     def gone(self, _: object) -> bool:
         """Whether a run is thought to be dead has nothing to do with whether it is."""
@@ -134,16 +156,10 @@ class Story:
 
     def prune(self) -> None:
         repository = self.open()
-        with (
-            RepositoryWriter(repository, Author("host", "host"), collects=True) as run,
-            Collector(
-                repository,
-                map_root,
-                Limits(dead_percent=10),
-                now=lambda: self.world.now,
-                advance=lambda _: None,
-            ) as collector,
-        ):
+        collector = Collector(
+            repository, map_root, Limits(dead_percent=10), now=lambda: self.world.now, advance=lambda _: None
+        )
+        with RepositoryWriter(repository, Author("host", "host"), collects=True) as run:
             outcome = collector.collect(run, self.gone)
         self.collected += outcome.state == "done"
 

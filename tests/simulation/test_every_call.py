@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from simulated_story import Clock, Story, small_world
@@ -38,8 +39,8 @@ class Trap(World):
 
 
 @pytest.fixture(autouse=True)
-def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_world(monkeypatch)
+def _small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_world(monkeypatch, tmp_path)
 
 
 def prepared() -> tuple[Story, Trap]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from simulated_story import Story, small_world
@@ -16,8 +17,8 @@ FIRST_SEED = int(os.environ.get("BLOCKSNAP_FIRST_SEED", "0"))
 
 
 @pytest.fixture(autouse=True)
-def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_world(monkeypatch)
+def _small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_world(monkeypatch, tmp_path)
 
 
 def tolerant(work: Callable[[], None], times: int) -> Callable[[], None]:

@@ -60,6 +60,7 @@ class CommandLine:
             **inherited,
             "BLOCKSNAP_REPOSITORY": str(self.repository),
             "BLOCKSNAP_STATE_DIRECTORY": str(self.folder / "state"),
+            "BLOCKSNAP_CACHE": str(self.folder / "cache"),
             "BLOCKSNAP_PASSPHRASE": PASSPHRASE,
             "BLOCKSNAP_CONFIG": str(self.folder / "blocksnap.toml"),
         }

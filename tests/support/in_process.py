@@ -28,6 +28,7 @@ class InProcess:
             monkeypatch.delenv(name)
         monkeypatch.setenv("BLOCKSNAP_REPOSITORY", str(folder / "repository"))
         monkeypatch.setenv("BLOCKSNAP_STATE_DIRECTORY", str(folder / "state"))
+        monkeypatch.setenv("BLOCKSNAP_CACHE", str(folder / "cache"))
         monkeypatch.setenv("BLOCKSNAP_PASSPHRASE", PASSPHRASE)
         monkeypatch.setenv("BLOCKSNAP_CONFIG", str(folder / "blocksnap.toml"))
         # argon2id's memory is 16,000 page faults, the slowest thing there is in the lab.

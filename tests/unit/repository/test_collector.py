@@ -87,16 +87,14 @@ def prune(
     limits: Limits | None = None,
 ) -> Outcome:
     repository = open_repository(path)
-    with (
-        RepositoryWriter(repository, HOST, collects=True) as run,
-        Collector(
-            repository,
-            map_root,
-            limits or Limits(),
-            now=lambda: datetime.now(UTC) + timedelta(seconds=later),
-            advance=lambda _: None,
-        ) as collector,
-    ):
+    collector = Collector(
+        repository,
+        map_root,
+        limits or Limits(),
+        now=lambda: datetime.now(UTC) + timedelta(seconds=later),
+        advance=lambda _: None,
+    )
+    with RepositoryWriter(repository, HOST, collects=True) as run:
         return collector.collect(run, is_gone)
 
 
@@ -265,10 +263,10 @@ def test_a_twin_of_what_a_damaged_pack_holds_stays(path: Path) -> None:
     forget(path, first, second)
     # Everything is to be copied, since it is chance which of the twins is the one that counts.
     limits = Limits(dead_percent=-1)
-    with Collector(
+    collector = Collector(
         open_repository(path), map_root, limits, now=lambda: datetime.now(UTC), advance=lambda _: None
-    ) as collector:
-        copied = [pack for pack in collector.plan().choice.of("copy") if pack.data]
+    )
+    copied = [pack for pack in collector.plan().choice.of("copy") if pack.data]
     counts = [pack for pack in copied if third not in pack.name]
     assert len(counts) == 1
     flip_a_bit(path / counts[0].name)
