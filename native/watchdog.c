@@ -189,6 +189,8 @@ static void obey(struct bs_watch *watch, const struct bs_watch_message *message)
                 item->armed = item->pending = false;
         } else if (message->word == BS_WATCH_START) {
                 start(watch, item);
+        } else if (message->word == BS_WATCH_DISMISS) {
+                watch->dismissed = true;
         } else if (message->word == BS_WATCH_KILL && item->pid != 0) {
                 item->term_at_ms = bs_watch_now_ms();
         }
@@ -260,7 +262,7 @@ int bs_watch_run(struct bs_watch *watch)
                                watch->why, watch->took_ms);
                 }
                 if (!anything_runs(watch) && watch->alone) {
-                        if (watch->why)
+                        if (watch->why || !watch->dismissed)
                                 bs_watch_record(watch);
                         return 0;
                 }

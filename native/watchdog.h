@@ -42,6 +42,7 @@ enum bs_watch_word {
         BS_WATCH_START,   /* start the command */
         BS_WATCH_DISARM,  /* the item is not in force any more */
         BS_WATCH_KILL,    /* end the command, with all processes of its session */
+        BS_WATCH_DISMISS, /* the controller needs no watchdog any more */
         BS_WATCH_ENDED,   /* the command ended: value is its exit code, or -N for signal N */
         BS_WATCH_EXPIRED, /* everything was let go because the time was up: value is milliseconds */
 };
@@ -76,7 +77,8 @@ struct bs_watch {
         uint64_t began_ms; /* when the first item came in force; 0 before */
         const char *why;   /* why everything was let go; NULL before */
         int took_ms;
-        bool alone;    /* the controller is gone */
+        bool alone; /* the controller is gone */
+        bool dismissed;
         bool reported; /* to the system's log */
         uint32_t count;
         struct bs_watch_item items[BS_WATCH_ITEMS];

@@ -185,7 +185,7 @@ void bs_watch_record(struct bs_watch *watch)
                 line, sizeof(line),
                 "\n{\"step\": \"released\", \"by\": \"watchdog\", \"why\": \"%s\", \"after_ms\": %d, "
                 "\"failed\": %u}\n",
-                watch->why, watch->took_ms, failed);
+                watch->why ? watch->why : "nothing stood still yet", watch->took_ms, failed);
         if (watch->journal < 0 || length < 0 || (size_t)length >= sizeof(line))
                 return;
         if (write(watch->journal, line, (size_t)length) == length)

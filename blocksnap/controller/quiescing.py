@@ -85,10 +85,9 @@ def let_go_leftovers(state_directory: str | Path) -> tuple[list[str], list[str]]
     done: list[str] = []
     warnings: list[str] = []
     for entry in read_entries(state_directory):
-        if entry.standstill() is None:
-            continue
+        # Even where nothing was announced yet: while it lives, the run does not count as dead.
         settled = _await_watchdog(entry)
-        if settled is None or settled.alive:
+        if settled is None or settled.alive or settled.standstill() is None:
             continue
         with take_over(settled) as fd:
             current = read_entry(settled.path) if fd is not None else None

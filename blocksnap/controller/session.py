@@ -194,11 +194,10 @@ class SnapshotSession:
         if self._quiesce and standstill:
             self._standstill = standstill
             environment = self._quiesce.environment(self.volumes, self.run)
-            announced += announce(standstill, environment)
-            if announced:
-                journal.append_all(announced)
+            # Before the announcement: a run that dies with its watchdog at work leaves nothing in doubt.
             standstill.attend(journal.fileno(), environment)
-        elif announced:
+            announced += announce(standstill, environment)
+        if announced:
             journal.append_all(announced)
         if standstill is None:
             self._take_back_to_back(journal)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from blocksnap.errors import QuiesceError
 
-_ARM, _START, _DISARM, _KILL, _ENDED, _EXPIRED = range(1, 7)
+_ARM, _START, _DISARM, _KILL, _DISMISS, _ENDED, _EXPIRED = range(1, 8)
 _MESSAGE = struct.Struct("=IIi")
 _PROGRAM = "blocksnap-watchdog"
 _START_SECONDS = 10.0
@@ -213,6 +213,8 @@ class Watchdog:
 
         It lets go of whatever is still in force.
         """
+        with contextlib.suppress(WatchdogError):
+            self._send(_DISMISS, 0)
         self._socket.close()
         self._lost = True
         if self._pid <= 0:

@@ -20,11 +20,10 @@ from blocksnap.quiesce.errors import FilesystemFreezeError
 from blocksnap.quiesce.filesystem import FilesystemFlush, FilesystemFreeze, decide, protected_filesystems
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
-from blocksnap.system import freeze
 from blocksnap.system.freeze import layers_above
 from support.loops import call, loop_device, mounted
 from support.require import require
-from support.standing import Application, is_gone, wait_until
+from support.standing import Application, holding, is_gone, thaw, wait_until
 
 CONTROLLER = """
 import os, signal, sys
@@ -66,24 +65,12 @@ def nested(tmp_path: Path) -> Iterator[Nested]:
     with ExitStack() as stack:
         device = stack.enter_context(loop_device(tmp_path / "outer.img", size=64 << 20))
         call("mkfs.ext4", "-q", device)
-        outer = stack.enter_context(mounted(device, tmp_path / "outer"))
+        outer = stack.enter_context(holding(device, tmp_path / "outer"))
         image = outer / "inner.img"
         inner_device = stack.enter_context(loop_device(image, size=32 << 20))
         call("mkfs.ext4", "-q", inner_device)
-        inner = stack.enter_context(mounted(inner_device, tmp_path / "inner"))
-        made = Nested(device, outer, inner_device, inner)
-        yield made
-        for folder in (inner, outer):
-            thaw(folder)
-
-
-def thaw(folder: Path) -> bool:
-    """Whether it was frozen."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        return freeze.thaw(fd)
-    finally:
-        os.close(fd)
+        inner = stack.enter_context(holding(inner_device, tmp_path / "inner"))
+        yield Nested(device, outer, inner_device, inner)
 
 
 def attended(number: int, **settings: object) -> Standstill:

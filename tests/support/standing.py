@@ -16,9 +16,10 @@ from pathlib import Path
 
 from blocksnap.quiesce.errors import UnsafeHookError
 from blocksnap.quiesce.hook import check_command
+from blocksnap.system import freeze
+from support.loops import call
 
 PROJECT = Path(__file__).resolve().parents[2]
-JOURNAL_WORDS = "the controller is gone", "the time was up"
 
 _APPLICATION = """
 import json, os, signal, sys, time
@@ -131,3 +132,28 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+@contextmanager
+def holding(device: str, folder: Path) -> Iterator[Path]:
+    """Mount a filesystem that will hold the image of another one, or is frozen at times.
+
+    It is thawed before it goes, whatever the test came to. Who has copied the mount namespace meanwhile may
+    keep the inner one for longer, so it is not waited for.
+    """
+    folder.mkdir()
+    call("mount", device, folder)
+    try:
+        yield folder
+    finally:
+        thaw(folder)
+        call("umount", "--lazy", folder)
+
+
+def thaw(folder: Path) -> bool:
+    """Thaw the filesystem on a folder; whether it was frozen."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        return freeze.thaw(fd)
+    finally:
+        os.close(fd)
