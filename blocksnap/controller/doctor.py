@@ -14,6 +14,7 @@ from blocksnap.controller.examine_host import (
     examine_archive,
     examine_block_devices,
     examine_journals,
+    examine_standing,
     examine_suspended,
     examine_tools,
 )
@@ -21,6 +22,7 @@ from blocksnap.controller.examine_lvm import Host, examine_lvm
 from blocksnap.controller.findings import Area, Finding
 from blocksnap.controller.journal import Entry, read_entries
 from blocksnap.controller.lock import VolumeBusyError, VolumeLocks
+from blocksnap.controller.quiescing import let_go_leftovers
 from blocksnap.controller.recover import Recovery, find_leftovers, read_report, recover
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import BlocksnapError
@@ -48,6 +50,7 @@ def examine(state_directory: str, limits: LimitSettings | None = None) -> list[F
     examinations: tuple[tuple[Area, str, Callable[[], Iterable[Finding]]], ...] = (
         ("tool", "programs", lambda: examine_tools(lvm_in_use=devmapper.has_lvm_devices())),
         ("journal", state_directory, lambda: examine_journals(entries, time.time())),
+        ("leftover", state_directory, lambda: examine_standing(entries)),
         ("device", "device-mapper", lambda: examine_suspended(entries)),
         ("leftover", "LVM", lvm_findings),
         ("device", "block devices", examine_block_devices),
@@ -66,7 +69,9 @@ def fix(state_directory: str) -> Recovery:
     try:
         report = read_report()
     except BlocksnapError as err:
-        return Recovery(warnings=(f"cannot look at LVM: {err}",))
+        # What stands still waits for nobody's LVM.
+        done, warnings = let_go_leftovers(state_directory)
+        return Recovery(tuple(done), (*warnings, f"cannot look at LVM: {err}"))
     entries = read_entries(state_directory)
     names = _volumes_of(entries)
     names |= {leftover.volume_key: leftover.origin for leftover in find_leftovers(report, entries)}

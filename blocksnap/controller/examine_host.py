@@ -61,6 +61,21 @@ def examine_journals(entries: Collection[Entry], now: float) -> Iterator[Finding
         )
 
 
+def examine_standing(entries: Collection[Entry]) -> Iterator[Finding]:
+    """Tell what a run that died together with its watchdog may have left standing still."""
+    for entry in entries:
+        standing = (entry.standstill() or {}).get("standing") if not entry.alive else None
+        for trace in standing if isinstance(standing, list) else ():
+            yield Finding(
+                "error",
+                "leftover",
+                str(trace.get("name", trace.get("point", " ".join(map(str, trace.get("argv", ())))))),
+                f"run {entry.run} may have left it standing still",
+                "blocksnap doctor --fix lets it go; so does the next backup of any volume",
+                ours=True,
+            )
+
+
 def examine_suspended(entries: Collection[Entry]) -> Iterator[Finding]:
     """Tell of device-mapper devices that stay suspended: whoever writes to them waits."""
     suspended = devmapper.suspended_devices()
