@@ -1,0 +1,173 @@
+"""What runs leave standing still: announced, told by doctor, and let go by whoever comes next."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocksnap.controller.examine_host import examine_standing
+from blocksnap.controller.journal import Journal, read_entries, take_over
+from blocksnap.controller.quiescing import QuiesceRequest, announce, let_go_leftovers
+from blocksnap.controller.recover import recover
+from blocksnap.errors import UsageError
+from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.settings import QuiesceSettings
+from blocksnap.system import host
+from support.require import require
+from support.standing import hook_folder, read_log, safe_base, write_hook
+
+STANDING: list[dict[str, Any]] = [
+    {"kind": "after", "argv": ["/no/such/hook", "start"]},
+    {"kind": "cgroup", "path": "/sys/fs/cgroup/blocksnap-no-such-group", "name": "unit shop.service"},
+    {"kind": "filesystem", "point": "/no/such/folder", "device": 1},
+]
+
+
+def dead_run(state: Path, *steps: object, boot: str | None = None, run: str = "d1") -> Path:
+    begin = {"step": "begin", "pid": 1, "start": 1, "boot": boot or host.boot_id(), "host": "h", "began": 1.0}
+    (state / "journal").mkdir(parents=True, exist_ok=True)
+    path = state / "journal" / f"{run}.jsonl"
+    path.write_text("".join(f"{json.dumps(step)}\n" for step in (begin, *steps)))
+    return path
+
+
+def quiesce(*standing: dict[str, Any]) -> dict[str, Any]:
+    return {"step": "quiesce", "standing": list(standing), "deadline_seconds": 0.5, "environment": {}}
+
+
+@pytest.mark.parametrize(
+    ("steps", "stands"),
+    [
+        ([], False),
+        ([quiesce(*STANDING)], True),
+        ([quiesce(*STANDING), {"step": "released", "by": "controller"}], False),
+        ([quiesce(*STANDING), {"step": "released", "by": "watchdog", "failed": 1}], True),
+        ([quiesce(*STANDING), {"step": "taken"}], True),
+    ],
+)
+def test_the_journal_tells_whether_anything_may_stand_still(
+    tmp_path: Path, steps: list[object], *, stands: bool
+) -> None:
+    dead_run(tmp_path, *steps)
+    (entry,) = read_entries(tmp_path)
+    assert (entry.standstill() is not None) is stands
+    found = list(examine_standing([entry]))
+    assert len(found) == (3 if stands else 0)
+    if stands:
+        assert [each.subject for each in found] == [
+            "/no/such/hook start",
+            "unit shop.service",
+            "/no/such/folder",
+        ]
+        assert {(each.severity, each.ours) for each in found} == {("error", True)}
+
+
+def test_a_line_behind_a_torn_one_counts(tmp_path: Path) -> None:
+    path = dead_run(tmp_path, quiesce(STANDING[1]))
+    with path.open("a") as file:
+        file.write('{"step": "tak\n{"step": "released", "by": "watchdog", "failed": 0}\n')
+    (entry,) = read_entries(tmp_path)
+    assert entry.standstill() is None
+
+
+def test_what_is_gone_is_let_go_without_a_word(tmp_path: Path) -> None:
+    dead_run(tmp_path, quiesce(*STANDING[1:]))
+    assert let_go_leftovers(tmp_path) == ([], [])
+    (entry,) = read_entries(tmp_path)
+    assert entry.standstill() is None
+
+
+def test_after_is_run_by_the_next_run_once_even_after_a_reboot(tmp_path: Path) -> None:
+    require("hooks", safe_base() is not None, "no directory here is only ours, with all above it")
+    with hook_folder() as hooks:
+        script = write_hook(hooks, "start", 'log "$BLOCKSNAP_PHASE $BLOCKSNAP_RUN $1"')
+        step = quiesce({"kind": "after", "argv": [script, "shop"]})
+        dead_run(tmp_path, {**step, "environment": {"BLOCKSNAP_RUN": "d1"}}, boot="earlier")
+        found = recover(tmp_path, [], lvm_involved=False)
+        assert found.removed == (f"ran {script}, which run d1 left standing still",)
+        assert read_entries(tmp_path) == []
+        assert recover(tmp_path, [], lvm_involved=False).removed == ()
+        assert read_log(hooks) == ["after d1 shop"]
+
+
+def test_an_after_that_cannot_be_run_is_told_once(tmp_path: Path) -> None:
+    dead_run(tmp_path, quiesce(STANDING[0]))
+    done, (warning,) = let_go_leftovers(tmp_path)
+    assert done == []
+    assert "run d1 left something standing still: the hook /no/such/hook cannot be run" in warning
+    assert let_go_leftovers(tmp_path) == ([], [])
+
+
+def test_a_live_run_is_left_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "live")
+    journal.append("quiesce", standing=STANDING, deadline_seconds=10, environment={})
+    assert let_go_leftovers(tmp_path) == ([], [])
+    (entry,) = read_entries(tmp_path)
+    assert entry.alive
+    assert not entry.ending
+    journal.finish()
+
+
+def test_a_watchdog_at_work_is_waited_for(tmp_path: Path) -> None:
+    path = dead_run(tmp_path, quiesce(*STANDING))
+    fd = os.open(path, os.O_RDWR | os.O_APPEND)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    (entry,) = read_entries(tmp_path)
+    assert entry.ending
+
+    def let_go() -> None:
+        time.sleep(0.2)
+        os.write(fd, b'\n{"step": "released", "by": "watchdog", "failed": 0}\n')
+        os.close(fd)
+
+    watchdog = threading.Thread(target=let_go)
+    watchdog.start()
+    # Had it not waited, it would have tried to run the hook.
+    assert let_go_leftovers(tmp_path) == ([], [])
+    watchdog.join()
+    assert recover(tmp_path, [], lvm_involved=False).warnings == ()
+    assert read_entries(tmp_path) == []
+
+
+def test_two_at_once_do_not_both_let_go(tmp_path: Path) -> None:
+    dead_run(tmp_path, quiesce(*STANDING))
+    (entry,) = read_entries(tmp_path)
+    with take_over(entry) as first, take_over(entry) as second:
+        assert first is not None
+        assert second is None
+    entry.path.unlink()
+    with take_over(entry) as gone:
+        assert gone is None
+
+
+class Cold:
+    name, snapshot_device = "/srv/disk.img", None
+
+
+def test_an_application_cannot_stand_still_for_what_has_no_snapshot() -> None:
+    request = QuiesceRequest(QuiesceSettings(units=("shop.service",)))
+    with pytest.raises(UsageError, match="there is no snapshot of /srv/disk"):
+        request.check([Cold()])  # type: ignore[list-item]
+    # Filesystems are looked for by themselves, and there are none.
+    QuiesceRequest(QuiesceSettings()).check([Cold()])  # type: ignore[list-item]
+    assert QuiesceRequest(QuiesceSettings()).assemble([Cold()], "/var/lib/blocksnap") is None  # type: ignore[list-item]
+
+
+def test_nothing_is_announced_that_does_not_outlive_us(tmp_path: Path) -> None:
+    require("hooks", safe_base() is not None, "no directory here is only ours, with all above it")
+    with hook_folder() as hooks:
+        script = write_hook(hooks, "lock", "")
+        session = assemble(QuiesceSettings.model_validate({"hooks": [{"session": [script]}]}), [], [])
+        assert announce(session, {}) == []
+        session.close()
+        pair = assemble(QuiesceSettings.model_validate({"hooks": [{"after": [script]}]}), [], [])
+        ((step, facts),) = announce(pair, {"BLOCKSNAP_RUN": "r"})
+        assert (step, facts["standing"]) == ("quiesce", [{"kind": "after", "argv": [script]}])
+        pair.close()
