@@ -139,6 +139,11 @@ class Table:
         return self.rows
 
     @property
+    def memory_bytes(self) -> int:
+        """What it holds in memory."""
+        return len(self._firsts) * 8 + len(self._packs) + 100 * len(self.segments)
+
+    @property
     def pack_count(self) -> int:
         """Number of packs that it knows."""
         return len(self._packs) // PACK.size
