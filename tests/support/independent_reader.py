@@ -204,11 +204,13 @@ class Repository:
         require(len(data) >= 64, f"{name}: cut short")
         magic, version, rows, packs, row_size, _ = struct.unpack_from("<8sIIIIQ", data)
         require(magic == b"BSINDEX1", f"{name}: no index segment")
+        # In every version a segment ends with the checksum of what comes before.
+        checksum = blake3(data[:-32], key=self.keys.index_key).digest()
+        require(checksum == data[-32:], f"{name}: wrong checksum")
         if version != 1:
             raise NewerError(f"{name}: version {version}")
         table, end = 32 + rows * 44, 32 + rows * 44 + packs * 56
         require(row_size == 44 and end + 32 == len(data), f"{name}: wrong length")
-        require(blake3(data[:end], key=self.keys.index_key).digest() == data[end:], f"{name}: wrong checksum")
         listed, present = [], []
         for writer, hash_, size in struct.iter_unpack("<16s32sQ", data[table:end]):
             listed.append(f"packs/{hash_.hex()[:2]}/{writer.hex()}-{hash_.hex()}")
