@@ -29,6 +29,7 @@ Entry = bytes
 _HEADER = struct.Struct("<BBHI")
 _KIND_ID = 2
 _ID = 32
+_ALL_IDS = bytes([_KIND_ID]) * FANOUT
 _CACHED_NODES = 2048
 
 
@@ -60,6 +61,10 @@ def empty_map(count: int) -> MapRoot:
 
 def encode_node(level: int, entries: list[Entry]) -> bytes:
     """Return a node's plaintext."""
+    packed = b"".join(entries)
+    if len(packed) == FANOUT * _ID:
+        # Most nodes are full of ids.
+        return _HEADER.pack(level, 1, FANOUT, 0) + _ALL_IDS + packed
     kinds = bytes(_KIND_ID if len(entry) == _ID else entry[0] for entry in entries)
     ids = [entry for entry in entries if len(entry) == _ID]
     return _HEADER.pack(level, 1, len(ids), 0) + kinds + b"".join(ids)
@@ -81,6 +86,8 @@ def decode_node(plain: bytes | memoryview, *, level: int, where: str) -> list[En
         raise DamagedObjectError(where, f"it is not a map node of level {level}")
     if kinds.count(_KIND_ID) != ids or len(body) != ids * _ID or max(kinds) > _KIND_ID:
         raise DamagedObjectError(where, "the map node contradicts itself")
+    if kinds == _ALL_IDS:
+        return [body[at : at + _ID] for at in range(0, FANOUT * _ID, _ID)]
     entries: list[Entry] = []
     position = 0
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""The folder of this host in which tables are kept from one run to the next. Nothing in it is needed.
+"""The folder of this host in which what is derived is kept between runs. Nothing in it is needed.
 
 Whoever writes holds the lock of the repository's folder, and does without the folder when another process
 has it. Files are complete when they get their names; what a crash tears is found when it is opened or
@@ -32,9 +32,10 @@ _TABLE = re.compile(r"index-[0-9a-f]{16}")
 _NEW = re.compile(r"new-[0-9a-f]{16}")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _LOCK = "lock"
+_FILES = frozenset({_LOCK, "manifests"})
 
 
-class IndexCache:
+class LocalCache:
     """The cache of one repository; every trouble with it is answered by doing without."""
 
     def __init__(self, root: str, keys: KeyRing) -> None:
@@ -95,6 +96,32 @@ class IndexCache:
         for table in tables:
             if table.name:
                 self._unlink(table.name)
+
+    def load(self, name: str) -> bytes | None:
+        """Return a file of the folder, or None."""
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._folder)
+        except OSError:
+            return None
+        try:
+            with os.fdopen(fd, "rb") as file:
+                return file.read()
+        except OSError:
+            return None
+
+    def save(self, name: str, data: bytes) -> None:
+        """Write a file into the folder, if that can be done."""
+        with self._lock() as held, contextlib.suppress(OSError):
+            if not held:
+                return
+            new = f"new-{secrets.token_hex(8)}"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                with os.fdopen(os.open(new, flags, 0o600, dir_fd=self._folder), "wb") as file:
+                    file.write(data)
+                os.rename(new, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            except OSError:
+                self._unlink(new)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
@@ -199,4 +226,4 @@ def _remove_others(root: str, mine: str) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name == _LOCK or bool(_TABLE.fullmatch(name) or _NEW.fullmatch(name))
+    return name in _FILES or bool(_TABLE.fullmatch(name) or _NEW.fullmatch(name))

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from blocksnap.backends.errors import ObjectMissingError
 from blocksnap.errors import BlocksnapError, StorageError
-from blocksnap.repository.cache import IndexCache, scratch_table
+from blocksnap.repository.cache import LocalCache, scratch_table
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.index import Segment
 from blocksnap.repository.keys import KeyRing
@@ -100,7 +100,7 @@ class _Belief:
 class Index:
     """All that the segments of a repository say. Look-ups may come from any thread."""
 
-    def __init__(self, source: SegmentSource, keys: KeyRing, cache: IndexCache | None = None) -> None:
+    def __init__(self, source: SegmentSource, keys: KeyRing, cache: LocalCache | None = None) -> None:
         """Begin with nothing: see ``refresh``. Without a cache tables go with the process."""
         self._source = source
         self._keys = keys

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TypeVar
 
 from blake3 import blake3
@@ -21,7 +22,7 @@ from blocksnap.backends.base import Backend, ObjectInfo
 from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository import documents
-from blocksnap.repository.cache import IndexCache
+from blocksnap.repository.cache import LocalCache
 from blocksnap.repository.decoding import (
     decode_manifest,
     decode_public,
@@ -52,6 +53,7 @@ from blocksnap.repository.key_objects import (
     read_key,
 )
 from blocksnap.repository.keys import KdfCost, KeyRing, Right, Role, new_master
+from blocksnap.repository.known_manifests import KnownManifests
 from blocksnap.repository.lookup import Index, Location
 from blocksnap.repository.pack import PackId, SealedPack, read_footer, read_pack_range
 
@@ -101,7 +103,7 @@ class Repository:
         self.keys = keys
         self.key = key
         """The key that opened it; None where there is no encryption."""
-        self._cache = cache
+        self._cache_root = cache
         self._index: Index | None = None
         self._refreshed = 0.0
         self._is_behind = False
@@ -204,13 +206,20 @@ class Repository:
         """Bytes of a chunk, fixed when the repository was created."""
         return self.config.chunk_size
 
+    @cached_property
+    def _cache(self) -> LocalCache | None:
+        return LocalCache(self._cache_root, self.keys) if self._cache_root else None
+
+    @cached_property
+    def _known_manifests(self) -> KnownManifests:
+        return KnownManifests(self._cache, self.keys)
+
     @property
     def index(self) -> Index:
         """The index, loaded on first use."""
         found = self._index
         if found is None:
-            cache = IndexCache(self._cache, self.keys) if self._cache else None
-            found = self._index = Index(self, self.keys, cache)
+            found = self._index = Index(self, self.keys, self._cache)
             self.refresh_index()
         return found
 
@@ -266,12 +275,15 @@ class Repository:
 
     def locate(self, kind: FrameType, id_: bytes) -> Location:
         """Return where a blob lies; raises MissingChunkError."""
-        found = self.index.find(id_)
-        if found is None and (self._is_behind or time.monotonic() - self._refreshed > _REFRESH_SECONDS):
+        return self._places(kind, id_)[0]
+
+    def _places(self, kind: FrameType, id_: bytes) -> list[Location]:
+        found = self.index.find_all(id_)
+        if not found and (self._is_behind or time.monotonic() - self._refreshed > _REFRESH_SECONDS):
             # A run that finished meanwhile may have stored it.
             self.refresh_index()
-            found = self.index.find(id_)
-        if found is None or found.type != kind:
+            found = self.index.find_all(id_)
+        if not found or found[0].type != kind:
             raise MissingChunkError({FrameType.DATA: "chunk"}.get(kind, "map node"), id_)
         return found
 
@@ -280,12 +292,13 @@ class Repository:
 
         A pack that is missing may have been emptied by garbage collection: then the index has a new place.
         """
-        self.locate(kind, id_)
+        places = self._places(kind, id_)
         problem: DamageError | None = None
         for attempt in range(2):
             if attempt:
                 self.refresh_index()
-            for location in self.index.find_all(id_):
+                places = self.index.find_all(id_)
+            for location in places:
                 try:
                     return self._load_from(location, kind, id_)
                 except DamageError as err:
@@ -320,7 +333,7 @@ class Repository:
             if info.name in aside.objects:
                 continue
             try:
-                manifest = self.load_manifest(info.name)
+                manifest = self._recognise_manifest(info.name)
             except ObjectMissingError:
                 continue
             except (DamageError, NewerFormatError) as err:
@@ -328,10 +341,23 @@ class Repository:
                 continue
             if manifest is not None:
                 yield manifest, info
+        self._known_manifests.save()
+
+    def _recognise_manifest(self, name: str) -> Manifest | None:
+        stored = self.backend.read(name)
+        known = self._known_manifests.find(name, stored)
+        if known:
+            return known[0]
+        manifest = self._open_manifest(name, stored)
+        self._known_manifests.add(name, stored, manifest)
+        return manifest
 
     def load_manifest(self, name: str) -> Manifest | None:
         """Return one manifest, or None for a fence; raises DamagedObjectError, NewerFormatError."""
-        plain = open_frame(self.opener(), self.backend.read(name), name, FrameType.MANIFEST)
+        return self._open_manifest(name, self.backend.read(name))
+
+    def _open_manifest(self, name: str, stored: bytes) -> Manifest | None:
+        plain = open_frame(self.opener(), stored, name, FrameType.MANIFEST)
         return decode_manifest(plain, name, self.keys)
 
     def read_signed(self, name: str, kind: FrameType, model: type[_Model]) -> _Model:

@@ -16,7 +16,7 @@ from blocksnap.backends.errors import ObjectMissingError
 from blocksnap.errors import BlocksnapError
 from blocksnap.repository import cache as caching
 from blocksnap.repository import lookup
-from blocksnap.repository.cache import IndexCache, scratch_table
+from blocksnap.repository.cache import LocalCache, scratch_table
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import Segment, encode_segment
 from blocksnap.repository.keys import KeyRing
@@ -75,7 +75,7 @@ def some_ids(seed: int, count: int) -> list[bytes]:
 
 def open_index(segments: Segments, root: Path | None) -> Index:
     segments.fetched.clear()
-    index = Index(segments, segments.keys, IndexCache(str(root), segments.keys) if root else None)
+    index = Index(segments, segments.keys, LocalCache(str(root), segments.keys) if root else None)
     index.refresh()
     return index
 
@@ -188,7 +188,7 @@ def test_a_row_that_was_made_up_is_not_believed(segments: Segments, tmp_path: Pa
     merge = Merge(stranger)
     merge.add_segment(forged.open_segment(name))
     (old,) = tables_of(tmp_path)
-    kept = IndexCache(str(tmp_path), stranger).keep(merge)
+    kept = LocalCache(str(tmp_path), stranger).keep(merge)
     assert kept
     old.unlink()
     index = open_index(segments, tmp_path)
@@ -224,7 +224,7 @@ def test_what_a_crash_left_is_removed(segments: Segments, tmp_path: Path) -> Non
 
 
 def test_two_at_once(segments: Segments, tmp_path: Path) -> None:
-    cache = IndexCache(str(tmp_path), KEYS)
+    cache = LocalCache(str(tmp_path), KEYS)
     with cache._lock() as held:
         assert held
         require_true(open_index(segments, tmp_path), segments, ALL)
