@@ -64,6 +64,9 @@ soak-histories: bootstrap ## the difference of thin devices against thin_delta, 
 soak-kill: bootstrap ## a backup of a group, killed at every step, and what doctor --fix makes of it, in the lab
 	vagrant/lab --timeout 3600 --env BLOCKSNAP_SOAK=1 -- $(PYTEST) --timeout 3600 tests/lvm/test_doctor.py
 
+soak-quiesce: bootstrap ## twenty groups at one instant, and runs killed at every step they take, in the lab
+	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=20 -- $(PYTEST) --timeout 7000 tests/lvm/test_quiesce.py
+
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering
 

@@ -58,7 +58,7 @@ def protected_filesystems(paths: Iterable[str]) -> set[int]:
     """
     table = mounts.read_mounts()
     wanted = []
-    for path in [*SYSTEM_PATHS, *paths, *mounts.swap_files()]:
+    for path in [*SYSTEM_PATHS, __file__, *paths, *mounts.swap_files()]:
         mount = mounts.mount_under(path)
         if mount is not None:
             wanted.append(mount.device)

@@ -28,7 +28,7 @@ from support.standing_crashes import count_points, die_at, watchdogs_of
 from support.thin_lab import Backups, read_all
 
 SOAK = "BLOCKSNAP_SOAK_ROUNDS" in os.environ
-ROUNDS = int(os.environ.get("BLOCKSNAP_SOAK_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("BLOCKSNAP_SOAK_ROUNDS", "3"))
 OWN_POINTS = {
     *(f"{when} {step}" for when in ("before", "after") for step in ("snapshot+quiesce", "taken", "released")),
     "snapshot taken",
