@@ -13,7 +13,8 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-tracked bench-year vagrant-test clean
+.PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-tracked bench-year
+.PHONY: vagrant-test clean
 .PHONY: soak-btrfs soak-histories soak-kill soak-model soak-power-cut soak-simulation soak-tamper soak-thin soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
@@ -41,6 +42,9 @@ bench-map: bootstrap ## count the metadata that an incremental backup of 1 TiB w
 
 bench-year: bootstrap ## a year of backups of 1 TiB without their data: prune, check, look-ups, memory (16 GiB, an hour)
 	$(BIN)/python tests/bench/year.py
+
+bench-neighbour: bootstrap ## a pgbench beside a backup, by the policies of pace: quiet machine, minutes
+	$(BIN)/python tests/bench/neighbour.py
 
 bench-tracked: bootstrap ## incrementals beside full compares of a thin volume, in the lab
 	vagrant/lab --timeout 1800 --disk 3G --disk 3G -- $(BIN)/python tests/bench/tracked.py

@@ -97,6 +97,10 @@ class Backend(ABC):
     def close(self) -> None:
         """Let go of descriptors and connections."""
 
+    def free_bytes(self) -> int | None:
+        """Return the room that is left for objects; None where nobody can tell."""
+        return None
+
     def put(self, name: str, data: Buffer) -> None:
         """Create an object; raises ObjectExistsError when the name is taken."""
         writer = self.open_writer()

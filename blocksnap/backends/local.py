@@ -126,6 +126,14 @@ class LocalBackend(Backend):
         folder = validate_name(prefix.rstrip("/")) if prefix else ""
         yield from self._walk(folder)
 
+    def free_bytes(self) -> int:
+        """Return what the file system has left for this user."""
+        try:
+            status = os.fstatvfs(self._open_root())
+        except OSError as err:
+            raise BackendFailedError("ask for free space", self._path, err) from err
+        return status.f_bavail * status.f_frsize
+
     def delete(self, name: str) -> None:
         """Unlink and flush the directory."""
         root = self._open_root()

@@ -13,6 +13,7 @@ from blocksnap.errors import BlocksnapError, DamageError, UsageError
 
 if TYPE_CHECKING:
     from blocksnap.config import Job
+    from blocksnap.controller.settings import LimitSettings
     from blocksnap.extents.changes import BasePolicy
     from blocksnap.operations.restore import Missing, RestoreResult
     from blocksnap.operations.storing import BackupOptions
@@ -87,6 +88,13 @@ def volumes_command(settings: Settings) -> None:
     type=click.Choice(["none", "keep", "auto"]),
     help="Whether the snapshot stays as base of the next backup; none unless the job says otherwise.",
 )
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait so long for another run that has a volume, before giving up (exit code 11).",
+)
 @common_options
 def backup_command(
     settings: Settings,
@@ -97,6 +105,7 @@ def backup_command(
     dry_run: bool,
     tags: tuple[tuple[str, str], ...],
     base: BasePolicy | None,
+    wait: float,
 ) -> None:
     """Back up volumes while they are in use; several are one group.
 
@@ -114,13 +123,17 @@ def backup_command(
     settings, job_settings, job_tags = _job_of(settings, volumes, job)
     repository = settings.open_repository()
     require_same_encryption(repository, settings.state_directory)
-    resolved = _volumes_of(settings, job_settings)
+    resolved, volume_limits = _volumes_of(settings, job_settings)
     options = BackupOptions(
         full=full,
         tags={**job_tags, **dict(tags)},
         base=base or job_settings.base,
         quiesce=job_settings.quiesce,
         job=job or "",
+        limits=job_settings.limits,
+        volume_limits=volume_limits,
+        pace=job_settings.pace,
+        wait_seconds=wait,
     )
     groups = [resolved] if job_settings.group else [[volume] for volume in resolved]
     if dry_run:
@@ -233,6 +246,7 @@ def verify_command(settings: Settings, *, backup: str, volume: str | None) -> No
 
     A VOLUME is compared through a snapshot that is taken now and removed again.
     """
+    from blocksnap.config import Configuration
     from blocksnap.extents import memory
     from blocksnap.operations.catalogue import find_backup
     from blocksnap.operations.verify import verify_repository, verify_volume
@@ -244,7 +258,12 @@ def verify_command(settings: Settings, *, backup: str, volume: str | None) -> No
     problems: list[BlocksnapError]
     if volume:
         problems = verify_volume(
-            repository, stored.backup, resolve_volume(volume), settings.state_directory, settings.reporter
+            repository,
+            stored.backup,
+            resolve_volume(volume),
+            settings.state_directory,
+            (settings.configuration or Configuration()).defaults.limits,
+            settings.reporter,
         )
     else:
         problems = list(verify_repository(repository, stored.backup, settings.reporter))
@@ -288,16 +307,23 @@ def _job_of(
     return settings, job, job.tags
 
 
-def _volumes_of(settings: Settings, job: Job) -> list[Volume]:
-    """Look the volumes of a job up; raises UsageError, VolumeError."""
+def _volumes_of(settings: Settings, job: Job) -> tuple[list[Volume], dict[str, LimitSettings]]:
+    """Look the volumes of a job up, and their limits by their keys; raises UsageError, VolumeError."""
+    from blocksnap.config import Configuration
     from blocksnap.volumes.resolve import resolve_volume
+    from blocksnap.volumes.thin_pool import PoolLimits
 
-    configuration = settings.configuration
-    names = [configuration.volume(name, job)[0] for name in job.volumes] if configuration else job.volumes
-    resolved = [resolve_volume(name) for name in names]
-    if len({volume.key for volume in resolved}) != len(resolved):
+    configuration = settings.configuration or Configuration()
+    resolved: list[Volume] = []
+    of_volumes: dict[str, LimitSettings] = {}
+    for text in job.volumes:
+        name, limits = configuration.volume(text, job)
+        volume = resolve_volume(name, PoolLimits(limits.pool_data_percent, limits.pool_metadata_percent))
+        resolved.append(volume)
+        of_volumes[volume.key] = limits
+    if len(of_volumes) != len(resolved):
         raise UsageError("a volume is named twice")
-    return resolved
+    return resolved, of_volumes
 
 
 def _back_up_groups(

@@ -16,6 +16,8 @@ from blocksnap.controller.journal import StateError
 from blocksnap.errors import BusyError
 from blocksnap.system.host import host_name
 
+_LOOK_AGAIN_SECONDS = 0.1
+
 
 class VolumeBusyError(BusyError):
     """Another run holds a volume (exit code 11)."""
@@ -27,15 +29,27 @@ class VolumeBusyError(BusyError):
         age = f" for {time.time() - began:.0f} s" if isinstance(began, float) else ""
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         super().__init__(
-            f"{volume} is held by another run: {who}{age}", resolution="wait until it is done, or stop it"
+            f"{volume} is held by another run: {who}{age}",
+            resolution="wait until it is done (--wait SECONDS), or stop it",
         )
 
 
 class VolumeLocks:
     """The locks of several volumes, taken all or none."""
 
-    def __init__(self, state_directory: str | Path, volumes: Iterable[tuple[str, str]], run: str) -> None:
-        """Name the volumes as (key, name) pairs; nothing is taken yet."""
+    def __init__(
+        self,
+        state_directory: str | Path,
+        volumes: Iterable[tuple[str, str]],
+        run: str,
+        *,
+        wait_seconds: float = 0.0,
+    ) -> None:
+        """Name the volumes as (key, name) pairs; nothing is taken yet.
+
+        A volume that another run has is waited for ``wait_seconds``, for all of them together.
+        """
+        self._wait = wait_seconds
         self._folder = Path(state_directory) / "locks"
         # Everybody takes them in the same order, so two runs cannot wait for each other.
         self._volumes = sorted(set(volumes))
@@ -44,10 +58,11 @@ class VolumeLocks:
 
     def __enter__(self) -> Self:
         """Take them; raises VolumeBusyError, StateError."""
+        deadline = time.monotonic() + self._wait
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for key, name in self._volumes:
-                self._held.append(self._take(key, name))
+                self._held.append(self._take(key, name, deadline))
         except OSError as err:
             self.release()
             raise StateError(str(self._folder), err) from err
@@ -66,15 +81,17 @@ class VolumeLocks:
         while self._held:
             os.close(self._held.pop())
 
-    def _take(self, key: str, name: str) -> int:
+    def _take(self, key: str, name: str, deadline: float) -> int:
         path = self._folder / (blake2b(key.encode(), digest_size=16).hexdigest() + ".lock")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            holder = _holder(fd)
+            while not _try_lock(fd):
+                if time.monotonic() >= deadline:
+                    raise VolumeBusyError(name, _holder(fd))
+                time.sleep(_LOOK_AGAIN_SECONDS)
+        except BaseException:
             os.close(fd)
-            raise VolumeBusyError(name, holder) from err
+            raise
         facts = {
             "pid": os.getpid(),
             "host": host_name(),
@@ -85,6 +102,14 @@ class VolumeLocks:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(facts).encode(), 0)
         return fd
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _holder(fd: int) -> dict[str, object]:

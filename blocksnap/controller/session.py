@@ -54,6 +54,8 @@ class SnapshotSession:
         run: str,
         state_directory: str | Path,
         quiesce: QuiesceRequest | None = None,
+        *,
+        wait_seconds: float = 0.0,
     ) -> None:
         keys = [volume.key for volume in volumes]
         twice = {volume.name for volume in volumes if keys.count(volume.key) > 1}
@@ -72,7 +74,8 @@ class SnapshotSession:
         self.warnings: list[str] = []
         self._state_directory = state_directory
         self._taken: list[tuple[Volume, Snapshot]] = []
-        self._locks = VolumeLocks(state_directory, [(volume.key, volume.name) for volume in volumes], run)
+        named = [(volume.key, volume.name) for volume in volumes]
+        self._locks = VolumeLocks(state_directory, named, run, wait_seconds=wait_seconds)
         self._journal: Journal | None = None
         self._in_doubt: Volume | None = None
         self._left: list[Trace] = []

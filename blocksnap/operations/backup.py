@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 from blake3 import blake3
 
 import blocksnap
+from blocksnap.controller.guard import Guard
 from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import newest_of
+from blocksnap.operations.guarding import guarded, require_room
 from blocksnap.operations.reporting import Reporter
 from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import BackupOptions, BackupPlan, Draft, plan_backup, store_volume
@@ -41,19 +43,36 @@ def back_up(
 
     Raises BusyError, VolumeError, QuiesceError, StorageError; the snapshots are gone whatever happens.
     """
+    require_room(repository.backend, options.limits)
     # The run announces itself first: a repository that cannot be written to costs no snapshot, and
     # whoever collects garbage knows of the run before it relies on what is stored.
     with RepositoryWriter(repository, this_author(), is_gone) as writer:
         known = repository.backups()
         request = QuiesceRequest(options.quiesce, (repository.backend.place,), options.job)
-        with open_session(volumes, writer.id.hex(), state_directory, report, request) as session:
+        with (
+            open_session(
+                volumes,
+                writer.id.hex(),
+                state_directory,
+                report,
+                request,
+                wait_seconds=options.wait_seconds,
+            ) as session,
+            guarded(
+                session,
+                options.limits,
+                report,
+                of_volumes=options.volume_limits,
+                backend=repository.backend,
+            ) as guard,
+        ):
             began = time.monotonic()
             try:
-                return _store(repository, writer, session, known, options, report, began)
+                return _store(repository, writer, session, guard, known, options, report, began)
             except FencedError as err:
                 writer.stop()
                 report.warn(err.brief, resolution="it goes on as another run, with what it has stored")
-                return _store_again(repository, writer.stored, session, options, report, began)
+                return _store_again(repository, writer.stored, session, guard, options, report, began)
             finally:
                 # Nothing of ours runs beside the programs that remove the snapshots.
                 writer.stop()
@@ -63,6 +82,7 @@ def _store_again(
     repository: Repository,
     stored: Stored,
     session: SnapshotSession,
+    guard: Guard,
     options: BackupOptions,
     report: Reporter,
     began: float,
@@ -74,7 +94,7 @@ def _store_again(
     """
     with RepositoryWriter(repository, this_author(), is_gone) as writer:
         writer.stored = writer.stored.plus(stored)
-        return _store(repository, writer, session, repository.backups(), options, report, began)
+        return _store(repository, writer, session, guard, repository.backups(), options, report, began)
 
 
 @contextmanager
@@ -84,9 +104,11 @@ def open_session(
     state_directory: str,
     report: Reporter,
     quiesce: QuiesceRequest | None = None,
+    *,
+    wait_seconds: float = 0.0,
 ) -> Iterator[SnapshotSession]:
     """Hold snapshots of volumes, and tell what was cleaned up and what could not be, however it ends."""
-    session = SnapshotSession(volumes, run, state_directory, quiesce)
+    session = SnapshotSession(volumes, run, state_directory, quiesce, wait_seconds=wait_seconds)
     try:
         with session:
             for message in session.recovered:
@@ -106,7 +128,10 @@ def plan_backups(
 ) -> list[BackupPlan]:
     """Take the snapshots, say what a backup would read and why, remove them, and store nothing."""
     known = repository.backups()
-    with open_session(volumes, secrets.token_hex(16), state_directory, report) as session:
+    with (
+        open_session(volumes, secrets.token_hex(16), state_directory, report) as session,
+        guarded(session, options.limits, report, of_volumes=options.volume_limits),
+    ):
         plans = [
             plan_backup(
                 repository,
@@ -127,11 +152,13 @@ def _store(
     repository: Repository,
     writer: RepositoryWriter,
     session: SnapshotSession,
+    guard: Guard,
     known: list[StoredBackup],
     options: BackupOptions,
     report: Reporter,
     began: float,
 ) -> list[StoredBackup]:
+    guard.claim()
     drafts: list[Draft] = []
     for volume, snapshot in zip(session.volumes, session.snapshots, strict=True):
         parent = newest_of(known, volume.key)
@@ -141,6 +168,7 @@ def _store(
         )
     for snapshot in session.snapshots:
         snapshot.check()
+    guard.release()
     session.committing()
     bases = session.decide_bases(options.base)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
+from blocksnap.controller.pacing import Pace
+from blocksnap.controller.settings import LimitSettings, PaceSettings
 from blocksnap.extents.changes import BaseDecision, BasePolicy, Changes, Parent
 from blocksnap.extents.model import ExtentList
 from blocksnap.operations.catalogue import map_root, root_document
@@ -36,6 +38,12 @@ class BackupOptions:
     base: BasePolicy = "none"
     quiesce: QuiesceSettings = field(default_factory=QuiesceSettings)
     job: str = ""
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    volume_limits: Mapping[str, LimitSettings] = field(default_factory=dict)
+    """Of volumes that have others than the job, by their keys."""
+    pace: PaceSettings = field(default_factory=PaceSettings)
+    wait_seconds: float = 0.0
+    """How long to wait for another run that has a volume."""
     level: int = 1
     workers: int = 2
 
@@ -193,13 +201,14 @@ def store_volume(
     builder = MapWriter(reader, parent_map, plan.geometry.count, writer.store_node)
     changed = read = 0
     holes = _HoleFiller(builder, plan.selection)
+    pace = Pace(options.pace) if options.pace.policy != "off" else None
     with phase(report, plan.volume.name, plan.read_bytes):
         if plan.selection.read:
             sink = DataSink(writer, options.level)
             extents = plan.selection.extents(plan.geometry)
             with (
                 plan.snapshot.open_reader() as fd,
-                Flow(fd, plan.geometry, extents, sink, workers=options.workers) as flow,
+                Flow(fd, plan.geometry, extents, sink, workers=options.workers, pace=pace) as flow,
             ):
                 for result in flow.results():
                     holes.fill_before(result.number)
@@ -207,6 +216,8 @@ def store_volume(
                         changed += result.length
                     read += result.length
                     report.advance(result.length)
+        if pace is not None:
+            report.event("paced", volume=plan.volume.name, held_back_seconds=round(pace.held_back_seconds, 3))
         holes.fill_before(plan.geometry.count)
         root = builder.finish()
         if plan.parent is not None and plan.changes.inherits:

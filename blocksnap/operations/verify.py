@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 from itertools import islice
 
+from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.operations.backup import open_session
 from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.compare import find_differences
+from blocksnap.operations.guarding import guarded
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapReader
@@ -54,14 +56,22 @@ def verify_repository(repository: Repository, backup: Backup, report: Reporter) 
 
 
 def verify_volume(
-    repository: Repository, backup: Backup, volume: Volume, state_directory: str, report: Reporter
+    repository: Repository,
+    backup: Backup,
+    volume: Volume,
+    state_directory: str,
+    limits: LimitSettings,
+    report: Reporter,
 ) -> list[BlocksnapError]:
     """Compare a backup with a snapshot that is taken now and removed again; return the ranges that differ.
 
     Raises MissingRightError before it is taken. It needs no right to read: content is compared by its id.
     """
     repository.keys.require(Right.IDENTIFY)
-    with open_session([volume], secrets.token_hex(16), state_directory, report) as session:
+    with (
+        open_session([volume], secrets.token_hex(16), state_directory, report) as session,
+        guarded(session, limits, report),
+    ):
         snapshot = session.snapshots[0]
         changes = snapshot.find_changes(None)
         problems: list[BlocksnapError] = []

@@ -13,13 +13,14 @@ import mmap
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from blocksnap.errors import VolumeError
-from blocksnap.pipeline.protocols import ChunkSink
+from blocksnap.pipeline.protocols import ChunkSink, Pace
 
 SLOT_BYTES = 1 << 20
 _ALIGNMENT = 4096
@@ -104,11 +105,14 @@ class Flow:
         sink: ChunkSink,
         *,
         workers: int = 2,
+        pace: Pace | None = None,
     ) -> None:
         """Start reading.
 
         ``extents`` are (offset, length) pairs in ascending order, whole chunks (or up to the volume's end).
+        Without a ``pace`` it goes as fast as it can.
         """
+        self._pace = pace
         self._fd = fd
         self._geometry = geometry
         self._extents = extents
@@ -163,6 +167,8 @@ class Flow:
                 expected += 1
                 for sealed in slot.sealed:
                     if sealed.frame is not None and sealed.result.id is not None:
+                        if self._pace:
+                            self._pace.before_write(len(sealed.frame), self._stopping.wait)
                         self._sink.store(sealed.result.id, sealed.frame, sealed.result.length)
                     self.read_bytes += sealed.result.length
                     yield sealed.result
@@ -177,12 +183,17 @@ class Flow:
 
     def _read(self) -> None:
         sequence = 0
+        if self._pace:
+            self._pace.begin_reading()
         for chunks in self._batches():
             slot = self._free.get()
             if slot is None or self._stopping.is_set():
                 return
             slot.sequence, slot.chunks = sequence, chunks
-            self._fill(slot)
+            if self._pace:
+                self._fill_at_pace(slot, self._pace)
+            else:
+                self._fill(slot)
             self._work.put(slot)
             sequence += 1
         self._done.put(sequence)
@@ -200,6 +211,12 @@ class Flow:
                     batch = []
         if batch:
             yield batch
+
+    def _fill_at_pace(self, slot: _Slot, pace: Pace) -> None:
+        pace.before_read(sum(length for _, _, length in slot.chunks), self._stopping.wait)
+        began = time.monotonic()
+        self._fill(slot)
+        pace.after_read(time.monotonic() - began)
 
     def _fill(self, slot: _Slot) -> None:
         """Read the slot's chunks, neighbours in one call."""

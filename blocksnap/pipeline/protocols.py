@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -35,4 +36,24 @@ class ChunkSink(Protocol):
 
     def store(self, id_: bytes, frame: memoryview, plain_length: int) -> None:
         """Take a sealed chunk; the frame's buffer is reused when this returns."""
+        ...
+
+
+class Pace(Protocol):
+    """How fast the pipeline may go. ``wait`` sleeps so many seconds, or less when the run ends."""
+
+    def begin_reading(self) -> None:
+        """Called by the thread that reads, before anything else."""
+        ...
+
+    def before_read(self, length: int, wait: Callable[[float], object]) -> None:
+        """Wait until so many bytes may be read."""
+        ...
+
+    def after_read(self, seconds: float) -> None:
+        """Note how long reading them took."""
+        ...
+
+    def before_write(self, length: int, wait: Callable[[float], object]) -> None:
+        """Wait until so many bytes may be stored; called by the thread that stores."""
         ...

@@ -9,16 +9,18 @@ own, so that is done once.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from blocksnap.errors import UsageError, VolumeError
+from blocksnap.errors import BusyError, UsageError, VolumeError
 from blocksnap.system.command import CommandError, has_program, run, run_observed
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
 
@@ -37,6 +39,8 @@ _OUR_REJECTS = (
     f"r|/{SNAPSHOT_PREFIX}|",
 )
 _REMOVE_ATTEMPTS = 8
+_LOCK_FOLDER = "/run/lock/blocksnap"
+_LOCK_SECONDS = 60.0
 _DEVICES_FOLDER = Path("/etc/lvm/devices")
 _DEVICE_LINKS = Path("/dev/disk")
 _SYS_BLOCK = Path("/sys/block")
@@ -62,6 +66,17 @@ class BaseMark:
         return text
 
 
+class GroupBusyError(BusyError):
+    """Another run has an LVM command at work in a volume group, for too long (exit code 11)."""
+
+    def __init__(self, vg: str, holder: str, seconds: float) -> None:
+        self.vg = vg
+        super().__init__(
+            f"process {holder or '?'} has been changing volume group {vg} for more than {seconds:g} s",
+            resolution="see what its LVM command waits for (ps, dmsetup info), then run it again",
+        )
+
+
 class NoVolumeError(VolumeError):
     """There is no such logical volume."""
 
@@ -70,6 +85,14 @@ class NoVolumeError(VolumeError):
         super().__init__(
             f"there is no logical volume {name}", resolution="blocksnap volumes shows what there is"
         )
+
+
+class GroupRefusedError(VolumeError):
+    """LVM itself does not let anybody at the volumes of a group: it is exported, or other hosts share it."""
+
+    def __init__(self, vg: str, what: str, advice: str) -> None:
+        self.vg = vg
+        super().__init__(f"volume group {vg} cannot be used: {what}", resolution=advice)
 
 
 def check_name(name: str) -> str:
@@ -111,8 +134,21 @@ def report(vg: str | None = None) -> LvReport:
     except CommandError as err:
         if vg and f'Volume group "{vg}" not found' in err.message:
             raise NoVolumeError(f"in a volume group {vg}") from err
+        refused = _refusal(vg, err.message) if vg else None
+        if refused is not None:
+            raise refused from err
         raise
     return parse_report(text)
+
+
+def _refusal(vg: str, message: str) -> GroupRefusedError | None:
+    """Return why LVM does not report a group; those that are not named it passes over without a word."""
+    if f"Volume group {vg} is exported" in message:
+        return GroupRefusedError(vg, "it is exported", f"import it: vgimport {vg}")
+    if "failed lock" in message or "lock type" in message:
+        advice = "take the backup of a local volume group"
+        return GroupRefusedError(vg, "it is one that several hosts share", advice)
+    return None
 
 
 def archive_folder() -> str | None:
@@ -147,24 +183,24 @@ def create_thin_snapshot(vg: str, origin: str, name: str, run_id: str, observe: 
 
     LVM suspends the origin for it, with its file system frozen, if it is active.
     """
-    run_observed(
-        [
-            *("lvcreate", *_config(), "--autobackup", "n", "--snapshot", "--permission", "r"),
-            *("--setactivationskip", "y", "--addtag", TAG, "--addtag", run_tag(run_id)),
-            *("--name", check_name(name), f"{check_name(vg)}/{check_name(origin)}"),
-        ],
-        observe,
-    )
+    argv = [
+        *("lvcreate", *_config(), "--autobackup", "n", "--snapshot", "--permission", "r"),
+        *("--setactivationskip", "y", "--addtag", TAG, "--addtag", run_tag(run_id)),
+        *("--name", check_name(name), f"{check_name(vg)}/{check_name(origin)}"),
+    ]
+    with _changing(vg):
+        run_observed(argv, observe)
 
 
 def activate(vg: str, name: str) -> None:
     """Activate a volume although it carries the flag that it is to be skipped."""
-    run("lvchange", *_config(), "--autobackup", "n", "-ay", "-K", f"{check_name(vg)}/{check_name(name)}")
+    target = f"{check_name(vg)}/{check_name(name)}"
+    _change(vg, "lvchange", *_config(), "--autobackup", "n", "-ay", "-K", target)
 
 
 def deactivate(vg: str, name: str) -> None:
     """Deactivate a volume; waits for whoever looks at new devices (udev) to let go."""
-    _insist("lvchange", *_config(), "--autobackup", "n", "-an", f"{check_name(vg)}/{check_name(name)}")
+    _insist(vg, "lvchange", *_config(), "--autobackup", "n", "-an", f"{check_name(vg)}/{check_name(name)}")
 
 
 def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
@@ -175,6 +211,7 @@ def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
     """
     try:
         said = _insist(
+            vg,
             *("lvremove", *_config(), "--autobackup", "n", "--yes"),
             *("--select", _our_snapshot(name, run_id), check_name(vg)),
         )
@@ -187,7 +224,8 @@ def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
 
 def mark_base(vg: str, name: str, run_id: str, mark: BaseMark) -> bool:
     """Make a snapshot of ours a base; False when there is none of that name and run."""
-    said = run(
+    said = _change(
+        vg,
         *("lvchange", *_config(), "--autobackup", "n", "--addtag", mark.tag),
         *("--select", _our_snapshot(name, run_id), check_name(vg)),
     )
@@ -197,7 +235,7 @@ def mark_base(vg: str, name: str, run_id: str, mark: BaseMark) -> bool:
 def delete_tag(vg: str, name: str, tag: str) -> None:
     """Take a tag away from a volume."""
     target = f"{check_name(vg)}/{check_name(name)}"
-    run("lvchange", *_config(), "--autobackup", "n", "--deltag", tag, target)
+    _change(vg, "lvchange", *_config(), "--autobackup", "n", "--deltag", tag, target)
 
 
 def create_thin(vg: str, pool: str, name: str, size_bytes: int, tags: Sequence[str] = ()) -> str:
@@ -216,7 +254,7 @@ def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:
     """Remove a volume that carries ``tag``; False when there was none. For one that a failed restore made."""
     selection = f'lv_name="{check_name(name)}" && lv_tags="{tag}"'
     said = _insist(
-        "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
+        vg, "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
     )
     return "successfully removed" in said
 
@@ -226,18 +264,53 @@ def _our_snapshot(name: str, run_id: str) -> str:
     return f'lv_name="{check_name(name)}" && lv_tags={{"{TAG}" && "{run_tag(run_id)}"}}'
 
 
+@contextmanager
+def _changing(vg: str) -> Iterator[None]:
+    """Let one command of ours at a time change a volume group, and say who is at work if that takes long.
+
+    LVM has a lock of its own, for which it waits without a word. Raises GroupBusyError.
+    """
+    folder = Path(_LOCK_FOLDER)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(folder / check_name(vg), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _try_lock(fd):
+            if time.monotonic() > deadline:
+                raise GroupBusyError(vg, os.pread(fd, 20, 0).decode(errors="replace"), _LOCK_SECONDS)
+            time.sleep(0.02)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _create(vg: str, name: str, kind: Sequence[str], tags: Sequence[str]) -> str:
     words = [word for tag in tags for word in ("--addtag", tag)]
-    run("lvcreate", *_config(), "--yes", *kind, *words, "--name", check_name(name), check_name(vg))
+    _change(vg, "lvcreate", *_config(), "--yes", *kind, *words, "--name", check_name(name), check_name(vg))
     return f"/dev/{vg}/{name}"
 
 
-def _insist(*argv: str) -> str:
+def _change(vg: str, *argv: str) -> str:
+    with _changing(vg):
+        return run(*argv)
+
+
+def _insist(vg: str, *argv: str) -> str:
     """Run a command again while somebody still holds the device, as udev does with a new one."""
     pause = 0.1
     for attempt in range(_REMOVE_ATTEMPTS):
         try:
-            return run(*argv)
+            return _change(vg, *argv)
         except CommandError as err:
             in_use = re.search(r"in use|is used by another device|busy", err.message)
             if not in_use or attempt == _REMOVE_ATTEMPTS - 1:

@@ -8,6 +8,7 @@ and remove snapshots but never decide when: that is the controller's part, which
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -29,6 +30,19 @@ class SnapshotTiming:
 
     taken_at: float
     freeze_seconds: float
+
+
+FillingPart = Literal["pool data", "pool metadata", "store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How full something is that a snapshot fills: of which thing, which part, and in which units."""
+
+    of: str
+    part: FillingPart
+    used: int
+    total: int
 
 
 class Ledger(Protocol):
@@ -76,6 +90,20 @@ class Snapshot(Protocol):
 
     def check(self) -> None:
         """Raise VolumeError when the snapshot cannot be trusted; called at first and before the commit."""
+        ...
+
+    def levels(self) -> Sequence[Level]:
+        """Return how full is what the snapshot fills; called all the time, from another thread.
+
+        Raises VolumeError when that is in a state in which nobody can write to it any more.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Remove the snapshot at once, from another thread, though it may be being read: reads end there.
+
+        Raises BlocksnapError. ``remove`` may be called afterwards.
+        """
         ...
 
     def decide_base(self, policy: BasePolicy) -> BaseDecision | None:

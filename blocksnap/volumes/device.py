@@ -16,7 +16,7 @@ from blocksnap.extents.scan import compare_all, scan_file
 from blocksnap.system import blockdev
 from blocksnap.system.host import host_id
 from blocksnap.system.mounts import mounts_of, users_of_device
-from blocksnap.volumes.base import Ledger, SnapshotTiming, Trace, VolumeKind
+from blocksnap.volumes.base import Ledger, Level, SnapshotTiming, Trace, VolumeKind
 from blocksnap.volumes.errors import NoSuchVolumeError, VolumeChangedError, VolumeInUseError
 
 _STATE_WORDS = ("its size", "its content", "its owner, mode or name")
@@ -71,6 +71,13 @@ class _ColdSnapshot:
     def open_reader(self) -> Iterator[int]:
         """Yield the descriptor; the reads of a file go through the page cache."""
         yield self._fd
+
+    def levels(self) -> tuple[Level, ...]:
+        """There is nothing that it fills."""
+        return ()
+
+    def drop(self) -> None:
+        """There is nothing that could be removed while it is read."""
 
     def decide_base(self, policy: BasePolicy) -> None:
         """There is nothing that could stay."""

@@ -17,6 +17,7 @@ from blocksnap.volumes.errors import SUPPORTED, NoSuchVolumeError, UnsupportedVo
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport
+    from blocksnap.volumes.thin_pool import PoolLimits
 
 _VG_LV = re.compile(r"([^/]+)/([^/]+)")
 _OTHER_FOLDERS = frozenset(
@@ -37,8 +38,8 @@ _KINDS = {
 }
 
 
-def resolve_volume(text: str) -> Volume:
-    """Return the volume that ``text`` names.
+def resolve_volume(text: str, limits: PoolLimits | None = None) -> Volume:
+    """Return the volume that ``text`` names; ``limits`` are for its pool, if it has one.
 
     ``VG/LV``, a device node, a mount point or directory, or a file. Raises VolumeError (exit code 14)
     saying what it is and what could be done, UsageError for what can be read in two ways.
@@ -47,22 +48,22 @@ def resolve_volume(text: str) -> Volume:
         raise UsageError("the name of a volume is empty")
     if _is_volume_name(text):
         vg, _, lv = text.partition("/")
-        return _logical_volume(text, vg, lv)
+        return _logical_volume(text, vg, lv, limits=limits)
     try:
         status = os.stat(text)
     except OSError as err:
         named = _inactive_volume(text)
         if named is None:
             raise NoSuchVolumeError(text, os.strerror(err.errno or 0)) from err
-        return _logical_volume(text, *named)
-    return _from_status(text, status)
+        return _logical_volume(text, *named, limits=limits)
+    return _from_status(text, status, limits)
 
 
-def _from_status(text: str, status: os.stat_result) -> Volume:
+def _from_status(text: str, status: os.stat_result, limits: PoolLimits | None) -> Volume:
     if stat.S_ISBLK(status.st_mode):
-        return _device(os.path.normpath(text), status.st_rdev)
+        return _device(os.path.normpath(text), status.st_rdev, limits)
     if stat.S_ISDIR(status.st_mode):
-        return _directory(text, status.st_dev)
+        return _directory(text, status.st_dev, limits)
     if stat.S_ISREG(status.st_mode):
         from blocksnap.volumes.device import FileVolume
 
@@ -98,7 +99,7 @@ def _inactive_volume(path: str) -> tuple[str, str] | None:
     return None
 
 
-def _device(path: str, number: int) -> Volume:
+def _device(path: str, number: int, limits: PoolLimits | None = None) -> Volume:
     from blocksnap.system.devmapper import decode_name, dm_name, lvm_identity
 
     identity = lvm_identity(number)
@@ -109,10 +110,10 @@ def _device(path: str, number: int) -> Volume:
     named = decode_name(dm_name(number) or "")
     if identity.layer not in ("", "pool") or named is None:
         raise UnsupportedVolumeError(path, "an inner part of a logical volume")
-    return _logical_volume(path, *named, lv_uuid=identity.lv_uuid)
+    return _logical_volume(path, *named, lv_uuid=identity.lv_uuid, limits=limits)
 
 
-def _directory(path: str, device: int) -> Volume:
+def _directory(path: str, device: int, limits: PoolLimits | None = None) -> Volume:
     from blocksnap.system.mounts import mount_under
 
     mount = mount_under(path)
@@ -124,7 +125,7 @@ def _directory(path: str, device: int) -> Volume:
     from blocksnap.system.devmapper import lvm_identity
 
     if lvm_identity(device) is not None:
-        return _device(blockdev.node_of(device), device)
+        return _device(blockdev.node_of(device), device, limits)
     below = _volume_below(device)
     node = blockdev.node_of(device)
     if below is None:
@@ -151,7 +152,9 @@ def _volume_below(number: int) -> str | None:
     return None
 
 
-def _logical_volume(text: str, vg: str, name: str, lv_uuid: str | None = None) -> Volume:
+def _logical_volume(
+    text: str, vg: str, name: str, lv_uuid: str | None = None, *, limits: PoolLimits | None = None
+) -> Volume:
     from blocksnap.system import lvm
     from blocksnap.volumes.thin import ThinVolume
 
@@ -159,7 +162,7 @@ def _logical_volume(text: str, vg: str, name: str, lv_uuid: str | None = None) -
     if lv_uuid is not None and record.lv_uuid.replace("-", "") != lv_uuid:
         raise NoSuchVolumeError(text, "it was replaced in this very moment")
     refuse_unsupported(record, report)
-    return ThinVolume(report.thin(record))
+    return ThinVolume(report.thin(record), limits)
 
 
 def refuse_unsupported(record: LvRecord, report: LvReport) -> None:

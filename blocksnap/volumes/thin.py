@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +25,10 @@ from blocksnap.extents.thin_metadata import NoDeviceInPoolError, ThinMetadata
 from blocksnap.system import blockdev, devmapper, mounts
 from blocksnap.system.command import CommandError
 from blocksnap.volumes import thin_base
-from blocksnap.volumes.base import Ledger, SnapshotTiming, Trace, VolumeKind
+from blocksnap.volumes.base import Ledger, Level, SnapshotTiming, Trace, VolumeKind
 from blocksnap.volumes.errors import SnapshotFailedError, SnapshotLostError
 from blocksnap.volumes.thin_hold import hold_metadata
-from blocksnap.volumes.thin_pool import PoolLimits, check_age, check_pool
+from blocksnap.volumes.thin_pool import PoolLevels, PoolLimits, check_age, check_pool
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport, ThinRecord
@@ -110,6 +111,9 @@ class ThinSnapshot:
         self._ledger = ledger
         self._found: _Found | None = None
         self._removed = False
+        self._levels = PoolLevels(origin)
+        self._readers: set[int] = set()
+        self._reading = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -157,10 +161,31 @@ class ThinSnapshot:
         known = self._known()
         with self._active(known.snapshot.lv) as number:
             fd = blockdev.open_by_number(number)
+            with self._reading:
+                self._readers.add(fd)
             try:
                 yield fd
             finally:
+                with self._reading:
+                    self._readers.discard(fd)
                 os.close(fd)
+
+    def levels(self) -> tuple[Level, ...]:
+        """Return how full the pool is."""
+        return self._levels.read()
+
+    def drop(self) -> None:
+        """Remove the snapshot, and put /dev/null in the place of whoever reads it, who holds it open."""
+        from blocksnap.system import lvm
+
+        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with self._reading:
+                for fd in self._readers:
+                    os.dup2(nothing, fd, inheritable=False)
+        finally:
+            os.close(nothing)
+        lvm.remove_snapshot(self._origin.lv.vg_name, self._name, self._run)
 
     def check(self) -> None:
         """Make sure that the snapshot is still there and the pool did not fail under it."""

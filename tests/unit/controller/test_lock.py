@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,19 @@ def test_holder_that_wrote_nothing_is_still_reported(tmp_path: Path) -> None:
             VolumeLocks(tmp_path, [("k", "v")], "run2"),
         ):
             pass
+
+
+def test_one_that_waits_gets_it_when_it_is_free(tmp_path: Path) -> None:
+    first = VolumeLocks(tmp_path, [("k", "vg/a")], "run1")
+    first.__enter__()
+    threading.Timer(0.3, first.release).start()
+    with VolumeLocks(tmp_path, [("k", "vg/a")], "run2", wait_seconds=60):
+        pass
+
+
+def test_one_that_waited_in_vain_says_who_has_it(tmp_path: Path) -> None:
+    with VolumeLocks(tmp_path, [("k", "vg/a")], "run1"):
+        began = time.monotonic()
+        with pytest.raises(VolumeBusyError, match=f"process {os.getpid()}"):
+            VolumeLocks(tmp_path, [("k", "vg/a")], "run2", wait_seconds=0.3).__enter__()
+        assert time.monotonic() - began >= 0.3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,35 @@ def test_missing_volume_and_group(mock: MockCommands) -> None:
         lvm.get("vg9", "none")
     with pytest.raises(UsageError):
         lvm.get("vg9", "-none")
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ("  Volume group vg is exported\n", "volume group vg cannot be used: it is exported"),
+        ("  Cannot access VG vg due to failed lock.\n", "it is one that several hosts share"),
+    ],
+)
+def test_groups_that_lvm_keeps_from_everybody(mock: MockCommands, message: str, what: str) -> None:
+    mock.add("lvs", err=message, status=5)
+    with pytest.raises(lvm.GroupRefusedError) as caught:
+        lvm.report("vg")
+    assert what in caught.value.brief
+    assert caught.value.exit_code == 14
+    with pytest.raises(CommandError):
+        lvm.report()
+
+
+def test_one_command_changes_a_group_at_a_time(
+    mock: MockCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(lvm, "_LOCK_FOLDER", str(tmp_path / "locks"))
+    monkeypatch.setattr(lvm, "_LOCK_SECONDS", 0.05)
+    mock.add("lvchange")
+    with lvm._changing("vg"):
+        lvm.activate("other", "lv")
+        with pytest.raises(lvm.GroupBusyError, match=f"process {os.getpid()} has been changing") as caught:
+            lvm.activate("vg", "lv")
+    assert caught.value.exit_code == 11
+    lvm.activate("vg", "lv")
+    assert len(mock.calls_of("lvchange")) == 2

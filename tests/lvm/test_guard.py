@@ -1,0 +1,178 @@
+"""A pool that a writer fills while a backup is taken: the snapshot goes before the writer notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from blocksnap.controller import guard
+from blocksnap.system import devmapper
+from blocksnap.system.dm_status import StatusReader, lvm_uuid
+from support.in_process import InProcess
+from support.lvm_lab import ThinPool, tool, write_at
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 40 * MIB
+BLOCK = 256 * KIB
+_PAUSE_SECONDS = 0.06
+"""Between two writes: at 4 MiB a second it takes six seconds to fill the pool, less than the backup."""
+
+
+@pytest.fixture
+def blocksnap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> InProcess:
+    command = InProcess(tmp_path, monkeypatch, capsysbinary)
+    command.done("init", "--no-encryption")
+    return command
+
+
+@pytest.fixture
+def small(pool: ThinPool, tmp_path: Path) -> Iterator[ThinPool]:
+    """A pool of 64 MiB with a volume that fills 40 of them: written all over twice, it does not fit."""
+    words = ("--type", "thin-pool", "-L", "64M", "--poolmetadatasize", "4M", "--chunksize", "64k")
+    tool("lvcreate", "-y", *words, "-n", "small", pool.group)
+    # Whoever fills it is to see an error at once, not after a minute.
+    tool("lvchange", "--errorwhenfull", "y", f"{pool.group}/small")
+    made = ThinPool(pool.group, "small", tmp_path)
+    made.create("busy", f"{SIZE}b")
+    write_at(made.node("busy"), 0, os.urandom(SIZE))
+    yield made
+    tool("lvremove", "-ff", "-y", f"{pool.group}/small")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a writer saw: the longest that a write took, and the first error."""
+
+    writes: int
+    longest: float
+    error: str
+
+
+class Writer:
+    """A process that writes a device all over, again and again, each block through to the medium."""
+
+    def __init__(self, node: str) -> None:
+        read_end, write_end = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(read_end)
+            os.write(write_end, json.dumps(self._write(node)).encode())
+            os._exit(0)
+        os.close(write_end)
+        self._answer = read_end
+
+    @staticmethod
+    def _write(node: str) -> tuple[int, float, str]:
+        ended: list[int] = []
+        signal.signal(signal.SIGUSR1, lambda number, _: ended.append(number))
+        fd = os.open(node, os.O_WRONLY)
+        writes, longest = 0, 0.0
+        while not ended:
+            began = time.monotonic()
+            try:
+                os.pwrite(fd, os.urandom(BLOCK), writes * BLOCK % SIZE)
+                os.fsync(fd)
+            except OSError as err:
+                return writes, longest, str(err)
+            longest = max(longest, time.monotonic() - began)
+            writes += 1
+            time.sleep(_PAUSE_SECONDS)
+        return writes, longest, ""
+
+    def stop(self) -> Seen:
+        """End it, and return what it saw."""
+        os.kill(self.pid, signal.SIGUSR1)
+        with os.fdopen(self._answer, "rb") as file:
+            answer = json.loads(file.read())
+        os.waitpid(self.pid, 0)
+        return Seen(*answer)
+
+
+def slowly(blocksnap: InProcess, limits: str = "") -> None:
+    """Let the backup take longer than the writer needs to fill the pool."""
+    text = f'[defaults.pace]\npolicy = "fixed"\nread_rate = "1M"\n[defaults.limits]\n{limits}'
+    (blocksnap.folder / "blocksnap.toml").write_text(text)
+
+
+def test_a_writer_that_fills_the_pool_sees_nothing_of_us(small: ThinPool, blocksnap: InProcess) -> None:
+    volume, node = f"{small.group}/busy", small.node("busy")
+    blocksnap.done("backup", volume)
+    slowly(blocksnap)
+    alone = Writer(node)
+    time.sleep(3)
+    usual = alone.stop()
+    assert (usual.error, usual.writes > 0) == ("", True)
+    for _ in range(3):
+        writer = Writer(node)
+        code, _, err = blocksnap("backup", volume)
+        # The writer goes on over all of the volume once more: whatever we had is given back.
+        time.sleep(2)
+        seen = writer.stop()
+        assert (code, seen.error) == (14, ""), err
+        assert small.snapshots() == []
+        first, *_, last = [line for line in err.splitlines() if line.startswith(("error:", "fix:"))]
+        assert f"data of thin pool {small.group}/small is " in first
+        assert "the snapshot was removed before it is full" in first
+        assert f"lvextend --size +SIZE {small.group}/small" in last
+        print(f"longest write: {usual.longest:.3f} s alone, {seen.longest:.3f} s during the backup")
+        # A machine that is busy with something else may spoil one of the three.
+        if seen.longest < usual.longest + 1.0:
+            break
+    assert seen.longest < usual.longest + 1.0
+    assert os.listdir(blocksnap.folder / "state" / "journal") == []
+    (blocksnap.folder / "blocksnap.toml").unlink()
+    told = blocksnap.backup(volume)
+    assert told["kind"] == "incremental"
+    out = blocksnap.done("restore", "latest", "-")
+    with open(node, "rb") as device:
+        assert out == device.read()
+
+
+def test_without_the_guard_the_writer_gets_an_error(
+    small: ThinPool, blocksnap: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the test above can fail."""
+    monkeypatch.setattr(guard.LevelWatch, "__call__", lambda _: None)
+    slowly(blocksnap)
+    writer = Writer(small.node("busy"))
+    code, _, _ = blocksnap("backup", f"{small.group}/busy")
+    assert writer.stop().error
+    assert code == 14
+    assert small.snapshots() == []
+
+
+def test_a_snapshot_lives_as_long_as_it_may(small: ThinPool, blocksnap: InProcess) -> None:
+    slowly(blocksnap, "snapshot_seconds = 1\n")
+    code, _, err = blocksnap("backup", f"{small.group}/busy")
+    assert code == 14
+    assert "because it lived for 1 s" in err
+    assert small.snapshots() == []
+    # A snapshot is not begun in a pool that is too full.
+    slowly(blocksnap, "pool_data_percent = 50\n")
+    code, _, err = blocksnap("backup", f"{small.group}/busy")
+    assert (code, "62.5 % full" in err) == (14, True)
+
+
+def test_the_kernel_is_asked_without_a_program(pool: ThinPool) -> None:
+    pool.create("one", "4M")
+    name = f"{pool.group.replace('-', '--')}-{pool.pool.replace('-', '--')}-tpool"
+    uuid = tool("dmsetup", "info", "-c", "--noheadings", "-o", "uuid", name).strip()
+    fields = tool("lvs", "--noheadings", "-o", "vg_uuid,lv_uuid", f"{pool.group}/{pool.pool}").split()
+    assert lvm_uuid(*fields, "tpool") == uuid
+    with StatusReader() as reader:
+        said = reader.read(uuid)
+        assert said is not None
+        assert devmapper.parse_pool_status(said) == devmapper.parse_pool_status(
+            tool("dmsetup", "status", "--noflush", name)
+        )
+        assert reader.read(uuid + "x") is None
+    pool.remove("one")
