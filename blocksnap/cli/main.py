@@ -24,7 +24,7 @@ _COMMANDS = {
     "backup": "volume_commands",
     "list": "repository_commands",
     "show": "repository_commands",
-    "restore": "volume_commands",
+    "restore": "restore_commands",
     "verify": "volume_commands",
     "check": "check_commands",
     "repair": "repair_commands",

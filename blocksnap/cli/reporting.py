@@ -37,6 +37,10 @@ class TextReporter(Quiet):
                     f"{facts['kind']}, {facts['method']}: {format_size(read)} of {format_size(size)} to read"
                 )
                 click.echo(f"{facts['volume']}: {what} ({facts['reason']})", err=True)
+        elif name == "in-place":
+            how, why, much = facts["method"], facts["reason"], facts["differing_bytes"]
+            if isinstance(much, int):
+                click.echo(f"{facts['target']}: {how}: {format_size(much)} may differ ({why})", err=True)
         elif name in ("recovered", "finding"):
             where = f"{facts['severity']}: {facts['object']}: " if name == "finding" else "cleaned up: "
             click.echo(f"{where}{facts['message']}", err=True)

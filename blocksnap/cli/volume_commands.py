@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from blocksnap.config import Job
     from blocksnap.controller.settings import LimitSettings
     from blocksnap.extents.changes import BasePolicy
-    from blocksnap.operations.restore import Missing, RestoreResult
     from blocksnap.operations.storing import BackupOptions
     from blocksnap.repository.repository import Repository, StoredBackup
     from blocksnap.volumes.base import Volume
@@ -149,92 +147,6 @@ def backup_command(
     _show_backups(settings, results)
     if failed or settings.reporter.warnings:
         click.get_current_context().exit(failed[0].exit_code if failed else EXIT_WARNINGS)
-
-
-@click.command("restore")
-@click.argument("backup")
-@click.argument("target")
-@click.option("--create", is_flag=True, help="Make the logical volume TARGET (VG/NAME) and restore to it.")
-@click.option(
-    "--pool",
-    metavar="POOL",
-    help="With --create: the thin pool; else the one the backup came from, or a classic volume.",
-)
-@click.option("--verify", is_flag=True, help="Read back what was written and compare it with the backup.")
-@click.option(
-    "--missing",
-    type=click.Choice(["fail", "zero"]),
-    default="fail",
-    show_default=True,
-    help="Where the repository has lost something: end there, or write zeros, go on, and list the ranges.",
-)
-@common_options
-def restore_command(
-    settings: Settings,
-    *,
-    backup: str,
-    target: str,
-    create: bool,
-    pool: str | None,
-    verify: bool,
-    missing: Missing,
-) -> None:
-    """Restore BACKUP to TARGET.
-
-    TARGET is a new file, a block device, a new volume VG/NAME (--create), or - for standard output.
-
-    BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
-    """
-    from blocksnap.extents import memory
-    from blocksnap.operations.catalogue import find_backup
-    from blocksnap.operations.restore import execute_restore, plan_restore
-
-    memory.retain()
-    if target == "-" and verify:
-        raise UsageError("standard output cannot be read back", resolution="leave out --verify")
-    if target == "-" and settings.json:
-        raise UsageError("standard output cannot take the volume and JSON at once")
-    repository = settings.open_repository()
-    stored = find_backup(repository, backup)
-    plan = plan_restore(stored.backup, target, create=create, pool=pool)
-    result = execute_restore(
-        repository, plan, sys.stdout.buffer, settings.reporter, verify=verify, missing=missing
-    )
-    _show_restored(settings, stored, result)
-    if result.missing:
-        click.get_current_context().exit(EXIT_WARNINGS)
-
-
-def _show_restored(settings: Settings, stored: StoredBackup, result: RestoreResult) -> None:
-    target = result.plan.target
-    for offset, length in () if settings.json else result.missing:
-        click.echo(f"missing: bytes {offset} to {offset + length} are zeros", err=True)
-    if settings.json:
-        print_json_line(
-            {
-                "event": "done",
-                "backup": stored.backup.id,
-                "target": target,
-                "volume_bytes": stored.backup.size,
-                "verified": result.verified,
-                "complete": not result.missing,
-                "missing": [{"offset": offset, "length": length} for offset, length in result.missing],
-                "seconds": round(result.seconds, 3),
-            }
-        )
-    elif result.missing:
-        click.echo(
-            f"INCOMPLETE: {target} has zeros for {format_size(result.missing_bytes)} of "
-            f"{stored.backup.id[:8]} of {stored.backup.volume.name} in {len(result.missing)} ranges, "
-            "which the repository has lost",
-            err=True,
-        )
-    elif settings.verbosity >= 0 and target != "-":
-        checked = ", read back and found identical" if result.verified else ""
-        click.echo(
-            f"restored {stored.backup.id[:8]} of {stored.backup.volume.name} to {result.plan.target}: "
-            f"{format_size(stored.backup.size)} in {result.seconds:.1f} s{checked}"
-        )
 
 
 @click.command("verify")

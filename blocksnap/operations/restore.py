@@ -6,41 +6,32 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from blocksnap.errors import DamageError, TargetError, UsageError
-from blocksnap.operations.catalogue import map_root
-from blocksnap.operations.compare import find_differences
 from blocksnap.operations.reporting import Reporter, phase
+from blocksnap.operations.targets import complete, read_runs, verify_target
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.pipeline.selection import Ranges
-from blocksnap.repository.blockmap import Entry, MapReader
+from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import Losses, UnreadableRangeError, restore_to_stream, restore_to_target
-from blocksnap.restore.targets import DeviceTarget, FileTarget, Target
+from blocksnap.restore.record import RestoreMode, RestoreRecord
+from blocksnap.restore.targets import Target
+
+if TYPE_CHECKING:
+    from blocksnap.operations.in_place import InPlaceResult
 
 TargetKind = Literal["file", "device", "volume", "stream"]
+ImageFormat = Literal["raw", "qcow2"]
 Missing = Literal["fail", "zero"]
 """What a restore does where the repository has lost something."""
 _LV_NAME = re.compile(r"(?:/dev/)?([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)/([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)")
-
-
-class RestoreDiffersError(DamageError):
-    """What was written reads back differently."""
-
-    def __init__(self, target: str, offset: int, length: int, total_bytes: int) -> None:
-        self.target = target
-        self.offset, self.length, self.total_bytes = offset, length, total_bytes
-        super().__init__(
-            f"{target} does not hold what was written: {total_bytes} bytes differ, "
-            f"the first at {offset} to {offset + length}",
-            resolution="do not use this target; look for I/O errors in the kernel log (dmesg)",
-        )
 
 
 class LostRangeError(DamageError):
@@ -63,15 +54,26 @@ class UnknownTargetError(TargetError):
 
 
 @dataclass(frozen=True, slots=True)
+class NewVolumeOptions:
+    """What a volume that is made has to be like; what is not said follows from the backup."""
+
+    pool: str | None = None
+    classic: bool = False
+    volume_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RestorePlan:
     """Which backup goes where."""
 
     backup: Backup
     target: str
     kind: TargetKind
+    in_place: bool = False
+    image: ImageFormat = "raw"
     volume_group: str = ""
     volume_name: str = ""
-    pool: str | None = None
+    new: NewVolumeOptions = NewVolumeOptions()
     pool_uuid: str | None = None
 
 
@@ -82,6 +84,7 @@ class RestoreResult:
     plan: RestorePlan
     seconds: float
     verified: bool
+    in_place: InPlaceResult | None = None
     missing: tuple[tuple[int, int], ...] = ()
     """Ranges, as (offset, length), that hold zeros because the repository has lost them."""
 
@@ -91,23 +94,53 @@ class RestoreResult:
         return sum(length for _, length in self.missing)
 
 
-def plan_restore(backup: Backup, target: str, *, create: bool, pool: str | None) -> RestorePlan:
+def plan_restore(
+    backup: Backup,
+    target: str,
+    *,
+    create: bool = False,
+    in_place: bool = False,
+    image: ImageFormat = "raw",
+    new: NewVolumeOptions | None = None,
+) -> RestorePlan:
     """Decide what kind of place the target is; raises TargetError or UsageError."""
+    if create and in_place:
+        raise UsageError("--create makes a new volume, and --in-place writes over what is there")
+    if new is not None and not create:
+        raise UsageError("--pool, --classic and --size go with --create")
     if target == "-":
-        if create:
-            raise UsageError("--create makes a logical volume, and - is standard output")
+        if create or in_place or image != "raw":
+            raise UsageError("- is standard output, which takes the raw volume from beginning to end")
         return RestorePlan(backup, target, "stream")
     name = _LV_NAME.fullmatch(target)
     if create:
-        if name is None:
-            raise UsageError(f"{target!r} is not the name of a volume", resolution="write it as VG/NAME")
-        # The pool the backup came from, if it still is there, is where the volume belongs.
-        known = backup.source.get("pool_uuid")
-        uuid = known if isinstance(known, str) else None
-        return RestorePlan(backup, f"{name[1]}/{name[2]}", "volume", name[1], name[2], pool, uuid)
-    if pool:
-        raise UsageError("--pool goes with --create")
-    return RestorePlan(backup, *_existing(target, name))
+        return _new_volume(backup, target, name, new or NewVolumeOptions(), image)
+    found, kind = _existing(target, name)
+    if image != "raw" and (kind != "file" or in_place):
+        raise UsageError(f"--format {image} goes with a new file")
+    if in_place and kind == "file" and not os.path.exists(found):
+        raise UnknownTargetError(target, "there is no such file", "leave out --in-place to make it")
+    return RestorePlan(backup, found, kind, in_place=in_place, image=image)
+
+
+def _new_volume(
+    backup: Backup, target: str, name: re.Match[str] | None, new: NewVolumeOptions, image: ImageFormat
+) -> RestorePlan:
+    if name is None:
+        raise UsageError(f"{target!r} is not the name of a volume", resolution="write it as VG/NAME")
+    if image != "raw":
+        raise UsageError("a volume holds the raw content: leave out --format")
+    if new.pool and new.classic:
+        raise UsageError("a classic volume is in no pool: give --pool or --classic")
+    if 0 < new.volume_bytes < backup.size:
+        raise UsageError(
+            f"--size {new.volume_bytes} is less than the {backup.size} bytes of the backup",
+            resolution="leave it out, or make the volume larger",
+        )
+    # The pool the backup came from, if it still is there, is where the volume belongs.
+    known = backup.source.get("pool_uuid")
+    uuid = known if isinstance(known, str) and not new.classic else None
+    return RestorePlan(backup, f"{name[1]}/{name[2]}", "volume", False, "raw", name[1], name[2], new, uuid)
 
 
 def _existing(target: str, name: re.Match[str] | None) -> tuple[str, TargetKind]:
@@ -149,8 +182,9 @@ def execute_restore(
     *,
     verify: bool,
     missing: Missing = "fail",
+    state_directory: str = "",
 ) -> RestoreResult:
-    """Do it.
+    """Do it; ``state_directory`` is for the snapshots of a restore in place.
 
     Raises MissingRightError, and TargetError when the target cannot take the backup, before anything is
     written, and LostRangeError when the repository cannot give a range, unless zeros may stand there.
@@ -159,12 +193,29 @@ def execute_restore(
     began = time.monotonic()
     geometry = Geometry(plan.backup.size, plan.backup.chunk_size)
     losses = Losses(geometry) if missing == "zero" else None
+    in_place: InPlaceResult | None = None
     try:
-        verified = _restore(repository, plan, geometry, losses, stdout, report, verify=verify)
+        if plan.in_place:
+            if losses is not None:
+                raise UsageError("--missing=zero would write zeros over what is good: leave out --in-place")
+            from blocksnap.operations.in_place import restore_in_place
+
+            in_place = restore_in_place(
+                repository,
+                plan.backup,
+                plan.target,
+                state_directory,
+                report,
+                is_device=plan.kind == "device",
+                verify=verify,
+            )
+        else:
+            _restore(repository, plan, geometry, losses, stdout, report, verify=verify)
     except UnreadableRangeError as err:
         raise LostRangeError(plan.backup, err) from err
     lost = tuple(Ranges(losses.chunks()).extents(geometry)) if losses else ()
-    return RestoreResult(plan, time.monotonic() - began, verified=verified, missing=lost)
+    verified = verify and plan.kind != "stream"
+    return RestoreResult(plan, time.monotonic() - began, verified, in_place, lost)
 
 
 def _restore(
@@ -176,43 +227,42 @@ def _restore(
     report: Reporter,
     *,
     verify: bool,
-) -> bool:
-    """Write everything; tell whether it was read back."""
+) -> None:
+    """Write everything."""
     backup = plan.backup
-    runs = _runs(repository, backup, geometry, losses)
+    read_map = partial(read_runs, MapReader(repository.load_node), backup, losses)
     doing = f"restoring {backup.volume.name}"
     if plan.kind == "stream":
         with phase(report, doing, backup.size):
+            runs = read_map(0, geometry.count)
             restore_to_stream(repository, geometry, runs, stdout, report.advance, losses)
             stdout.flush()
-        return False
+        return
+    # What was lost before an interruption would not be known after it, so such a restore begins anew.
+    mode: RestoreMode = "whole" if losses is None else "with-losses"
+    record = RestoreRecord(repository=repository.config.id, backup=backup.id, mode=mode)
     with ExitStack() as stack:
-        target = _open_target(plan, stack)
-        stack.callback(target.close)
+        opened = _open_target(plan, record, stack, verify=verify)
+        target = stack.enter_context(complete(opened, report))
         with phase(report, doing, backup.size):
-            restore_to_target(repository, geometry, runs, target, report.advance, losses)
+            restore_to_target(repository, geometry, read_map, target, report.advance, losses)
         if verify:
-            _verify(repository, backup, target, Ranges(losses.chunks() if losses else ()), report)
-        target.finish()
-    return verify
+            verify_target(repository, backup, target, report, Ranges(losses.chunks() if losses else ()))
 
 
-def _runs(
-    repository: Repository, backup: Backup, geometry: Geometry, losses: Losses | None
-) -> Iterator[tuple[int, int, Entry]]:
-    def refuse(begin: int, end: int, err: DamageError) -> None:
-        offset, last = begin * geometry.chunk_size, min(end * geometry.chunk_size, geometry.size)
-        raise UnreadableRangeError(offset, last - offset, err) from err
+def _open_target(plan: RestorePlan, record: RestoreRecord, stack: ExitStack, *, verify: bool) -> Target:
+    if plan.image != "raw":
+        from blocksnap.restore.disk_image import DiskImageTarget
 
-    note = losses.note if losses else refuse
-    return MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count, note)
-
-
-def _open_target(plan: RestorePlan, stack: ExitStack) -> Target:
+        return DiskImageTarget(plan.target, plan.backup.size, record, plan.image, compare=verify)
     if plan.kind == "file":
-        return FileTarget(plan.target, plan.backup.size)
+        from blocksnap.restore.file_target import FileTarget
+
+        return FileTarget(plan.target, plan.backup.size, record)
     if plan.kind == "device":
-        return DeviceTarget(plan.target, plan.backup.size)
+        from blocksnap.restore.device_target import DeviceTarget
+
+        return DeviceTarget(plan.target, plan.backup.size, record)
     from blocksnap.restore.new_volume import NewVolume
 
     volume = stack.enter_context(
@@ -220,16 +270,10 @@ def _open_target(plan: RestorePlan, stack: ExitStack) -> Target:
             plan.volume_group,
             plan.volume_name,
             plan.backup.size,
-            pool=plan.pool,
+            record,
+            pool=plan.new.pool,
             pool_uuid=plan.pool_uuid,
+            volume_bytes=plan.new.volume_bytes,
         )
     )
     return volume.target
-
-
-def _verify(repository: Repository, backup: Backup, target: Target, lost: Ranges, report: Reporter) -> None:
-    differing = find_differences(repository, backup, target.reader(), [(0, backup.size)], report, lost=lost)
-    if differing:
-        geometry = Geometry(backup.size, backup.chunk_size)
-        offset, length = next(differing.extents(geometry))
-        raise RestoreDiffersError(target.name, offset, length, differing.total_bytes(geometry))

@@ -179,6 +179,35 @@ class MapReader:
         for slot, child in enumerate(children):
             yield from self._runs(child, level - 1, at + slot * below, wanted, on_damage)
 
+    def differences(self, one: MapRoot, other: MapRoot, count: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of chunks below ``count`` in which two maps differ; holes and zeros are equal.
+
+        Subtrees that both share are not read: it costs what differs.
+        """
+        levels = max(one.levels, other.levels)
+        mine, theirs = (one.entry, one.levels), (other.entry, other.levels)
+        yield from self._differences(mine, theirs, levels, 0, count)
+
+    def _differences(
+        self, one: tuple[Entry, int], other: tuple[Entry, int], level: int, at: int, end: int
+    ) -> Iterator[tuple[int, int]]:
+        """Compare what is below two entries, each with the number of levels of the map that it leads to."""
+        if at >= end or one == other or (len(one[0]) != _ID and len(other[0]) != _ID):
+            return
+        if level == 0:
+            yield at, at + 1
+            return
+        span = FANOUT ** (level - 1)
+        below = zip(self._below(*one, level), self._below(*other, level), strict=True)
+        for slot, (mine, theirs) in enumerate(below):
+            yield from self._differences(mine, theirs, level - 1, at + slot * span, end)
+
+    def _below(self, entry: Entry, height: int, level: int) -> list[tuple[Entry, int]]:
+        if height < level:
+            # The map is lower than the other one: it is the first of many, and all the others are holes.
+            return [(entry, height), *[(HOLE, height)] * (FANOUT - 1)]
+        return [(child, level - 1) for child in self.node(entry, level - 1)]
+
     def walk(
         self, root: MapRoot, seen: set[bytes], on_damage: Callable[[bytes, DamageError], None]
     ) -> Iterator[tuple[bytes, int]]:

@@ -193,6 +193,38 @@ class Opener:
         MissingRightError for a data chunk when the keys are of a role that may not read, NewerFormatError for
         a frame of an unknown type or codec that is authentic.
         """
+        header = self._accept(frame, where, kind, id_)
+        body = self._unseal(header, frame, where, self._room(header))
+        self._require_known(header, where)
+        plain = body
+        if header.codec == CODEC_ZSTD:
+            plain = memoryview(bytearray(header.plain_length))
+            self._decompress_into(header, body, plain, where)
+        self._prove(header, plain, where)
+        return plain
+
+    def open_into(self, frame: memoryview, out: memoryview, *, where: str, kind: int, id_: bytes) -> int:
+        """Open a frame as ``open`` does, into a buffer of the caller's; return the plaintext's length.
+
+        What is in ``out`` after an error is nobody's content.
+        """
+        header = self._accept(frame, where, kind, id_)
+        if header.plain_length > len(out):
+            raise DamagedObjectError(where, "the content has another length than it should have")
+        plain = out[: header.plain_length]
+        if header.codec == CODEC_RAW and _body_length(header) == header.plain_length:
+            self._unseal(header, frame, where, plain)
+            self._require_known(header, where)
+        else:
+            body = self._unseal(header, frame, where, self._room(header))
+            self._require_known(header, where)
+            if header.codec == CODEC_RAW:
+                raise DamagedObjectError(where, "the content has another length than it should have")
+            self._decompress_into(header, body, plain, where)
+        self._prove(header, plain, where)
+        return header.plain_length
+
+    def _accept(self, frame: memoryview, where: str, kind: int | None, id_: bytes | None) -> FrameHeader:
         header = FrameHeader.parse(frame, where=where)
         if len(frame) < header.frame_length:
             raise DamagedObjectError(where, "cut short")
@@ -200,35 +232,41 @@ class Opener:
             raise DamagedObjectError(where, "another frame lies there")
         if header.cipher != _cipher_of(self._keys, header.type):
             raise DamagedObjectError(where, "the frame is not sealed the way this repository is")
-        body = self._unseal(header, frame, where)
-        # Only now is it sure that these bytes were meant to be what they are.
+        return header
+
+    def _require_known(self, header: FrameHeader, where: str) -> None:
+        # Only when it was unsealed is it sure that these bytes were meant to be what they are.
         if header.type not in _TYPES:
             raise NewerFormatError(where, f"frames of type {header.type}")
         if header.codec > CODEC_ZSTD:
             raise NewerFormatError(where, f"codec {header.codec}")
-        plain = self._decompress(header, body, where)
+
+    def _prove(self, header: FrameHeader, plain: memoryview, where: str) -> None:
         if len(plain) != header.plain_length:
             raise DamagedObjectError(where, "the content has another length than it should have")
         if self._keys.identify(header.type, plain) != header.id:
             raise DamagedObjectError(where, "the content does not match its id")
-        return plain
 
-    def _unseal(self, header: FrameHeader, frame: memoryview, where: str) -> memoryview:
+    def _room(self, header: FrameHeader) -> memoryview:
+        length = _body_length(header)
+        if len(self._scratch) < length:
+            self._scratch = bytearray(length)
+        return memoryview(self._scratch)[:length]
+
+    def _unseal(self, header: FrameHeader, frame: memoryview, where: str, out: memoryview) -> memoryview:
+        """Return the body of a frame in ``out``, which is as long."""
         sealed = frame[HEADER.size : header.frame_length]
         associated = self._keys.repository_id + bytes(frame[: HEADER.size])
         if not self._keys.encrypted:
             body = sealed[:-TAG_SIZE]
             if plain_tag(associated, body) != sealed[-TAG_SIZE:]:
                 raise DamagedObjectError(where, "its checksum is wrong")
-            return body
+            out[:] = body
+            return out
         key = self._keys.meta_key
         if header.cipher == CIPHER_X25519_AES_256_GCM:
             key = self._run_key(bytes(sealed[:SENDER_SIZE]), where)
             sealed = sealed[SENDER_SIZE:]
-        length = len(sealed) - TAG_SIZE
-        if len(self._scratch) < length:
-            self._scratch = bytearray(length)
-        out = memoryview(self._scratch)[:length]
         cipher = frame_cipher(key, salt=header.salt, id_=header.id)
         from cryptography.exceptions import InvalidTag
 
@@ -250,9 +288,8 @@ class Opener:
             self._run_keys[sender] = known
         return known
 
-    def _decompress(self, header: FrameHeader, body: memoryview, where: str) -> bytes | memoryview:
-        if header.codec == CODEC_RAW:
-            return body
+    def _decompress_into(self, header: FrameHeader, body: memoryview, plain: memoryview, where: str) -> None:
+        """Fill ``plain``, which has the length that the header tells."""
         from zstandard import ZstdError, frame_content_size
 
         try:
@@ -261,6 +298,15 @@ class Opener:
                 raise DamagedObjectError(
                     where, "the compressed content has another length than it should have"
                 )
-            return self._decompressor.decompress(body)
+            # With all of the frame and room for all of its content, zstd decompresses in one pass, straight
+            # into the buffer.
+            count = self._decompressor.stream_reader(body, closefd=False).readinto(plain)
         except ZstdError as err:
             raise DamagedObjectError(where, f"it cannot be decompressed: {err}") from err
+        if count != header.plain_length:
+            raise DamagedObjectError(where, "the compressed content is cut short")
+
+
+def _body_length(header: FrameHeader) -> int:
+    sender = SENDER_SIZE if header.cipher == CIPHER_X25519_AES_256_GCM else 0
+    return header.payload_length - sender

@@ -2,16 +2,19 @@
 
 Guarantees: every chunk's id is proven before it is written; a chunk that cannot be proven ends the
 restore with the volume's byte range, unless the caller takes note of such ranges and zeros are written
-there. It does not guarantee an order of writes, nor that an interrupted restore leaves anything useful
-(targets see to that).
+there; the beginning of a target is written when all the rest is durable. It does not guarantee any other
+order of writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO, Protocol, TypeVar
 
@@ -22,13 +25,17 @@ from blocksnap.repository.frame import FrameType
 from blocksnap.repository.lookup import Location
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.plan import FrameFetch, RangeFetch, Window, plan_windows
+from blocksnap.restore.record import HEAD_BYTES
 from blocksnap.restore.targets import Target, write_stream
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-WORKERS = 2
+WORKERS = 4
+"""More than a small machine has processors: each waits for the storage about as long as it computes."""
 _PENDING = WORKERS * 2
+_BATCH_BYTES = 1 << 20
+"""What is opened before it is written, or one chunk."""
 _STREAM_BYTES = 4 << 20
 """What a stream's window holds at most, or one chunk; ``_PENDING`` windows are fetched ahead."""
 
@@ -117,8 +124,52 @@ class ChunkFetcher:
                 )
         if plain is None:
             plain = self._load_elsewhere(frame)
-        self._require_length(frame.numbers, plain)
+        self._require_length(frame.numbers, len(plain))
         return plain
+
+    def open_into(
+        self, fetch: RangeFetch, room: Callable[[], memoryview]
+    ) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Open every frame of a range into what ``room`` returns; yield (chunk numbers, length).
+
+        ``room`` returns the same again as long as nothing was yielded. What may be missing becomes zeros.
+        """
+        try:
+            buffer = self._read(fetch)
+        except DamageError:
+            buffer = None
+        for frame in fetch.frames:
+            try:
+                length = self._open_one_into(fetch, frame, buffer, room())
+            except UnreadableChunkError as err:
+                if self._losses is None:
+                    raise
+                for number in frame.numbers:
+                    self._losses.note(number, number + 1, err)
+                    length = self._geometry.length(number)
+                    room()[:length] = bytes(length)
+                    yield (number,), length
+            else:
+                yield frame.numbers, length
+
+    def _open_one_into(
+        self, fetch: RangeFetch, frame: FrameFetch, buffer: memoryview | None, out: memoryview
+    ) -> int:
+        length = -1
+        if buffer is not None:
+            at = frame.offset - fetch.offset
+            where = f"frame at {frame.offset} of {fetch.pack}"
+            with contextlib.suppress(DamageError):
+                length = self._repository.opener().open_into(
+                    buffer[at : at + frame.length], out, where=where, kind=FrameType.DATA, id_=frame.id
+                )
+        if length < 0:
+            plain = self._load_elsewhere(frame)
+            length = len(plain)
+            self._require_length(frame.numbers, length)
+            out[:length] = plain
+        self._require_length(frame.numbers, length)
+        return length
 
     def _load_elsewhere(self, frame: FrameFetch) -> bytes:
         """A later run may have stored the chunk again."""
@@ -127,10 +178,10 @@ class ChunkFetcher:
         except DamageError as err:
             raise UnreadableChunkError(frame.numbers, self._geometry, err) from err
 
-    def _require_length(self, numbers: tuple[int, ...], plain: bytes | memoryview) -> None:
+    def _require_length(self, numbers: tuple[int, ...], length: int) -> None:
         for number in numbers:
-            if len(plain) != self._geometry.length(number):
-                err = DamageError(f"chunk {number} has {len(plain)} bytes")
+            if length != self._geometry.length(number):
+                err = DamageError(f"chunk {number} has {length} bytes")
                 raise UnreadableChunkError(numbers, self._geometry, err)
 
     def _read(self, fetch: RangeFetch) -> memoryview:
@@ -142,46 +193,165 @@ class ChunkFetcher:
         return view
 
 
+class _Batch:
+    """Chunks opened one behind the other into a buffer, and written in as few calls as their numbers allow.
+
+    The buffer is a map of its own: aligned, so that it can be written past the page cache. Each thread
+    has one for as long as it lives, because what decides throughput is page faults on fresh memory.
+    """
+
+    def __init__(self, geometry: Geometry, target: Target) -> None:
+        self._geometry = geometry
+        self._target = target
+        self._buffer = memoryview(mmap.mmap(-1, max(_BATCH_BYTES, geometry.chunk_size)))
+        self._used = 0
+        self._chunks: list[tuple[int, int, int]] = []
+        self.written = 0
+
+    def room(self) -> memoryview:
+        """Return where the next chunk goes."""
+        if self._used + self._geometry.chunk_size > len(self._buffer):
+            self.flush()
+        return self._buffer[self._used :]
+
+    def add(self, numbers: tuple[int, ...], length: int) -> None:
+        """Take what was opened there."""
+        self._chunks += [(number, self._used, length) for number in numbers]
+        self._used += self._geometry.chunk_size
+
+    def flush(self) -> None:
+        """Write everything."""
+        size = self._geometry.chunk_size
+        # First by place in the buffer: chunks that follow each other there mostly do so in the volume too.
+        chunks, begin = self._chunks, 0
+        while begin < len(chunks):
+            end = begin + 1
+            while end < len(chunks) and self._follows(chunks[end - 1], chunks[end]):
+                end += 1
+            number, at, _ = chunks[begin]
+            length = (end - begin - 1) * size + chunks[end - 1][2]
+            self._target.write(number * size, self._buffer[at : at + length])
+            self.written += length
+            begin = end
+        self._chunks, self._used = [], 0
+
+    def _follows(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+        return other[0] == one[0] + 1 and other[1] == one[1] + self._geometry.chunk_size
+
+
+ReadMap = Callable[[int, int], Iterator[tuple[int, int, Entry]]]
+"""Returns the runs of a map between two chunk numbers, in order; all of them, or those that are wanted."""
+
+
+class _Restoring:
+    """One restore of a map, or parts of one, to a target."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        geometry: Geometry,
+        target: Target,
+        progress: Progress,
+        losses: Losses | None,
+    ) -> None:
+        self._repository = repository
+        self._geometry = geometry
+        self._target = target
+        self._progress = progress
+        self._losses = losses
+        self._fetcher = ChunkFetcher(repository, geometry, losses)
+        self._threads = threading.local()
+        self._pending: dict[Future[int], _Outstanding] = {}
+        self._windows: deque[_Outstanding] = deque()
+
+    def bring(self, runs: Iterator[tuple[int, int, Entry]]) -> None:
+        """Write these runs."""
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
+            try:
+                for window in plan_windows(runs, _locator(self._repository)):
+                    self._begin_window(window)
+                    outstanding = _Outstanding(window.end, len(window.ranges))
+                    self._windows.append(outstanding)
+                    for fetch in window.ranges:
+                        self._await(_PENDING - 1)
+                        self._pending[pool.submit(self._bring, fetch)] = outstanding
+                self._await(0)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _begin_window(self, window: Window) -> None:
+        size = self._geometry.chunk_size
+        lost = _pass_over(window, self._geometry, self._losses)
+        _clear(window, self._geometry, self._target, self._progress)
+        for number in lost:
+            self._target.clear(number * size, self._geometry.length(number), hole=False)
+            self._progress(self._geometry.length(number))
+        numbers = (n for fetch in window.ranges for frame in fetch.frames for n in frame.numbers)
+        self._target.expect((begin * size, (end - begin) * size) for begin, end in _ranges(sorted(numbers)))
+
+    def _await(self, most: int) -> None:
+        """Wait until no more than so many ranges are on their way, and note what is complete."""
+        while len(self._pending) > most:
+            done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                outstanding = self._pending.pop(future)
+                if future.exception() is None:
+                    outstanding.ranges -= 1
+            while self._windows and not self._windows[0].ranges:
+                self._target.reached(self._windows.popleft().end * self._geometry.chunk_size)
+            self._progress(sum(future.result() for future in done))
+
+    def _bring(self, fetch: RangeFetch) -> int:
+        batch: _Batch | None = getattr(self._threads, "batch", None)
+        if batch is None:
+            batch = self._threads.batch = _Batch(self._geometry, self._target)
+        before = batch.written
+        for numbers, length in self._fetcher.open_into(fetch, batch.room):
+            batch.add(numbers, length)
+        batch.flush()
+        return batch.written - before
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    """A window up to the chunk ``end``, and how many of its ranges are not written yet."""
+
+    end: int
+    ranges: int
+
+
+def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    begin = end = -1
+    for number in numbers:
+        if number != end:
+            if begin >= 0:
+                yield begin, end
+            begin = number
+        end = number + 1
+    if begin >= 0:
+        yield begin, end
+
+
 def restore_to_target(
     repository: Repository,
     geometry: Geometry,
-    runs: Iterator[tuple[int, int, Entry]],
+    read_map: ReadMap,
     target: Target,
     progress: Progress,
     losses: Losses | None = None,
 ) -> None:
-    """Write a whole map to a target."""
-    fetcher = ChunkFetcher(repository, geometry, losses)
-    size = geometry.chunk_size
+    """Write a map, or what ``read_map`` gives of it, to a target, the beginning last.
 
-    def bring(fetch: RangeFetch) -> int:
-        done = 0
-        for numbers, plain in fetcher.chunks(fetch):
-            for number in numbers:
-                target.write(number * size, plain)
-                done += len(plain)
-        return done
-
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
-        pending: set[Future[int]] = set()
-        try:
-            for window in plan_windows(runs, _locator(repository)):
-                lost = _pass_over(window, geometry, losses)
-                _clear(window, geometry, target, progress)
-                for number in lost:
-                    target.clear(number * size, geometry.length(number), hole=False)
-                    progress(geometry.length(number))
-                for fetch in window.ranges:
-                    if len(pending) >= _PENDING:
-                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                        progress(sum(future.result() for future in done))
-                    pending.add(pool.submit(bring, fetch))
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                progress(sum(future.result() for future in done))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    Goes on where an interrupted restore was. The caller finishes the target.
+    """
+    head = min(-(-HEAD_BYTES // geometry.chunk_size), geometry.count)
+    reached = max(target.begin() // geometry.chunk_size, head)
+    progress(min(reached - head, geometry.count - head) * geometry.chunk_size)
+    restoring = _Restoring(repository, geometry, target, progress, losses)
+    restoring.bring(read_map(reached, geometry.count))
+    target.flush()
+    restoring.bring(read_map(0, head))
 
 
 def restore_to_stream(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from blocksnap.errors import BlocksnapError, TargetError
-from blocksnap.restore.targets import DeviceTarget
+from blocksnap.restore.device_target import DeviceTarget
+from blocksnap.restore.record import RestoreRecord
 from blocksnap.system import lvm
+
+if TYPE_CHECKING:
+    from blocksnap.system.lvm_report import LvReport
 
 TAG = "blocksnap.restoring"
 """On the volume until it is complete: ``lvs -o +tags`` tells an unfinished one after a crash."""
@@ -23,7 +28,8 @@ class VolumeExistsError(TargetError):
         super().__init__(
             f"the volume {group}/{name} exists already",
             resolution="name another one, or restore over it by leaving out --create; "
-            f"if it carries the tag {TAG}, it is an unfinished restore: remove it with lvremove",
+            f"if it carries the tag {TAG}, it is an unfinished restore of something else: "
+            "remove it with lvremove",
         )
 
 
@@ -39,17 +45,28 @@ class NoPoolError(TargetError):
 
 
 class NewVolume:
-    """A context manager; ``target`` writes to the new volume.
+    """A context manager; ``target`` writes to the new volume, which is gone if the restore fails.
 
     ``pool`` is the thin pool it has to be in; ``pool_uuid`` tells one to use if it is there.
-    Without a pool the volume is a classic one.
+    Without a pool the volume is a classic one. It gets ``volume_bytes``, at least the backup's ``size``. A
+    restore that was interrupted leaves the volume with its tag, and another of the same backup takes it over.
     """
 
     def __init__(
-        self, group: str, name: str, size: int, *, pool: str | None, pool_uuid: str | None = None
+        self,
+        group: str,
+        name: str,
+        size: int,
+        record: RestoreRecord,
+        *,
+        pool: str | None,
+        pool_uuid: str | None = None,
+        volume_bytes: int = 0,
     ) -> None:
         self._group, self._name, self._size = group, name, size
+        self._record = record
         self._pool, self._pool_uuid = pool, pool_uuid
+        self._volume_bytes = max(size, volume_bytes)
         self._target: DeviceTarget | None = None
         # Two restores may want one name at a time; the one that loses must not remove the other's volume.
         self._own_tag = f"{TAG}.{secrets.token_hex(8)}"
@@ -62,14 +79,22 @@ class NewVolume:
         return self._target
 
     def __enter__(self) -> Self:
-        pool = self._choose_pool()
+        report = lvm.report(self._group)
+        found = report.find(self._group, self._name)
+        if found is not None:
+            self._take_over(found.lv_tags)
+            return self
+        pool = self._choose_pool(report)
         tags = (TAG, self._own_tag)
         try:
             if pool is None:
-                node = lvm.create_thick(self._group, self._name, size_bytes=self._size, tags=tags)
+                node = lvm.create_thick(self._group, self._name, size_bytes=self._volume_bytes, tags=tags)
             else:
-                node = lvm.create_thin(self._group, pool, self._name, size_bytes=self._size, tags=tags)
-            self._target = DeviceTarget(node, self._size)
+                node = lvm.create_thin(
+                    self._group, pool, self._name, size_bytes=self._volume_bytes, tags=tags
+                )
+            self._target = DeviceTarget(node, self._size, self._record)
+            self._target.is_new = True
         except BaseException:
             # An interrupted lvcreate has run to its end. Why there is no volume matters more than what
             # keeps it from being removed; the tag tells what it is.
@@ -78,10 +103,24 @@ class NewVolume:
             raise
         return self
 
-    def _choose_pool(self) -> str | None:
-        report = lvm.report(self._group)
-        if report.find(self._group, self._name) is not None:
+    def _take_over(self, tags: Sequence[str]) -> None:
+        """Go on with what an interrupted restore of the same backup left; raises VolumeExistsError."""
+        if TAG not in tags:
             raise VolumeExistsError(self._group, self._name)
+        # Held exclusively by whoever is still at work on it.
+        target = DeviceTarget(f"/dev/{self._group}/{self._name}", self._size, self._record)
+        before = target.head()
+        if before is None or not before.continues(self._record):
+            target.close()
+            raise VolumeExistsError(self._group, self._name)
+        self._target = target
+        target.is_new = True
+        others = [tag for tag in tags if tag.startswith(f"{TAG}.")]
+        lvm.add_tag(self._group, self._name, self._own_tag)
+        for tag in others:
+            lvm.delete_tag(self._group, self._name, tag)
+
+    def _choose_pool(self, report: LvReport) -> str | None:
         if self._pool is not None:
             if report.find(self._group, self._pool) is None:
                 raise NoPoolError(self._group, self._pool)
@@ -96,5 +135,5 @@ class NewVolume:
         if kind is None:
             lvm.delete_tag(self._group, self._name, self._own_tag)
             lvm.delete_tag(self._group, self._name, TAG)
-        else:
+        elif not self.target.kept:
             lvm.remove_volume(self._group, self._name, tag=self._own_tag)

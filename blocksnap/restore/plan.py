@@ -15,6 +15,7 @@ from blocksnap.repository.blockmap import HOLE, ZERO, Entry
 from blocksnap.repository.lookup import Location
 
 WINDOW_CHUNKS = 16384
+_FIRST_CHUNKS = 512
 MAX_RANGE = 4 << 20
 MAX_GAP = 256 << 10
 
@@ -57,13 +58,15 @@ def plan_windows(
     *,
     window: int = WINDOW_CHUNKS,
 ) -> Iterator[Window]:
-    """Turn the runs of a map, in order, into windows."""
+    """Turn the runs of a map, in order, into windows; the first are small, so that work begins at once."""
+    limit = min(window, _FIRST_CHUNKS)
     empty: dict[Entry, list[tuple[int, int]]] = {HOLE: [], ZERO: []}
     wanted: dict[bytes, list[int]] = {}
     begin = end = chunks = 0
     for number, count, entry in runs:
-        if chunks == window:
+        if chunks == limit:
             yield _window(begin, end, empty, wanted, locate)
+            limit = min(limit * 2, window)
             empty, wanted, begin, chunks = {HOLE: [], ZERO: []}, {}, number, 0
         end = number + count
         if entry in empty:

@@ -176,6 +176,20 @@ def discard_range(fd: int, offset: int, length: int) -> bool:
     return _range_ioctl(fd, _BLKDISCARD, offset, length)
 
 
+def allocate(fd: int, offset: int, length: int) -> bool:
+    """Give a range of a file its room, reading as zeros where it had none; False where that is not known.
+
+    Raises OSError when there is no room.
+    """
+    try:
+        _fallocate(fd, 0, offset, length)
+    except OSError as err:
+        if err.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
 def clear(fd: int, offset: int, length: int, *, discard: bool) -> None:
     """Make a range of a device read as zeros; unallocated if ``discard`` asks for it and the device can.
 
@@ -185,15 +199,15 @@ def clear(fd: int, offset: int, length: int, *, discard: bool) -> None:
     block = logical_block_size(fd)
     begin, end = -(-offset // block) * block, (offset + length) // block * block
     if begin >= end:
-        _write_zeros(fd, offset, offset + length)
+        write_zeros(fd, offset, offset + length)
         return
     _clear_blocks(fd, begin, end - begin, discard=discard)
-    _write_zeros(fd, offset, begin)
-    _write_zeros(fd, end, offset + length)
+    write_zeros(fd, offset, begin)
+    write_zeros(fd, end, offset + length)
 
 
 def _clear_blocks(fd: int, offset: int, length: int, *, discard: bool) -> None:
-    if discard and _punch_hole(fd, offset, length):
+    if discard and punch_hole(fd, offset, length):
         return
     done = _unmap_thin(fd, offset, length) if discard else (offset, offset)
     # The kernel writes zeros itself where the device has no command for it.
@@ -230,13 +244,17 @@ def aligned_buffer(length: int) -> mmap.mmap:
     return mmap.mmap(-1, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE)
 
 
-def _write_zeros(fd: int, begin: int, end: int) -> None:
+def write_zeros(fd: int, begin: int, end: int) -> None:
+    """Write zeros from one byte to before another, for what a command of the device cannot reach."""
     while begin < end:
         begin += os.pwrite(fd, bytes(end - begin), begin)
 
 
-def _punch_hole(fd: int, offset: int, length: int) -> bool:
-    """Unmap a range so that it reads as zeros, or return False; fallocate promises that, BLKDISCARD not."""
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Unmap a range of a file or device so that it reads as zeros, or return False.
+
+    fallocate promises that, BLKDISCARD not.
+    """
     try:
         _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
     except OSError as err:

@@ -26,6 +26,7 @@ from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks,
 
 TAG = "blocksnap"
 RESTORING_TAG = "blocksnap.restoring"
+WAY_BACK_TAG = "blocksnap.way-back"
 """On a volume that a restore makes, until it is whole."""
 SNAPSHOT_PREFIX = "blocksnap-"
 _NAME = re.compile(r"[a-zA-Z0-9+_.][a-zA-Z0-9+_.-]*")
@@ -192,6 +193,17 @@ def create_thin_snapshot(vg: str, origin: str, name: str, run_id: str, observe: 
         run_observed(argv, observe)
 
 
+def create_way_back(vg: str, origin: str, name: str) -> None:
+    """Take a snapshot of a thin volume that stays: what the volume held before it was written over.
+
+    It carries none of the tags by which the snapshots of a run are found and removed.
+    """
+    run(
+        *("lvcreate", *_config(), "--snapshot", "--setactivationskip", "y", "--addtag", WAY_BACK_TAG),
+        *("--name", check_name(name), f"{check_name(vg)}/{check_name(origin)}"),
+    )
+
+
 def activate(vg: str, name: str) -> None:
     """Activate a volume although it carries the flag that it is to be skipped."""
     target = f"{check_name(vg)}/{check_name(name)}"
@@ -230,6 +242,12 @@ def mark_base(vg: str, name: str, run_id: str, mark: BaseMark) -> bool:
         *("--select", _our_snapshot(name, run_id), check_name(vg)),
     )
     return "changed" in said
+
+
+def add_tag(vg: str, name: str, tag: str) -> None:
+    """Give a volume a tag."""
+    target = f"{check_name(vg)}/{check_name(name)}"
+    run("lvchange", *_config(), "--autobackup", "n", "--addtag", tag, target)
 
 
 def delete_tag(vg: str, name: str, tag: str) -> None:

@@ -113,7 +113,7 @@ def work(folder: Path, beside: Path, mark: Callable[[str], None]) -> None:
 
 def content_of(repository: Repository, id_: str) -> bytes:
     (stored,) = [each for each in repository.backups() if each.backup.id == id_]
-    plan = plan_restore(stored.backup, "-", create=False, pool=None)
+    plan = plan_restore(stored.backup, "-")
     out = io.BytesIO()
     execute_restore(repository, plan, out, Quiet(), verify=False)
     return blake3(out.getvalue()).digest()

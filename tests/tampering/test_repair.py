@@ -50,7 +50,7 @@ def require_told_exactly(scene: Scene, repository: Repository, plan: RepairPlan)
             lost[id_] = len(content)
             continue
         out, backup = io.BytesIO(), find_backup(repository, id_).backup
-        restore = plan_restore(backup, "-", create=False, pool=None)
+        restore = plan_restore(backup, "-")
         result = execute_restore(repository, restore, out, Quiet(), verify=False, missing="zero")
         told = tuple((loss.offset, loss.length) for loss in plan.losses if loss.backup == id_)
         assert result.missing == told

@@ -67,7 +67,7 @@ def test_it_goes_on_as_another_run(place: Path, tmp_path: Path) -> None:
     assert stored.backup.statistics.new_bytes == SIZE
     repository = opened(place)
     assert [each.backup.id for each in repository.backups()] == [stored.backup.id]
-    plan = plan_restore(stored.backup, str(tmp_path / "out"), create=False, pool=None)
+    plan = plan_restore(stored.backup, str(tmp_path / "out"))
     execute_restore(repository, plan, io.BytesIO(), Quiet(), verify=False)
     assert (tmp_path / "out").read_bytes() == image.read_bytes()
 

@@ -16,7 +16,7 @@ BACKUP: Any = SimpleNamespace(source={})
 
 
 def test_a_new_file(tmp_path: Path) -> None:
-    plan = plan_restore(BACKUP, str(tmp_path / "out"), create=False, pool=None)
+    plan = plan_restore(BACKUP, str(tmp_path / "out"))
     assert (plan.kind, plan.target) == ("file", str(tmp_path / "out"))
 
 
@@ -33,7 +33,7 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
         ("pipe", "neither"),
     ):
         with pytest.raises(UnknownTargetError, match=reason) as caught:
-            plan_restore(BACKUP, str(tmp_path / name), create=False, pool=None)
+            plan_restore(BACKUP, str(tmp_path / name))
         assert caught.value.exit_code == 1
 
 

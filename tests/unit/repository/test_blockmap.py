@@ -58,6 +58,7 @@ def test_a_chain_of_backups_equals_a_list(backups: list[tuple[int, list[tuple[in
     nodes = Nodes()
     model: list[bytes] = []
     root: MapRoot | None = None
+    history: list[tuple[MapRoot, list[bytes]]] = []
     for count, changes in backups:
         writer = MapWriter(MapReader(nodes.load), root, count, nodes.store)
         expected = (model + [HOLE] * count)[:count]
@@ -84,7 +85,28 @@ def test_a_chain_of_backups_equals_a_list(backups: list[tuple[int, list[tuple[in
         assert entries(reader, root, root.capacity)[count:] == [HOLE] * (root.capacity - count)
         for number in (0, count // 2, count - 1):
             assert reader.entry(root, number) == expected[number]
+        for before_root, before in history:
+            told = [n for one in reader.differences(root, before_root, count) for n in range(*one)]
+            other = (before + [HOLE] * count)[:count]
+            assert told == [
+                n for n in range(count) if expected[n] != other[n] and {expected[n], other[n]} != {HOLE, ZERO}
+            ]
+        history.append((root, expected))
         model = expected
+
+
+def test_a_difference_costs_what_differs() -> None:
+    nodes = Nodes()
+    first = MapWriter(MapReader(nodes.load), None, 60_000, nodes.store)
+    for number in range(60_000):
+        first.set(number, chunk(number))
+    before = first.finish()
+    second = MapWriter(MapReader(nodes.load), before, 60_000, nodes.store)
+    second.set(30_000, chunk("new"))
+    after = second.finish()
+    nodes.loads = 0
+    assert list(MapReader(nodes.load).differences(after, before, 60_000)) == [(30_000, 30_001)]
+    assert nodes.loads == 2 * before.levels
 
 
 def test_the_root_depends_on_content_only() -> None:

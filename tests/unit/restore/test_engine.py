@@ -7,6 +7,7 @@ import io
 import os
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import HOLE, ZERO, Entry, MapReader, MapRoot, MapWriter
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.repository import Repository
-from blocksnap.restore import engine, targets
+from blocksnap.restore import engine, naming
 from blocksnap.restore.engine import UnreadableChunkError, restore_to_stream, restore_to_target, verify_chunks
+from blocksnap.restore.file_target import FileTarget
 from blocksnap.restore.plan import Window, plan_windows
-from blocksnap.restore.targets import FileTarget, TargetExistsError
+from blocksnap.restore.record import RestoreRecord
+from blocksnap.restore.targets import TargetExistsError
 from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
 
 GEOMETRY = Geometry(CHUNK * 600 + 123, CHUNK)
+RECORD = RestoreRecord(repository="00" * 16, backup="1234567890abcdef" * 2, mode="whole")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +54,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MapRoot, byt
     return folder / "r", root, bytes(content)
 
 
-def runs(repository: Repository, root: MapRoot) -> Iterator[tuple[int, int, Entry]]:
-    return MapReader(repository.load_node).runs(root, 0, GEOMETRY.count)
+def runs(
+    repository: Repository, root: MapRoot, begin: int = 0, end: int = GEOMETRY.count
+) -> Iterator[tuple[int, int, Entry]]:
+    return MapReader(repository.load_node).runs(root, begin, end)
 
 
 class Counter:
@@ -64,8 +70,8 @@ class Counter:
 def test_a_file_is_sparse_and_identical(stored: tuple[Path, MapRoot, bytes], tmp_path: Path) -> None:
     place, root, content = stored
     repository = open_repository(place)
-    target, counter = FileTarget(str(tmp_path / "out"), GEOMETRY.size), Counter()
-    restore_to_target(repository, GEOMETRY, runs(repository, root), target, counter)
+    target, counter = FileTarget(str(tmp_path / "out"), GEOMETRY.size, RECORD), Counter()
+    restore_to_target(repository, GEOMETRY, partial(runs, repository, root), target, counter)
     assert os.listdir(tmp_path) != ["out"]
     target.finish()
     target.close()
@@ -122,9 +128,9 @@ def test_damage_is_named_and_not_restored(
     ]
     found = verify_chunks(repository, GEOMETRY, runs(repository, root), Counter())
     assert [err.offset for err in found] == expected[:1]
-    target = FileTarget(str(tmp_path / "out"), GEOMETRY.size)
+    target = FileTarget(str(tmp_path / "out"), GEOMETRY.size, RECORD)
     with pytest.raises(UnreadableChunkError, match=f"bytes {expected[0]} to"):
-        restore_to_target(repository, GEOMETRY, runs(repository, root), target, Counter())
+        restore_to_target(repository, GEOMETRY, partial(runs, repository, root), target, Counter())
     target.close()
     assert os.listdir(tmp_path) == []
     stream = io.BytesIO()
@@ -144,8 +150,8 @@ def test_a_chunk_in_no_pack_is_named(stored: tuple[Path, MapRoot, bytes]) -> Non
 def test_a_file_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(TargetError, match="exists already"):
-        FileTarget(str(tmp_path / "out"), 10)
-    target = FileTarget(str(tmp_path / "late"), 10)
+        FileTarget(str(tmp_path / "out"), 10, RECORD)
+    target = FileTarget(str(tmp_path / "late"), 10, RECORD)
     (tmp_path / "late").write_text("mine")
     with pytest.raises(TargetError, match="exists already"):
         target.finish()
@@ -190,13 +196,13 @@ def test_where_there_are_no_hard_links(
 ) -> None:
     refuse(monkeypatch, os, "link", code)
     if not flags:
-        refuse(monkeypatch, targets, "_rename_new", errno.EINVAL)
-    target = FileTarget(str(tmp_path / "out"), 3)
+        refuse(monkeypatch, naming, "_rename_new", errno.EINVAL)
+    target = FileTarget(str(tmp_path / "out"), 3, RECORD)
     target.write(0, b"abc")
     target.finish()
     target.close()
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out", b"abc")]
-    late = FileTarget(str(tmp_path / "late"), 3)
+    late = FileTarget(str(tmp_path / "late"), 3, RECORD)
     late.write(0, b"abc")
     (tmp_path / "late").write_text("mine")
     with pytest.raises(TargetExistsError) as caught:
@@ -209,7 +215,7 @@ def test_where_there_are_no_hard_links(
 
 
 def test_a_whole_file_that_gets_no_name_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = FileTarget(str(tmp_path / "out"), 3)
+    target = FileTarget(str(tmp_path / "out"), 3, RECORD)
     target.write(0, b"abc")
     refuse(monkeypatch, os, "link", errno.EIO)
     with pytest.raises(TargetError, match="cannot give the restored file the name") as caught:
@@ -222,10 +228,10 @@ def test_a_whole_file_that_gets_no_name_is_kept(tmp_path: Path, monkeypatch: pyt
 
 def test_long_names(tmp_path: Path) -> None:
     longest = tmp_path / ("ü" * 127)
-    target = FileTarget(str(longest), 3)
+    target = FileTarget(str(longest), 3, RECORD)
     target.finish()
     target.close()
     assert list(tmp_path.iterdir()) == [longest]
     for wrong in (tmp_path / ("n" * 256), longest / "below"):
         with pytest.raises(TargetError, match="cannot write"):
-            FileTarget(str(wrong), 3)
+            FileTarget(str(wrong), 3, RECORD)

@@ -6,8 +6,11 @@ import pytest
 
 from blocksnap.restore import new_volume
 from blocksnap.restore.new_volume import TAG, NewVolume
+from blocksnap.restore.record import RestoreRecord
 from blocksnap.system.command import CommandError
 from blocksnap.system.lvm_report import LvReport
+
+RECORD = RestoreRecord(repository="00" * 16, backup="12" * 16, mode="whole")
 
 
 class Lvm:
@@ -40,7 +43,7 @@ def test_an_interrupt_while_it_is_made_leaves_none(
     monkeypatch: pytest.MonkeyPatch, ending: BaseException
 ) -> None:
     lvm = Lvm(monkeypatch, ending)
-    with pytest.raises(type(ending)), NewVolume("vg", "new", 512, pool=None):
+    with pytest.raises(type(ending)), NewVolume("vg", "new", 512, RECORD, pool=None):
         pytest.fail("it was not made")
     assert lvm.volumes == {}
 
@@ -48,6 +51,6 @@ def test_an_interrupt_while_it_is_made_leaves_none(
 def test_the_volume_of_another_restore_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lvm = Lvm(monkeypatch, KeyboardInterrupt())
     lvm.volumes["new"] = {TAG, f"{TAG}.0123456789abcdef"}
-    with pytest.raises(CommandError, match="already exists"), NewVolume("vg", "new", 512, pool=None):
+    with pytest.raises(CommandError, match="already exists"), NewVolume("vg", "new", 512, RECORD, pool=None):
         pytest.fail("it was not made")
     assert list(lvm.volumes) == ["new"]

@@ -1,0 +1,157 @@
+"""`blocksnap restore`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from blocksnap.cli.context import Settings, common_options
+from blocksnap.cli.output import format_size, print_json_line
+from blocksnap.errors import UsageError
+from blocksnap.quantities import parse_size
+
+if TYPE_CHECKING:
+    from blocksnap.operations.restore import ImageFormat, Missing, NewVolumeOptions, RestoreResult
+    from blocksnap.repository.documents import Backup
+
+EXIT_WARNINGS = 3
+
+
+@click.command("restore")
+@click.argument("backup")
+@click.argument("target")
+@click.option("--create", is_flag=True, help="Make the logical volume TARGET (VG/NAME) and restore to it.")
+@click.option(
+    "--pool",
+    metavar="POOL",
+    help="With --create: the thin pool; else the one the backup came from, or a classic volume.",
+)
+@click.option("--classic", is_flag=True, help="With --create: make a classic volume, in no pool.")
+@click.option("--size", metavar="SIZE", help="With --create: make the volume larger than the backup.")
+@click.option(
+    "--in-place", is_flag=True, help="Write only what differs over what TARGET, a device or file, holds."
+)
+@click.option(
+    "--format",
+    "image",
+    type=click.Choice(["raw", "qcow2"]),
+    default="raw",
+    help="Format of a new file; qcow2 is made by qemu-img.",
+)
+@click.option("--verify", is_flag=True, help="Read back what was written and compare it with the backup.")
+@click.option(
+    "--missing",
+    type=click.Choice(["fail", "zero"]),
+    default="fail",
+    show_default=True,
+    help="Where the repository has lost something: end there, or write zeros, go on, and list the ranges.",
+)
+@common_options
+def restore_command(
+    settings: Settings,
+    *,
+    backup: str,
+    target: str,
+    create: bool,
+    pool: str | None,
+    classic: bool,
+    size: str | None,
+    in_place: bool,
+    image: ImageFormat,
+    verify: bool,
+    missing: Missing,
+) -> None:
+    """Restore BACKUP to TARGET.
+
+    TARGET is a new file, a block device, a new volume VG/NAME (--create), or - for standard output. A restore
+    that was interrupted goes on where it was when the same command is run again.
+
+    With --in-place a thin volume is not even read: what differs is told by the maps of the backups and by the
+    pool, and a snapshot of what was there stays beside it.
+
+    BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
+    """
+    from blocksnap.extents import memory
+    from blocksnap.operations.catalogue import find_backup
+    from blocksnap.operations.restore import execute_restore, plan_restore
+
+    memory.retain()
+    if target == "-" and verify:
+        raise UsageError("standard output cannot be read back", resolution="leave out --verify")
+    if target == "-" and settings.json:
+        raise UsageError("standard output cannot take the volume and JSON at once")
+    new = _new_volume(pool, classic=classic, size=size)
+    repository = settings.open_repository()
+    stored = find_backup(repository, backup)
+    plan = plan_restore(stored.backup, target, create=create, in_place=in_place, image=image, new=new)
+    result = execute_restore(
+        repository,
+        plan,
+        sys.stdout.buffer,
+        settings.reporter,
+        verify=verify,
+        missing=missing,
+        state_directory=settings.state_directory,
+    )
+    _show(settings, stored.backup, result)
+    if result.missing:
+        click.get_current_context().exit(EXIT_WARNINGS)
+
+
+def _new_volume(pool: str | None, *, classic: bool, size: str | None) -> NewVolumeOptions | None:
+    from blocksnap.operations.restore import NewVolumeOptions
+
+    if pool is None and not classic and size is None:
+        return None
+    return NewVolumeOptions(pool, classic, parse_size(size) if size else 0)
+
+
+def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
+    plan, found = result.plan, result.in_place
+    for offset, length in () if settings.json else result.missing:
+        click.echo(f"missing: bytes {offset} to {offset + length} are zeros", err=True)
+    if settings.json:
+        facts: dict[str, object] = {
+            "event": "done",
+            "backup": backup.id,
+            "target": plan.target,
+            "volume_bytes": backup.size,
+            "verified": result.verified,
+            "complete": not result.missing,
+            "missing": [{"offset": offset, "length": length} for offset, length in result.missing],
+            "seconds": round(result.seconds, 3),
+        }
+        if found is not None:
+            facts |= {
+                "written_bytes": found.written_bytes,
+                "method": found.differing.method,
+                "reason": found.differing.reason,
+                "way_back": found.way_back or None,
+            }
+        print_json_line(facts)
+        return
+    if result.missing:
+        click.echo(
+            f"INCOMPLETE: {plan.target} has zeros for {format_size(result.missing_bytes)} of "
+            f"{backup.id[:8]} of {backup.volume.name} in {len(result.missing)} ranges, "
+            "which the repository has lost",
+            err=True,
+        )
+        return
+    if settings.verbosity < 0 or plan.kind == "stream":
+        return
+    checked = ", read back and found identical" if result.verified else ""
+    much = format_size(backup.size)
+    if found is not None:
+        much = f"{format_size(found.written_bytes)} of {much} differed"
+    click.echo(
+        f"restored {backup.id[:8]} of {backup.volume.name} to {plan.target}: "
+        f"{much} in {result.seconds:.1f} s{checked}"
+    )
+    if found is not None and found.way_back:
+        click.echo(
+            f"restored over it; what it held before is {found.way_back}: "
+            f"lvremove it, or go back with lvconvert --merge"
+        )

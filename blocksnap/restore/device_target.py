@@ -1,0 +1,59 @@
+"""A block device that nothing uses, as a target; held exclusively while it is written."""
+
+from __future__ import annotations
+
+import os
+
+from blocksnap.restore.place import Place
+from blocksnap.restore.record import RestoreRecord
+from blocksnap.restore.targets import TargetTooSmallError
+from blocksnap.system import blockdev
+
+
+class DeviceTarget(Place):
+    """Refused when anything uses it or it is too small; what lies behind the backup's end stays as it is."""
+
+    def __init__(self, path: str, size: int, record: RestoreRecord) -> None:
+        fd = blockdev.open_exclusive(path)
+        try:
+            capacity = blockdev.size_of(fd)
+            if capacity < size:
+                raise TargetTooSmallError(path, capacity, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        super().__init__(fd, path, size, is_device=True)
+        self.open_direct()
+        self.wanted = record
+        self.is_new = False
+        """Whether it goes as a whole when the restore fails."""
+
+    def begin(self) -> int:
+        """Write the record over the beginning."""
+        return self.begin_with(self.wanted)
+
+    def clear(self, offset: int, length: int, *, hole: bool) -> None:
+        """Discard a hole where that leaves zeros; write zeros otherwise."""
+        try:
+            blockdev.clear(self._fd, offset, length, discard=hole)
+        except OSError as err:
+            raise self.failed(err) from err
+
+    def finish(self) -> None:
+        """Flush to the device."""
+        self.finish_writing()
+
+    def reader(self) -> int:
+        """Flush, and drop the device's page cache so that it is really read."""
+        return self.forget_cache()
+
+    def close(self, *, keep: bool = False) -> bool:
+        """Close; where writing has begun the record stays in any case, with what was reached if ``keep``."""
+        if self._fd < 0:
+            return False
+        begun = self._record is not None
+        try:
+            self.kept = keep and self.keep_record()
+        finally:
+            self.release()
+        return self.kept or (begun and not self.is_new)

@@ -1,0 +1,240 @@
+"""A new file, which appears under its name when it is complete; and a file that is written over."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterable
+
+from blocksnap.restore.naming import flush_folder, give_name, hidden_name
+from blocksnap.restore.place import Place
+from blocksnap.restore.record import HEAD_BYTES, RestoreRecord
+from blocksnap.restore.targets import (
+    NameFailedError,
+    NameTakenError,
+    TargetBusyError,
+    TargetExistsError,
+    TargetFailedError,
+)
+from blocksnap.system import blockdev
+
+_TOKEN_DIGITS = 8
+_PATIENT_FILESYSTEMS = frozenset({"ext4", "xfs"})
+"""Where writing past the page cache to allocated room was measured to pay; others go through it."""
+
+
+class _FilePlace(Place):
+    """A file, with its room allocated before it is written."""
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Allocate: a disk that is too full is found here, and not in the middle of a window."""
+        if self._direct < 0:
+            return
+        try:
+            for offset, length in ranges:
+                if not blockdev.allocate(self._fd, offset, min(length, self._size - offset)):
+                    os.close(self._direct)
+                    self._direct = -1
+                    return
+        except OSError as err:
+            raise self.failed(err) from err
+
+    def open_direct(self) -> None:
+        """Only where it pays."""
+        from blocksnap.system.mounts import mount_under
+
+        mount = mount_under(os.path.dirname(self._name))
+        if mount is not None and mount.filesystem in _PATIENT_FILESYSTEMS:
+            super().open_direct()
+
+    def punch(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, unallocated where the filesystem can."""
+        try:
+            if not blockdev.punch_hole(self._fd, offset, length):
+                blockdev.write_zeros(self._fd, offset, offset + length)
+        except OSError as err:
+            raise self.failed(err) from err
+
+
+class FileTarget(_FilePlace):
+    """A file that does not exist yet; sparse where the backup is.
+
+    It is written under a hidden name, which an interrupted restore of the same backup to the same
+    place finds again and goes on with.
+    """
+
+    def __init__(self, path: str, size: int, record: RestoreRecord) -> None:
+        path = os.path.abspath(path)
+        _require_free(path)
+        self._temporary: str | None = hidden_name(path, record.backup[:_TOKEN_DIGITS])
+        self.wanted = record
+        try:
+            fd = self._open()
+            try:
+                os.ftruncate(fd, size)
+            except BaseException:
+                os.close(fd)
+                os.unlink(self._temporary)
+                raise
+        except OSError as err:
+            raise TargetFailedError(path, err) from err
+        super().__init__(fd, path, size)
+        self.open_direct()
+
+    def begin(self) -> int:
+        """Write the record, unless it is there; what else is found under the hidden name is thrown away."""
+        try:
+            before = self.head()
+            if before is None or not before.continues(self.wanted):
+                os.ftruncate(self._fd, 0)
+                os.ftruncate(self._fd, self._size)
+        except OSError as err:
+            raise self.failed(err) from err
+        return self.begin_with(self.wanted)
+
+    def clear(self, offset: int, length: int, *, hole: bool) -> None:  # noqa: ARG002
+        """Leave it: what was never written of a new file reads as zeros, but for where the record was."""
+        if offset < HEAD_BYTES:
+            self.punch(offset, min(length, HEAD_BYTES - offset))
+
+    def finish(self) -> None:
+        """Flush and give the file its name.
+
+        When only the naming fails, as when the name was taken meanwhile, the complete file stays under the
+        hidden name that the error tells.
+        """
+        if self._temporary is None:
+            return
+        self.finish_writing()
+        complete = self._temporary = self.convert(self._temporary)
+        try:
+            give_name(complete, self._name)
+        except FileExistsError as err:
+            self._temporary = None
+            raise NameTakenError(self._name, complete) from err
+        except OSError as err:
+            self._temporary = None
+            raise NameFailedError(self._name, complete, err) from err
+        self._temporary = None
+        try:
+            flush_folder(os.path.dirname(self._name))
+        except OSError as err:
+            raise self.failed(err) from err
+
+    def convert(self, hidden: str) -> str:
+        """Return the hidden name of what gets the file's name: the complete file itself."""
+        return hidden
+
+    def reader(self) -> int:
+        """Flush, and drop the page cache of the file so that it is really read."""
+        return self.forget_cache()
+
+    def close(self, *, keep: bool = False) -> bool:
+        """Close; remove a file that was not finished, unless it is to be kept and worth it."""
+        if self._fd < 0:
+            return False
+        try:
+            self.kept = keep and self._temporary is not None and self.keep_record()
+        finally:
+            self.release()
+            if self._temporary is not None and not self.kept:
+                # A failure here must not hide what led to it.
+                with contextlib.suppress(OSError):
+                    os.unlink(self._temporary)
+            self._temporary = None
+        return self.kept
+
+    def _open(self) -> int:
+        """Open the hidden file that an earlier restore left, or make it; raises OSError, TargetBusyError."""
+        if self._temporary is None:
+            raise ValueError("the file is complete")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self._temporary, flags, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            os.close(fd)
+            raise TargetBusyError(self._temporary, "another restore of this backup") from err
+        status = os.fstat(fd)
+        mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+        if mine and not status.st_mode & 0o077:
+            return fd
+        # Somebody else put it there, and may be reading along.
+        os.close(fd)
+        self._temporary = hidden_name(self._name_of(self._temporary))
+        return os.open(self._temporary, flags | os.O_EXCL, 0o600)
+
+    @staticmethod
+    def _name_of(hidden: str) -> str:
+        folder, name = os.path.split(hidden)
+        return os.path.join(folder, name[1:].rsplit(".", 2)[0])
+
+
+class ExistingFileTarget(_FilePlace):
+    """A file that is there, of which only parts are written; in the end it is as long as the backup."""
+
+    def __init__(self, path: str, size: int, record: RestoreRecord) -> None:
+        from blocksnap.system.mounts import loop_devices_of
+
+        path = os.path.realpath(path)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as err:
+            raise TargetFailedError(path, err) from err
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            loops = loop_devices_of(path)
+            if loops:
+                raise TargetBusyError(path, ", ".join(loops))
+            if os.fstat(fd).st_size < size:
+                os.ftruncate(fd, size)
+        except BlockingIOError as err:
+            os.close(fd)
+            raise TargetBusyError(path, "another program, which has locked it") from err
+        except OSError as err:
+            os.close(fd)
+            raise TargetFailedError(path, err) from err
+        except BaseException:
+            os.close(fd)
+            raise
+        super().__init__(fd, path, size)
+        self.wanted = record
+
+    def begin(self) -> int:
+        """Write the record over the beginning."""
+        return self.begin_with(self.wanted)
+
+    def clear(self, offset: int, length: int, *, hole: bool) -> None:  # noqa: ARG002
+        """Punch a hole."""
+        self.punch(offset, length)
+
+    def finish(self) -> None:
+        """Cut the file to the backup's length, and flush."""
+        try:
+            os.ftruncate(self._fd, self._size)
+        except OSError as err:
+            raise self.failed(err) from err
+        self.finish_writing()
+
+    def reader(self) -> int:
+        """Flush, and drop the page cache of the file so that it is really read."""
+        return self.forget_cache()
+
+    def close(self, *, keep: bool = False) -> bool:  # noqa: ARG002
+        """Close; the record stays at the beginning of what is not finished."""
+        begun = self._record is not None and self._fd >= 0
+        self.release()
+        return begun
+
+
+def _require_free(path: str) -> None:
+    """Raise TargetError unless a file can have this name: a name too long has to show now, not at the end."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as err:
+        raise TargetFailedError(path, err) from err
+    raise TargetExistsError(path)

@@ -1,0 +1,154 @@
+"""Restores that are killed, go on, write over what differs, and meet targets that fail; on loop devices."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from support.commands import CommandLine
+from support.loops import call, loop_device, mounted
+from support.require import require
+
+MIB = 1 << 20
+SIZE = 96 * MIB
+
+
+@pytest.fixture
+def source(blocksnap: CommandLine, tmp_path: Path) -> Path:
+    """A backed up volume with data, repeated data and holes."""
+    dice = random.Random(1)
+    volume = tmp_path / "volume.img"
+    with volume.open("wb") as file:
+        for number in range(SIZE // MIB):
+            if number % 5 == 3:
+                file.seek(MIB, os.SEEK_CUR)
+            else:
+                file.write(dice.randbytes(MIB) if number % 7 else b"same" * (MIB // 4))
+        file.truncate(SIZE)
+    blocksnap.done("backup", volume, "-q")
+    return volume
+
+
+def same(one: Path | str, other: Path | str, length: int = SIZE) -> bool:
+    with open(one, "rb") as mine, open(other, "rb") as theirs:
+        return mine.read(length) == theirs.read(length)
+
+
+def kill_sometimes(blocksnap: CommandLine, target: Path | str, *options: str) -> int:
+    """Run a restore again and again, killed a little later each time; return how often it was killed."""
+    for attempt in range(40):
+        process = blocksnap.start("restore", "latest", target, "-q", *options)
+        try:
+            process.communicate(timeout=0.4 + attempt * 0.25)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            continue
+        assert process.returncode == 0
+        return attempt
+    raise AssertionError("it never came to an end")
+
+
+def test_killed_at_random_points(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folder"
+    out.mkdir()
+    assert kill_sometimes(blocksnap, out / "out") > 0
+    assert os.listdir(out) == ["out"]
+    assert same(out / "out", source)
+    with loop_device(tmp_path / "target.img", size=SIZE + MIB) as device:
+        Path(device).write_bytes(random.Random(2).randbytes(SIZE + MIB))
+        assert kill_sometimes(blocksnap, device) > 0
+        assert same(device, source)
+        Path(device).write_bytes(random.Random(3).randbytes(SIZE + MIB))
+        assert kill_sometimes(blocksnap, device, "--in-place") > 0
+        assert same(device, source)
+
+
+def test_an_unfinished_device_is_not_taken_for_a_volume(blocksnap: CommandLine, tmp_path: Path) -> None:
+    with loop_device(tmp_path / "volume.img", size=64 * MIB) as device:
+        call("mkfs.ext4", "-q", device)
+        blocksnap.done("backup", device, "-q")
+    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with loop_device(tmp_path / "target.img", size=64 * MIB) as device:
+        call("mkfs.ext4", "-q", device)
+        failed = blocksnap("restore", "latest", device)
+        assert failed.code == 13, failed
+        assert "bytes" in failed.stderr
+        assert "is not complete" in failed.stderr
+        assert subprocess.run(["blkid", "-p", device], check=False, capture_output=True).returncode == 2
+        pack.write_bytes(whole)
+        blocksnap.done("restore", "latest", device)
+        call("e2fsck", "-fn", device)
+
+
+def test_only_what_differs(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target.img"
+    target.write_bytes(source.read_bytes() + b"longer")
+    with target.open("r+b") as file:
+        file.seek(50 * MIB + 1)
+        file.write(b"other")
+    for path in (target, target):
+        done = blocksnap.done("restore", "latest", path, "--in-place", "--json").events[-1]
+        assert same(target, source, SIZE + 100)
+        assert done["method"] == "compare"
+    assert done["written_bytes"] == 0
+    with loop_device(target) as device:
+        with open(device, "r+b") as file:
+            file.seek(2 * MIB)
+            file.write(bytes(MIB))
+        done = blocksnap.done("restore", "latest", device, "--in-place", "--verify", "--json").events[-1]
+        assert done["written_bytes"] == MIB
+        refused = blocksnap("restore", "latest", target, "--in-place")
+        assert refused.code == 1
+        assert device in refused.stderr
+    assert same(target, source)
+
+
+def test_a_target_that_runs_full_in_place(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:
+    """What can be found out before is: the room of a file is allocated before it is written."""
+    with loop_device(tmp_path / "small.img", size=64 * MIB) as device:
+        call("mkfs.ext4", "-q", "-m", "0", device)
+        with mounted(device, tmp_path / "small") as folder:
+            (folder / "out").write_bytes(b"before")
+            failed = blocksnap("restore", "latest", folder / "out", "--in-place")
+            assert (failed.code, len(failed.errors)) == (1, 1), failed
+            assert "No space left" in failed.stderr
+            assert (folder / "out").read_bytes().startswith(b"BLOCKSNAP RESTORING")
+
+
+def test_a_qcow2_image(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:
+    require(
+        "qemu-img", any(Path(p, "qemu-img").exists() for p in os.get_exec_path()), "apt install qemu-utils"
+    )
+    folder = tmp_path / "images"
+    folder.mkdir()
+    blocksnap.done("restore", "latest", folder / "out.qcow2", "--format", "qcow2", "--verify")
+    assert os.listdir(folder) == ["out.qcow2"]
+    call("qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, folder / "out.qcow2")
+    assert (folder / "out.qcow2").stat().st_size < SIZE * 0.85
+    assert blocksnap("restore", "latest", folder / "out.qcow2", "--format", "qcow2").code == 1
+    assert blocksnap("restore", "latest", "-", "--format", "qcow2").code == 2
+
+
+def test_a_signal_says_what_became_of_it(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:
+    with loop_device(tmp_path / "target.img", size=SIZE) as device:
+        process = blocksnap.start("restore", "latest", device)
+        with open(device, "rb", buffering=0) as file:
+            deadline = time.monotonic() + 60
+            while file.read(9) != b"BLOCKSNAP" and time.monotonic() < deadline:
+                time.sleep(0.005)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                file.seek(0)
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
+        if process.returncode == 143:
+            assert b"run again" in stderr
+        blocksnap.done("restore", "latest", device)
+        assert same(device, source)

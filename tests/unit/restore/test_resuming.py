@@ -1,0 +1,202 @@
+"""What was interrupted is never taken for whole, and goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blocksnap.errors import StorageError, TargetError
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.blockmap import HOLE, Entry
+from blocksnap.repository.repository import Repository
+from blocksnap.restore import place, plan
+from blocksnap.restore.engine import restore_to_target
+from blocksnap.restore.file_target import ExistingFileTarget, FileTarget
+from blocksnap.restore.record import HEAD_BYTES, RestoreRecord, decode_record, encode_record
+from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
+
+RECORD = RestoreRecord(repository="00" * 16, backup="1234567890abcdef" * 2, mode="whole")
+COUNT = 300
+GEOMETRY = Geometry(CHUNK * COUNT - 77, CHUNK)
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    dice = random.Random(11)
+    blocks = [bytes(CHUNK) if dice.random() < 0.3 else dice.randbytes(CHUNK) for _ in range(COUNT)]
+    return b"".join(blocks)[: GEOMETRY.size]
+
+
+@pytest.fixture(scope="module")
+def stored(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Entry]]:
+    folder = tmp_path_factory.mktemp("stored")
+    with open_writer(make_repository(folder / "r")) as writer:
+        ids = [id_ or HOLE for id_ in store_bytes(writer, content, folder)]
+        writer.flush()
+    return folder / "r", ids
+
+
+@pytest.fixture(autouse=True)
+def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "_RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(plan, "_FIRST_CHUNKS", 16)
+    monkeypatch.setattr(plan, "MAX_RANGE", 4 * CHUNK)
+
+
+def read_map(ids: list[Entry], begin: int, end: int) -> Iterator[tuple[int, int, Entry]]:
+    return ((number, 1, ids[number]) for number in range(begin, end))
+
+
+class Reads:
+    """Counts the bytes that are read, and fails from one read on."""
+
+    def __init__(self, repository: Repository, *, fails_after: int = 1 << 60) -> None:
+        self._read = repository.backend.read_range_into
+        self._left = count(fails_after, -1)
+        self.total = 0
+
+    def __call__(self, name: str, offset: int, buffer: memoryview) -> None:
+        if next(self._left) <= 0:
+            raise StorageError("the line is cut")
+        self.total += len(buffer)
+        self._read(name, offset, buffer)
+
+
+def restore(
+    stored: tuple[Path, list[Entry]], target: FileTarget | ExistingFileTarget, *, fails_after: int = 1 << 60
+) -> int:
+    place_, ids = stored
+    repository = open_repository(place_)
+    _ = repository.index
+    reads = Reads(repository, fails_after=fails_after)
+    repository.backend.read_range_into = reads  # type: ignore[method-assign]
+    restore_to_target(repository, GEOMETRY, partial(read_map, ids), target, lambda _: None)
+    return reads.total
+
+
+def new_file(folder: Path) -> FileTarget:
+    return FileTarget(str(folder / "out"), GEOMETRY.size, RECORD)
+
+
+@pytest.mark.parametrize("fails_after", [0, 3, 20, 40])
+def test_it_goes_on_where_it_was(
+    stored: tuple[Path, list[Entry]], content: bytes, tmp_path: Path, fails_after: int
+) -> None:
+    target = new_file(tmp_path)
+    with pytest.raises(StorageError):
+        restore(stored, target, fails_after=fails_after)
+    kept = target.close(keep=True)
+    assert kept == (fails_after > 3)
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.12345678.partial"] if kept else [])
+    if kept:
+        head = (tmp_path / ".out.12345678.partial").read_bytes()[:HEAD_BYTES]
+        assert decode_record(head[:512]) is not None
+        assert not any(head[512:])
+    again = new_file(tmp_path)
+    read = restore(stored, again)
+    again.finish()
+    again.close()
+    assert (tmp_path / "out").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    whole = sum(len(entry) == 32 for entry in stored[1]) * CHUNK
+    assert read < whole * (1 - fails_after / 200) if kept else read >= whole
+
+
+def test_what_another_restore_left_is_thrown_away(
+    stored: tuple[Path, list[Entry]], content: bytes, tmp_path: Path
+) -> None:
+    other = RECORD.model_copy(update={"repository": "ff" * 16, "reached": GEOMETRY.size})
+    for left in (encode_record(other) + b"x" * GEOMETRY.size, b"y" * 3, b"z" * (GEOMETRY.size + 9)):
+        hidden = tmp_path / ".out.12345678.partial"
+        hidden.write_bytes(left)
+        hidden.chmod(0o600)
+        target = new_file(tmp_path)
+        restore(stored, target)
+        target.finish()
+        target.close()
+        assert (tmp_path / "out").read_bytes() == content
+        (tmp_path / "out").unlink()
+
+
+def test_a_hidden_file_that_others_may_read_is_left_alone(tmp_path: Path) -> None:
+    hidden = tmp_path / ".out.12345678.partial"
+    hidden.write_bytes(b"theirs")
+    hidden.chmod(0o644)
+    target = new_file(tmp_path)
+    target.close()
+    assert hidden.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [hidden]
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    target = new_file(tmp_path)
+    try:
+        with pytest.raises(TargetError, match="in use by another restore"):
+            new_file(tmp_path)
+    finally:
+        target.close()
+    locked = tmp_path / "there"
+    locked.write_bytes(bytes(100))
+    with locked.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(TargetError, match="has locked it"):
+            ExistingFileTarget(str(locked), 100, RECORD)
+
+
+@pytest.mark.parametrize("length", [0, 5, GEOMETRY.size, GEOMETRY.size + 5000])
+def test_a_file_that_is_there(
+    stored: tuple[Path, list[Entry]], content: bytes, tmp_path: Path, length: int
+) -> None:
+    (tmp_path / "out").write_bytes(b"before" * (length // 6) + b"." * (length % 6))
+    target = ExistingFileTarget(str(tmp_path / "out"), GEOMETRY.size, RECORD)
+    restore(stored, target)
+    target.finish()
+    target.close()
+    assert (tmp_path / "out").read_bytes() == content
+
+
+def test_the_beginning_comes_last(
+    stored: tuple[Path, list[Entry]], content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is cut off, what is there begins with zeros or with a record."""
+    steps: list[Callable[[], bool]] = []
+    target = new_file(tmp_path)
+    hidden = tmp_path / ".out.12345678.partial"
+    write = target.write
+
+    def looking(offset: int, data: bytes | memoryview) -> None:
+        write(offset, data)
+        head = hidden.read_bytes()[: min(HEAD_BYTES, GEOMETRY.size)]
+        steps.append(lambda: decode_record(head[:512]) is not None and not any(head[512:]))
+
+    monkeypatch.setattr(target, "write", looking)
+    restore(stored, target)
+    target.close()
+    heads = -(-HEAD_BYTES // CHUNK)
+    assert len(steps) > 20
+    assert all(step() for step in steps[:-heads])
+    assert not os.listdir(tmp_path)
+    assert any(content[:HEAD_BYTES])
+
+
+@given(st.binary(max_size=600))
+@settings(max_examples=200)
+def test_no_other_bytes_are_a_record(data: bytes) -> None:
+    assert decode_record(data) is None
+    good = bytearray(
+        encode_record(RECORD.model_copy(update={"reached": 1 << 60, "way_back": "g/" + "v" * 120}))
+    )
+    assert len(good) == 512
+    assert decode_record(bytes(good)) is not None
+    if data:
+        good[len(data) % 200] ^= data[0] or 1
+        assert decode_record(bytes(good)) is None
