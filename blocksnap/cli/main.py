@@ -25,6 +25,8 @@ _COMMANDS = {
     "list": "repository_commands",
     "show": "repository_commands",
     "restore": "restore_commands",
+    "mount": "image_commands",
+    "files": "image_commands",
     "verify": "volume_commands",
     "check": "check_commands",
     "repair": "repair_commands",

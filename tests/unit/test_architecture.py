@@ -79,6 +79,8 @@ def test_only_the_command_line_prints_and_exits(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called == "os._exit" and relative(path) == "system/children.py":
+                continue
             assert called not in {"print", "sys.exit", "exit", "quit", "os._exit"}, (
                 f"line {node.lineno}: {called}"
             )

@@ -1,0 +1,243 @@
+"""Look into backups without restoring them: a tree of images and their files, or single files copied out.
+
+Everything that is mounted for it is seen by our own processes only, and goes with them, however they end. The
+processes are forked first, before there are threads and connections, and before the repository is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC
+from pathlib import Path
+from typing import Any
+
+from blocksnap.errors import BlocksnapError
+from blocksnap.operations.catalogue import find_backup, map_root, of_volume
+from blocksnap.operations.reporting import Reporter
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.documents import Backup
+from blocksnap.repository.keys import Right
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.contents import answers
+from blocksnap.restore.inside import InnerProcess, NoFuseError, ask, fork_inner
+from blocksnap.system import namespace
+from blocksnap.system.children import fork_child, wait_for_child
+from blocksnap.system.command import run
+from blocksnap.system.mounts import parse_mountinfo
+
+_MESSAGE_BYTES = 1 << 20
+_READ_AHEAD_KIB = 4096
+OpenRepository = Callable[[], Repository]
+
+
+class NoTreeError(BlocksnapError):
+    """The tree of backups cannot be shown."""
+
+    def __init__(self, folder: str, reason: str) -> None:
+        self.folder = folder
+        super().__init__(f"cannot mount on {folder}: {reason}", resolution="name an empty directory")
+
+
+def show_backups(
+    open_repository: OpenRepository,
+    name: str,
+    folder: str,
+    report: Reporter,
+    mounted: Callable[[int], None],
+) -> None:
+    """Show a backup, or all of a volume, as a tree in ``folder`` until that is unmounted.
+
+    ``mounted`` is called with the number of backups when it is there. Raises NoTreeError, NoFuseError, and
+    what opening the repository and finding the backup raise.
+    """
+    folder = os.path.realpath(folder)
+    if not os.path.isdir(folder):
+        raise NoTreeError(folder, "there is no such directory")
+    _require_fuse()
+    with ExitStack() as stack:
+        control, pid = _fork_tree(folder)
+        stack.callback(_end_tree, control, pid, folder, os.open("/proc/self/ns/mnt", os.O_RDONLY))
+        namespace.leave_mounts()
+        inner = fork_inner(answers(), namespace.PRIVATE_FOLDER, control)
+        repository = open_repository()
+        shown = _backups_of(repository, name)
+        with _served(repository, shown.values(), inner, report):
+            try:
+                _hand_over(control, shown, inner.questions, folder)
+                _read_further_ahead(pid, folder)
+                mounted(len(shown))
+                control.recv(1)
+            finally:
+                # The tree goes before what it is made of.
+                stack.close()
+
+
+def _hand_over(control: socket.socket, shown: dict[str, Backup], inner: socket.socket, folder: str) -> None:
+    """Have the other process mount the tree; raises NoTreeError."""
+    root = os.open(namespace.PRIVATE_FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    tree = [_Shown(each, backup.id, backup.time.timestamp()) for each, backup in shown.items()]
+    document = json.dumps([asdict(each) for each in tree]).encode()
+    _send_all(control, document, [root, inner.fileno()])
+    os.close(root)
+    inner.close()
+    answer = control.recv(_MESSAGE_BYTES)
+    if answer != b"mounted":
+        raise NoTreeError(folder, answer.partition(b" ")[2].decode() or "its process has died")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    folder: str
+    backup: str
+    taken_at: float
+
+
+class Files:
+    """The files in one backup."""
+
+    def __init__(self, inner: socket.socket, backup: Backup) -> None:
+        self._inner = inner
+        self.backup = backup
+
+    def entries(self, path: str, *, recursive: bool, find: str | None) -> Iterator[dict[str, Any]]:
+        """Yield what is in a folder, or the entry that a path names; raises InsideError."""
+        yield from ask(self._inner, self._request("list", path, recursive=recursive, find=find))
+
+    def copy(self, path: str, folder: str) -> list[str]:
+        """Copy a path into a folder; return what was made. Raises InsideError."""
+        made = ask(self._inner, self._request("copy", path, to=os.path.realpath(folder)))
+        return [entry["path"] for entry in made]
+
+    def _request(self, do: str, path: str, **more: object) -> dict[str, object]:
+        return {"do": do, "backup": self.backup.id, "path": path, **more}
+
+
+@contextmanager
+def files_of(open_repository: OpenRepository, name: str, report: Reporter) -> Iterator[Files]:
+    """Make the files in a backup readable for as long as the block lasts."""
+    _require_fuse()
+    namespace.leave_mounts()
+    inner = fork_inner(answers(), namespace.PRIVATE_FOLDER)
+    repository = open_repository()
+    backup = find_backup(repository, name).backup
+    with _served(repository, [backup], inner, report):
+        yield Files(inner.questions, backup)
+
+
+def _require_fuse() -> None:
+    if os.geteuid():
+        raise NoFuseError("it mounts, which only root may")
+    if not os.path.exists("/dev/fuse"):
+        raise NoFuseError("there is no /dev/fuse")
+    try:
+        importlib.import_module("mfusepy")
+    except OSError as err:
+        raise NoFuseError(str(err)) from err
+
+
+@contextmanager
+def _served(
+    repository: Repository, backups: Iterable[Backup], inner: InnerProcess, report: Reporter
+) -> Iterator[None]:
+    from blocksnap.restore.serving import ServedImages
+
+    repository.keys.require(Right.READ)
+    described = {
+        backup.id: (Geometry(backup.size, backup.chunk_size), map_root(backup.map), backup.time.timestamp())
+        for backup in backups
+    }
+    told: set[str] = set()
+
+    def tell(err: BlocksnapError) -> None:
+        if err.brief not in told:
+            told.add(err.brief)
+            report.warn(err.brief, resolution=err.resolution)
+
+    # Loaded now, so that the threads that read find it.
+    _ = repository.index
+    folder = f"{namespace.PRIVATE_FOLDER}/images"
+    os.mkdir(folder)
+    with ServedImages(repository, described, folder, tell):
+        try:
+            yield
+        finally:
+            # What is mounted of an image goes before the image, and not by the hand that serves it.
+            inner.end()
+
+
+def _backups_of(repository: Repository, name: str) -> dict[str, Backup]:
+    """Return the backups that a name means, by their folders; the only one is in none."""
+    of_it = [stored.backup for stored in of_volume(repository.backups(), name)]
+    if not of_it:
+        return {"": find_backup(repository, name).backup}
+    found: dict[str, Backup] = {}
+    for backup in of_it:
+        folder = backup.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        found[f"{folder}-{backup.id[:8]}" if folder in found else folder] = backup
+    return found
+
+
+def _fork_tree(folder: str) -> tuple[socket.socket, int]:
+    """Fork the process that shows the tree, where everybody sees it."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def work() -> bool:
+        ours.close()
+        return _show_tree(folder, its)
+
+    pid = fork_child(work)
+    its.close()
+    return ours, pid
+
+
+def _show_tree(folder: str, control: socket.socket) -> bool:
+    handed_over = _receive_all(control)
+    if handed_over is None:
+        # Whoever was to tell what to show has given up.
+        return True
+    from blocksnap.restore.showing import Shown, serve_tree
+
+    document, (root, inner) = handed_over
+    shown = [Shown(**each) for each in json.loads(document)]
+    return serve_tree(folder, control, shown, root, socket.socket(fileno=inner))
+
+
+def _end_tree(control: socket.socket, pid: int, folder: str, namespace_fd: int) -> None:
+    """End the process that shows the tree, and unmount that where it died before it could."""
+    with suppress(OSError):
+        control.shutdown(socket.SHUT_RDWR)
+    control.close()
+    if wait_for_child(pid) < 0:
+        with suppress(BlocksnapError):
+            where = f"--mount=/proc/{os.getpid()}/fd/{namespace_fd}"
+            run("nsenter", where, "--", "umount", "--lazy", folder)
+    os.close(namespace_fd)
+
+
+def _read_further_ahead(pid: int, folder: str) -> None:
+    """Have the kernel ask for more at a time; without it everything works, only slower."""
+    with suppress(OSError):
+        for mount in parse_mountinfo(Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")):
+            if mount.point == folder and mount.filesystem.startswith("fuse"):
+                bdi = f"/sys/class/bdi/{os.major(mount.device)}:{os.minor(mount.device)}/read_ahead_kb"
+                Path(bdi).write_text(f"{_READ_AHEAD_KIB}\n")
+
+
+def _send_all(control: socket.socket, document: bytes, fds: list[int]) -> None:
+    head = len(document).to_bytes(8, "little")
+    socket.send_fds(control, [head], fds)
+    control.sendall(document)
+
+
+def _receive_all(control: socket.socket) -> tuple[bytes, list[int]] | None:
+    head, fds, _, _ = socket.recv_fds(control, 8, 2)
+    length, document = int.from_bytes(head, "little"), b""
+    while len(document) < length and (part := control.recv(length - len(document))):
+        document += part
+    return (document, fds) if head and len(document) == length else None

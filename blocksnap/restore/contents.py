@@ -1,0 +1,118 @@
+"""What the inner process answers about the files in an image: mount it, list, copy out.
+
+A path is followed inside the image only: a symbolic link on the way is refused, because it would lead out of
+it, to files of this host.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import stat
+from collections.abc import Iterator
+
+from blocksnap.restore.inside import Answering, Inner, InsideError, Request
+from blocksnap.system.command import run
+
+_COPY_SECONDS = 30 * 86400.0
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "link",
+    stat.S_IFBLK: "block device",
+    stat.S_IFCHR: "character device",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def answers() -> dict[str, Answering]:
+    """Return what can be asked, by name."""
+    return {"mount": _mount, "list": _list, "copy": _copy}
+
+
+def _mount(inner: Inner, request: Request) -> Iterator[object]:
+    inner.folder(request["backup"])
+    return iter(())
+
+
+def _list(inner: Inner, request: Request) -> Iterator[object]:
+    """Yield the entries of a folder, or the one a path names; all below it if asked, and only some names."""
+    folder = inner.folder(request["backup"])
+    path, name = _follow(folder, request["path"])
+    pattern, recursive = request["find"], request["recursive"] or bool(request["find"])
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        yield _entry(name, path, status)
+        return
+    waiting = [(path, name)]
+    while waiting:
+        above, shown = waiting.pop()
+        with os.scandir(above) as found:
+            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
+        below = []
+        for entry in entries:
+            here = f"{shown}/{entry.name}" if shown else entry.name
+            status = entry.stat(follow_symlinks=False)
+            if not pattern or fnmatch.fnmatchcase(entry.name, pattern):
+                yield _entry(here, entry.path, status)
+            if recursive and stat.S_ISDIR(status.st_mode):
+                below.append((entry.path, here))
+        waiting += reversed(below)
+
+
+def _copy(inner: Inner, request: Request) -> Iterator[object]:
+    """Copy a file, or a folder with all in it, into a folder: owners, times, modes, links, xattrs, holes."""
+    folder, target = inner.folder(request["backup"]), request["to"]
+    path, name = _follow(folder, request["path"])
+    last = name.rpartition("/")[2]
+    names = [last] if last else sorted(os.listdir(path))
+    for each in names:
+        if os.path.lexists(os.path.join(target, each)):
+            raise InsideError(f"{os.path.join(target, each)} exists already")
+    for each in names:
+        source = path if last else os.path.join(path, each)
+        run(
+            "cp",
+            "--archive",
+            "--no-target-directory",
+            "--",
+            source,
+            os.path.join(target, each),
+            timeout_seconds=_COPY_SECONDS,
+        )
+        yield {"path": os.path.join(target, each)}
+
+
+def _follow(folder: str, path: str) -> tuple[str, str]:
+    """Return where a path of the image leads to and how it is written without dots; raises InsideError."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise InsideError(f"{path}: .. leads out of the backup")
+    at = folder
+    for number, part in enumerate(parts):
+        at = os.path.join(at, part)
+        try:
+            status = os.lstat(at)
+        except FileNotFoundError as err:
+            raise InsideError(f"there is no {'/'.join(parts[: number + 1])} in this backup") from err
+        except NotADirectoryError as err:
+            raise InsideError(f"{'/'.join(parts[:number])} is no directory") from err
+        if stat.S_ISLNK(status.st_mode) and number + 1 < len(parts):
+            link = "/".join(parts[: number + 1])
+            raise InsideError(f"{link} is a symbolic link to {os.readlink(at)}: name the file by that")
+    return at, "/".join(parts)
+
+
+def _entry(name: str, path: str, status: os.stat_result) -> dict[str, object]:
+    kind = _KINDS.get(stat.S_IFMT(status.st_mode), "unknown")
+    return {
+        "path": name,
+        "kind": kind,
+        "size": status.st_size,
+        "mode": stat.S_IMODE(status.st_mode),
+        "uid": status.st_uid,
+        "gid": status.st_gid,
+        "modified": status.st_mtime,
+        "target": os.readlink(path) if kind == "link" else None,
+    }

@@ -1,0 +1,222 @@
+"""The tree that users see: a folder for each backup with its image and the files in it.
+
+A process of its own serves it: it passes on what the private mounts have, which it reaches through
+descriptors. The filesystem of an image is mounted when somebody first looks into ``files``. When the user
+unmounts the tree the process ends, and so does all the rest; when the process that began it all dies, it
+unmounts the tree.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mfusepy import Operations
+
+from blocksnap.errors import BlocksnapError
+from blocksnap.restore.fuse import serve
+from blocksnap.restore.inside import ask
+from blocksnap.system import namespace
+
+IMAGE, FILES = "image", "files"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A backup in the tree: the name of its folder (nothing for the only one), its id and time in seconds."""
+
+    folder: str
+    backup: str
+    taken_at: float
+
+
+class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
+    """Passes on; all paths below are of the tree."""
+
+    use_ns = True
+
+    def __init__(self, shown: list[Shown], root: int, inner: socket.socket, ready: threading.Event) -> None:
+        self._shown = {each.folder: each for each in shown}
+        self._newest = max(shown, key=lambda each: each.taken_at).folder
+        self._root = root
+        self._inner = inner
+        self._lock = threading.Lock()
+        self._inside: dict[str, int | OSError] = {}
+        self._handles: dict[int, int] = {}
+        self._numbers = itertools.count(1)
+        self._ready = ready
+
+    def init(self, path: str) -> None:  # noqa: ARG002
+        """It is mounted."""
+        self._ready.set()
+
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
+        """Pass stat(2) on."""
+        if fh is not None and fh in self._handles:
+            return _facts(os.fstat(self._handles[fh]))
+        shown, rest = self._find(path)
+        if shown is None:
+            if rest == "latest" and len(self._shown) > 1:
+                return {"st_mode": stat.S_IFLNK | 0o777, "st_nlink": 1}
+            if rest:
+                raise _missing(path)
+            return {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2}
+        if not rest:
+            when = int(shown.taken_at * 1e9)
+            return {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2, "st_mtime": when, "st_ctime": when}
+        if rest == FILES and not isinstance(self._inside.get(shown.backup), int):
+            # Looking at the name alone mounts nothing.
+            return {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2, "st_mtime": int(shown.taken_at * 1e9)}
+        folder, name = self._place(shown, rest)
+        return _facts(os.stat(name, dir_fd=folder, follow_symlinks=False))
+
+    def readdir(self, path: str, fh: int) -> Iterator[str]:  # noqa: ARG002
+        """List."""
+        shown, rest = self._find(path)
+        names: list[str]
+        if shown is None:
+            names = [*self._shown, *(["latest"] if len(self._shown) > 1 else [])]
+        elif not rest:
+            names = [IMAGE, FILES]
+        else:
+            folder, name = self._place(shown, rest)
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                names = os.listdir(fd)
+            finally:
+                os.close(fd)
+        return iter([".", "..", *names])
+
+    def readlink(self, path: str) -> str:
+        """Tell where a link leads, in the image or to the newest backup."""
+        shown, rest = self._find(path)
+        if shown is None:
+            return self._newest
+        folder, name = self._place(shown, rest)
+        return os.readlink(name, dir_fd=folder)
+
+    def open(self, path: str, flags: int) -> int:
+        """Open for reading."""
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        shown, rest = self._find(path)
+        if shown is None or not rest:
+            raise _missing(path)
+        folder, name = self._place(shown, rest)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        number = next(self._numbers)
+        self._handles[number] = fd
+        return number
+
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:  # noqa: ARG002
+        """Pass pread(2) on."""
+        return os.pread(self._handles[fh], size, offset)
+
+    def release(self, path: str, fh: int) -> int:  # noqa: ARG002
+        """Close."""
+        os.close(self._handles.pop(fh))
+        return 0
+
+    def getxattr(self, path: str, name: str, position: int = 0) -> bytes:  # noqa: ARG002
+        """Return an attribute of a file in an image."""
+        return os.getxattr(self._xattr_path(path), name, follow_symlinks=False)
+
+    def listxattr(self, path: str) -> list[str]:
+        """Name the attributes of a file in an image."""
+        return os.listxattr(self._xattr_path(path), follow_symlinks=False)
+
+    def statfs(self, path: str) -> dict[str, int]:  # noqa: ARG002
+        """Tell of a filesystem without room."""
+        return {"f_bsize": 4096, "f_frsize": 4096, "f_namemax": 255}
+
+    def _xattr_path(self, path: str) -> str:
+        shown, rest = self._find(path)
+        if shown is None or not rest.startswith(FILES + "/"):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        folder, name = self._place(shown, rest)
+        return f"/proc/self/fd/{folder}/{name}"
+
+    def _find(self, path: str) -> tuple[Shown | None, str]:
+        """Return the backup that a path is of, and the rest of it."""
+        if "" in self._shown:
+            return self._shown[""], path[1:]
+        first, _, rest = path[1:].partition("/")
+        found = self._shown.get(first)
+        return (found, rest) if found is not None else (None, path[1:])
+
+    def _place(self, shown: Shown, rest: str) -> tuple[int, str]:
+        """Return the folder's descriptor and the name there that the rest of a path leads to."""
+        if rest == IMAGE:
+            return self._root, f"images/{shown.backup}"
+        first, _, name = rest.partition("/")
+        if first != FILES:
+            raise _missing(rest)
+        return self._open_inside(shown.backup), name or "."
+
+    def _open_inside(self, backup: str) -> int:
+        """Return the root of the filesystem in an image, mounted now at the latest; raises OSError."""
+        with self._lock:
+            found = self._inside.get(backup)
+            if found is None:
+                try:
+                    list(ask(self._inner, {"do": "mount", "backup": backup}))
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                    found = os.open(f"files/{backup}", flags, dir_fd=self._root)
+                except BlocksnapError as err:
+                    found = OSError(errno.EMEDIUMTYPE, err.brief)
+                self._inside[backup] = found
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+
+def serve_tree(
+    folder: str, control: socket.socket, shown: list[Shown], root: int, inner: socket.socket
+) -> bool:
+    """Serve the tree until it is unmounted or ``control`` ends; tell whether it could be mounted."""
+    signal.set_wakeup_fd(-1)
+    ready = threading.Event()
+    failure: list[str] = []
+    tree = Tree(shown, root, inner, ready)
+    thread = threading.Thread(target=lambda: failure.append(serve(tree, folder)), daemon=True)
+    thread.start()
+    while thread.is_alive() and not ready.wait(0.05):
+        pass
+    if not ready.is_set():
+        control.sendall(b"failed " + failure[0].encode())
+        return False
+    control.sendall(b"mounted")
+    threading.Thread(target=_end_with, args=(control, folder), daemon=True).start()
+    thread.join()
+    return True
+
+
+def _end_with(control: socket.socket, folder: str) -> None:
+    control.recv(1)
+    namespace.unmount(folder)
+
+
+def _facts(status: os.stat_result) -> dict[str, int]:
+    return {
+        "st_mode": status.st_mode,
+        "st_nlink": status.st_nlink,
+        "st_size": status.st_size,
+        "st_blocks": status.st_blocks,
+        "st_uid": status.st_uid,
+        "st_gid": status.st_gid,
+        "st_rdev": status.st_rdev,
+        "st_mtime": status.st_mtime_ns,
+        "st_ctime": status.st_ctime_ns,
+        "st_atime": status.st_atime_ns,
+    }
+
+
+def _missing(path: str) -> OSError:
+    return OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)

@@ -1,0 +1,128 @@
+"""Mounts that only one process tree sees: the kernel removes them when the last of it dies, however it dies.
+
+A loop device that is set up here clears itself when the mount that uses it goes. So nothing has to be
+cleaned up after kill -9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import struct
+
+from blocksnap.errors import BlocksnapError
+
+# linux/sched.h, linux/mount.h, linux/prctl.h
+_CLONE_NEWNS = 0x20000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
+_MNT_DETACH = 2
+_PR_SET_PDEATHSIG = 1
+# linux/loop.h
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LO_READ_ONLY, _LO_AUTOCLEAR = 1, 4
+_LOOP_CONFIG_BYTES = 304
+_LOOP_FLAGS_AT = 8 + 52
+"""In struct loop_config: u32 fd, u32 block_size, struct loop_info64 (lo_flags at 52), u64[8]."""
+_LOOP_ATTEMPTS = 16
+
+PRIVATE_FOLDER = "/sys/fs/fuse/connections"
+"""Exists where FUSE does and holds nothing that is needed here: what is mounted over it is ours alone."""
+
+
+class NotMountedError(BlocksnapError):
+    """The kernel refused to mount something."""
+
+    def __init__(self, what: str, err: OSError) -> None:
+        self.what = what
+        self.errno = err.errno
+        super().__init__(
+            f"cannot mount {what}: {os.strerror(err.errno or 0)}", resolution="look in the kernel log (dmesg)"
+        )
+
+
+def leave_mounts() -> None:
+    """Give this process, which has one thread, mounts of its own; what others unmount goes here too.
+
+    Raises NotMountedError, as without the rights of root.
+    """
+    libc = _libc()
+    try:
+        _check(libc.unshare(_CLONE_NEWNS))
+        _check(libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None))
+        _mount("tmpfs", PRIVATE_FOLDER, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0700,size=1m")
+    except OSError as err:
+        raise NotMountedError("a private folder", err) from err
+
+
+def mount_image(image: str, folder: str, filesystem: str, options: str) -> None:
+    """Mount the filesystem in an image file, read-only; its loop device goes with the mount.
+
+    Raises NotMountedError.
+    """
+    try:
+        loop = _attach(image)
+        try:
+            node = os.readlink(f"/proc/self/fd/{loop}")
+            _mount(node, folder, filesystem, _MS_RDONLY | _MS_NOSUID | _MS_NODEV, options)
+        finally:
+            os.close(loop)
+    except OSError as err:
+        raise NotMountedError(f"the {filesystem} filesystem", err) from err
+
+
+def unmount(folder: str) -> None:
+    """Take a mount away: at once for whoever looks, in fact when nobody uses it. Gone already is fine."""
+    with contextlib.suppress(OSError):
+        _check(_libc().umount2(os.fsencode(folder), _MNT_DETACH))
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that forked it dies."""
+    _check(_libc().prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0))
+
+
+def _attach(image: str) -> int:
+    """Return the descriptor of a read-only loop device that is gone when nobody uses it."""
+    backing = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    config = bytearray(_LOOP_CONFIG_BYTES)
+    struct.pack_into("<I", config, 0, backing)
+    struct.pack_into("<I", config, _LOOP_FLAGS_AT, _LO_READ_ONLY | _LO_AUTOCLEAR)
+    try:
+        for _ in range(_LOOP_ATTEMPTS):
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            loop = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(loop, _LOOP_CONFIGURE, bytes(config))
+            except OSError as err:
+                os.close(loop)
+                # Somebody else was given the same one and was faster.
+                if err.errno != errno.EBUSY:
+                    raise
+            else:
+                return loop
+    finally:
+        os.close(control)
+        os.close(backing)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _mount(source: str, folder: str, filesystem: str, flags: int, options: str) -> None:
+    words = [os.fsencode(word) for word in (source, folder, filesystem)]
+    _check(_libc().mount(*words, ctypes.c_ulong(flags), os.fsencode(options)))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

@@ -1,0 +1,218 @@
+"""Backups shown as a tree: right bytes, right files, many readers, and nothing left however it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.commands import CommandLine
+from support.loops import call, loop_device, mounted
+
+MIB = 1 << 20
+FILESYSTEMS = {"ext4": (64, "-q"), "xfs": (320, "-q"), "btrfs": (128, "-q")}
+
+
+@contextmanager
+def shown(blocksnap: CommandLine, what: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `blocksnap mount` until the block ends, and see that umount ends it."""
+    folder.mkdir(exist_ok=True)
+    process = blocksnap.start("mount", what, folder)
+    try:
+        wait_for(process, folder)
+        yield process
+        call("umount", folder)
+        assert process.wait(timeout=60) in (0, 3)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen[bytes], folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not os.path.ismount(folder):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it was not mounted"
+        time.sleep(0.05)
+
+
+def is_mounted(folder: Path) -> bool:
+    """Tell it from the kernel's list: a tree whose process has died cannot be asked."""
+    return f" {folder} " in Path("/proc/mounts").read_text()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def make_filesystem(kind: str, image: Path) -> dict[str, str]:
+    """Make an image with a filesystem; return the digests of its files."""
+    size, quiet = FILESYSTEMS[kind]
+    dice = random.Random(kind)
+    digests = {}
+    with loop_device(image, size=size * MIB) as device:
+        call(f"mkfs.{kind}", quiet, device)
+        with mounted(device, image.parent / "work") as folder:
+            for number in range(8):
+                content = dice.randbytes(dice.randrange(3 * MIB))
+                path = folder / f"dir{number % 3}" / f"file {number}"
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+                os.chown(path, 1000 + number, 100)
+                digests[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+            os.symlink("../../../../etc/passwd", folder / "dir0" / "away")
+            os.setxattr(folder / "dir0" / "file 0", "user.colour", b"green")
+    return digests
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(FILESYSTEMS))
+def test_the_files_of_each_filesystem(blocksnap: CommandLine, tmp_path: Path, kind: str) -> None:
+    volume = tmp_path / "volume.img"
+    digests = make_filesystem(kind, volume)
+    blocksnap.done("backup", volume, "-q")
+    tree = tmp_path / "tree"
+    with shown(blocksnap, "latest", tree):
+        assert sorted(os.listdir(tree)) == ["files", "image"]
+        assert hashlib.sha256((tree / "image").read_bytes()).digest() == (
+            hashlib.sha256(volume.read_bytes()).digest()
+        )
+        files = tree / "files"
+        assert {k: v for k, v in digests_of(files).items() if k in digests} == digests
+        assert (files / "dir0" / "file 0").stat().st_uid == 1000
+        assert os.getxattr(files / "dir0" / "file 0", "user.colour") == b"green"
+        assert os.readlink(files / "dir0" / "away") == "../../../../etc/passwd"
+        with pytest.raises(OSError, match="Read-only"):
+            (files / "new").write_text("x")
+
+
+def test_all_backups_of_a_volume(blocksnap: CommandLine, tmp_path: Path) -> None:
+    volume = tmp_path / "volume.img"
+    contents = []
+    for number in range(3):
+        contents.append(random.Random(number).randbytes(2 * MIB))
+        volume.write_bytes(contents[-1])
+        blocksnap.done("backup", volume, "-q")
+    tree = tmp_path / "tree"
+    with shown(blocksnap, str(volume), tree):
+        times = sorted(set(os.listdir(tree)) - {"latest"}, key=lambda name: (tree / name).stat().st_mtime_ns)
+        assert [(tree / name / "image").read_bytes() for name in times] == contents
+        assert os.readlink(tree / "latest") == times[-1]
+        # There is no filesystem in it, and that is said where it is looked for.
+        with pytest.raises(OSError, match="medium"):
+            os.listdir(tree / "latest" / "files")
+
+
+def test_many_readers_of_random_ranges(blocksnap: CommandLine, tmp_path: Path) -> None:
+    volume = tmp_path / "volume.img"
+    content = random.Random(4).randbytes(24 * MIB) + bytes(9 * MIB) + b"text " * MIB
+    volume.write_bytes(content[:-77])
+    blocksnap.done("backup", volume, "-q")
+    tree, wrong = tmp_path / "tree", []
+
+    def read(seed: int) -> None:
+        dice = random.Random(seed)
+        with (tree / "image").open("rb", buffering=0) as file:
+            for _ in range(60):
+                at, length = dice.randrange(len(content)), dice.randrange(1, 300_000)
+                if os.pread(file.fileno(), length, at) != content[:-77][at : at + length]:
+                    wrong.append((at, length))
+
+    with shown(blocksnap, "latest", tree):
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_damage_is_an_error_and_never_other_bytes(blocksnap: CommandLine, tmp_path: Path) -> None:
+    volume = tmp_path / "volume.img"
+    content = random.Random(5).randbytes(8 * MIB)
+    volume.write_bytes(content)
+    blocksnap.done("backup", volume, "-q")
+    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    pack.write_bytes(data)
+    tree = tmp_path / "tree"
+    bad, step = [], 128 << 10
+    with shown(blocksnap, "latest", tree) as process:
+        fd = os.open(tree / "image", os.O_RDONLY | os.O_DIRECT)
+        for at in range(0, len(content), step):
+            try:
+                buffer = os.pread(fd, step, at)
+            except OSError:
+                bad.append(at)
+            else:
+                assert buffer == content[at : at + step]
+        os.close(fd)
+        assert process.stderr is not None
+    assert len(bad) == 1
+
+
+@pytest.mark.parametrize("victim", ["main", "tree", "all", "terminated"])
+def test_nothing_is_left_whoever_is_killed(blocksnap: CommandLine, tmp_path: Path, victim: str) -> None:
+    volume, tree = tmp_path / "volume.img", tmp_path / "tree"
+    make_filesystem("ext4", volume)
+    blocksnap.done("backup", volume, "-q")
+    tree.mkdir()
+    process = blocksnap.start("mount", "latest", tree)
+    try:
+        wait_for(process, tree)
+        assert os.listdir(tree / "files")
+        tree_pid, inner_pid = children_of(process.pid)
+        victims = {"all": [process.pid, tree_pid, inner_pid], "tree": [tree_pid]}
+        for pid in victims.get(victim, [process.pid]):
+            os.kill(pid, signal.SIGTERM if victim == "terminated" else signal.SIGKILL)
+        process.communicate(timeout=60)
+        if victim == "all":
+            # Nobody is left who could unmount the tree, but all that it was made of is gone.
+            call("umount", tree)
+        deadline = time.monotonic() + 30
+        while is_mounted(tree):
+            assert time.monotonic() < deadline, "the tree is still mounted"
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
+
+
+def test_the_mounting_process_killed(blocksnap: CommandLine, tmp_path: Path) -> None:
+    volume, tree = tmp_path / "volume.img", tmp_path / "tree"
+    digests = make_filesystem("ext4", volume)
+    blocksnap.done("backup", volume, "-q")
+    with shown(blocksnap, "latest", tree) as process:
+        assert os.listdir(tree / "files")
+        os.kill(children_of(process.pid)[1], signal.SIGKILL)
+        assert digests_of(tree / "files").items() >= digests.items()
+
+
+def test_what_cannot_be_shown(blocksnap: CommandLine, tmp_path: Path) -> None:
+    assert blocksnap("mount", "latest", tmp_path).code == 2
+    (tmp_path / "volume.img").write_bytes(b"x" * MIB)
+    blocksnap.done("backup", tmp_path / "volume.img", "-q")
+    missing = blocksnap("mount", "latest", tmp_path / "no")
+    assert (missing.code, len(missing.errors)) == (1, 1), missing
+    assert "no such directory" in missing.stderr
+    wrong = blocksnap("mount", "latest", tmp_path, BLOCKSNAP_PASSPHRASE="wrong")
+    assert wrong.code == 12
