@@ -71,8 +71,8 @@ soak-kill: bootstrap ## a backup of a group, killed at every step, and what doct
 soak-quiesce: bootstrap ## twenty groups at one instant, and runs killed at every step they take, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=20 -- $(PYTEST) --timeout 7000 tests/lvm/test_quiesce.py
 
-soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed: minutes
-	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering
+soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed, and repaired: minutes
+	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering tests/simulation/test_every_call_of_repair.py
 
 soak-power-cut: bootstrap ## the power is cut at every flush under a repository, in the lab: half an hour
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_EVERY=1 -- $(PYTEST) -s tests/lvm/test_power_cut.py

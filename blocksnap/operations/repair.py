@@ -15,7 +15,7 @@ from blocksnap.repository.checked import load_states
 from blocksnap.repository.epochs import read_epoch
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repair_plan import Planner, RepairPlan
-from blocksnap.repository.repairing import Repaired, compose_record, execute_repair, settle
+from blocksnap.repository.repairing import NO_RUN, Repaired, compose_record, execute_repair, settle
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter
 
@@ -75,14 +75,10 @@ def repair(
     repository.require("write")
     repository.keys.require(Right.COLLECT)
     plan = plan_repair(repository, suspects)
-    done: Repaired | None = None
+    record = compose_record(repository, plan, NO_RUN, accept_loss=options.accept_loss, now=datetime.now(UTC))
+    if not plan.acts and record is None:
+        return RepairResult(plan)
     for _ in range(_ATTEMPTS):
-        now = datetime.now(UTC)
-        if (
-            not plan.acts
-            and compose_record(repository, plan, accept_loss=options.accept_loss, now=now) is None
-        ):
-            return RepairResult(plan, done)
         # The plan that counts is made when everybody can know of the run.
         with RepositoryWriter(repository, this_author(), is_gone, right=Right.COLLECT) as writer:
             planner = Planner(repository, map_root, suspects, condemned_packs(repository))
@@ -94,7 +90,7 @@ def repair(
                     planner,
                     plan,
                     accept_loss=options.accept_loss,
-                    now=now,
+                    now=datetime.now(UTC),
                     advance=report.advance,
                 )
             settle(repository, writer, datetime.now(UTC))

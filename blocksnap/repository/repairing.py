@@ -7,7 +7,6 @@ to do (docs/design.md, 3.14).
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +26,10 @@ from blocksnap.repository.writer import RepositoryWriter
 _MOST_RANGES = 100_000
 _MOST_LOST = 500_000
 """What one record holds; of more, the next repair writes down the rest."""
+
+
+NO_RUN = "0" * 32
+"""Stands for the run where it is only asked whether there is anything to write down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def execute_repair(
             advance(row.length)
     writer.flush()
     writer.adopt(filter(None, map(planner.sealed_pack, plan.listed)))
-    record = compose_record(repository, plan, accept_loss=accept_loss, now=now)
+    record = compose_record(repository, plan, writer.id.hex(), accept_loss=accept_loss, now=now)
     if complete and record is not None:
         create_set_aside(repository, record)
     return Repaired(copied_bytes, copied_frames, len(plan.listed), complete)
@@ -89,7 +92,7 @@ def _copy(repository: Repository, writer: RepositoryWriter, pack: str, row: Pack
 
 
 def compose_record(
-    repository: Repository, plan: RepairPlan, *, accept_loss: bool, now: datetime
+    repository: Repository, plan: RepairPlan, run: str, *, accept_loss: bool, now: datetime
 ) -> SetAside | None:
     """Return what is to be set aside, and written down as lost; None when all that is known already."""
     objects = [bad.name for bad in plan.segments]
@@ -109,7 +112,7 @@ def compose_record(
         # So that this record, which lets go of them, stays as long as any of the backups.
         ranges = list(plan.losses)
     return SetAside(
-        run=secrets.token_hex(16),
+        run=run,
         time=now,
         packs=tuple(bad.name for bad in plan.packs),
         objects=tuple(sorted(objects)),

@@ -190,7 +190,7 @@ class Story:
 
     def check(self) -> None:
         """Every backup that was reported done and not given up is there, and gives back what went in."""
-        backend = _Outside(self.world)
+        backend = Outside(self.world)
         repository = Repository.open(backend, lambda: None)
         visible = {stored.backup.id: stored.backup for stored in repository.backups()}
         assert not repository.damage
@@ -201,7 +201,7 @@ class Story:
             assert content == self.contents.get(id_, content), f"{id_} has another content"
 
 
-class _Outside(SimulatedBackend):
+class Outside(SimulatedBackend):
     """Looks at the storage without taking a turn."""
 
     def __init__(self, world: World) -> None:
@@ -212,7 +212,10 @@ class _Outside(SimulatedBackend):
         return self._object(name)
 
     def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self._object(name)[offset : offset + len(buffer)]
+        data = self._object(name)[offset : offset + len(buffer)]
+        if len(data) < len(buffer):
+            raise EOFError
+        buffer[:] = data
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         objects = self._objects.objects

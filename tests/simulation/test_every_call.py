@@ -1,4 +1,4 @@
-"""Each call to the storage fails, or is the last one, in turn: all of them, in backups and in collections."""
+"""Each call to the storage fails, is the last one, or waits for others: in backups and collections."""
 
 from __future__ import annotations
 
@@ -7,35 +7,12 @@ from pathlib import Path
 
 import pytest
 from simulated_story import Clock, Story, small_world
+from trap import Trap
 
-from blocksnap.errors import StorageError
-from support.simulated_world import Died, TroubleError, World
-
-
-class Trap(World):
-    """A world in which exactly one call goes wrong."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.deaths = self.troubles = 0
-        self.left = -1
-        self.way = ""
-        self.calls = 0
-
-    def step(self, what: str) -> bool:
-        """Let the call through, unless its number has come."""
-        self.calls += 1
-        self.story.append(what)
-        if self.left < 0:
-            return False
-        self.left -= 1
-        if self.left >= 0:
-            return False
-        if self.way == "fails":
-            raise TroubleError
-        if self.way == "dies before":
-            raise Died
-        return True
+from blocksnap.backends.errors import ObjectMissingError
+from blocksnap.errors import DamageError, StorageError
+from blocksnap.repository.errors import FencedError
+from support.simulated_world import Died
 
 
 @pytest.fixture(autouse=True)
@@ -56,17 +33,27 @@ def prepared() -> tuple[Story, Trap]:
 def interrupt(act: Callable[[Story], None], number: int, way: str) -> tuple[Story, bool]:
     """Do something with one call going wrong; tell whether there were as many."""
     story, trap = prepared()
-    trap.left, trap.way = number, way
+
+    def others() -> None:
+        story.back_up("b")
+        story.prune()
+
+    trap.set(number, way, others)
     try:
         act(story)
-        reached = trap.left < 0
+        reached = trap.sprung
     except (Died, StorageError):
         reached = True
-    trap.left = -1
+    except (FencedError, ObjectMissingError, DamageError):
+        # The others have shut it out while it waited, and may have collected what it had just made, or a
+        # parent that was forgotten and the forgetting with it.
+        assert way == "waits"
+        reached = True
+    trap.disarm()
     return story, reached
 
 
-@pytest.mark.parametrize("way", ["fails", "dies before", "dies after"])
+@pytest.mark.parametrize("way", ["fails", "dies before", "dies after", "waits"])
 @pytest.mark.parametrize("name", ["back_up", "forget", "prune"])
 def test_whichever_call_goes_wrong(name: str, way: str) -> None:
     acts: dict[str, Callable[[Story], None]] = {
