@@ -83,7 +83,12 @@ class LocalCache:
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
                 fd = os.open(name, flags, 0o600, dir_fd=self._folder)
-                table = _fill(fd, merge, self._keys, f"index-{token}")
+                try:
+                    merge.write(fd)
+                finally:
+                    os.close(fd)
+                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._folder)
+                table = Table(fd, self._keys, f"index-{token}")
                 os.rename(name, table.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             except OSError:
                 self._unlink(name)
@@ -163,18 +168,18 @@ def scratch_table(merge: Merge, keys: KeyRing) -> Table:
     try:
         fd, path = tempfile.mkstemp(prefix="blocksnap-")
         os.unlink(path)
-        return _fill(fd, merge, keys, "")
+        return _fill(fd, merge, keys)
     except OSError:
-        return _fill(os.memfd_create("blocksnap-index"), merge, keys, "")
+        return _fill(os.memfd_create("blocksnap-index"), merge, keys)
 
 
-def _fill(fd: int, merge: Merge, keys: KeyRing, name: str) -> Table:
+def _fill(fd: int, merge: Merge, keys: KeyRing) -> Table:
     try:
         merge.write(fd)
     except BaseException:
         os.close(fd)
         raise
-    return Table(fd, keys, name)
+    return Table(fd, keys)
 
 
 def _open_folder(root: str, name: str) -> int:

@@ -134,6 +134,8 @@ def test_exit_codes(run: InProcess, tmp_path: Path) -> None:
     shutil.copytree(ours, saved)
     for name, change, check_code, restore_code in CASES:
         change(ours, theirs)
+        # What a host knows that has seen none of it before.
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         code, checked, _ = run("check", "--read-data", "--json")
         assert code == check_code, (name, checked)
         if name == "delete a manifest":
