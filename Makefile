@@ -15,7 +15,8 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-tracked bench-year
 .PHONY: vagrant-test clean
-.PHONY: soak-btrfs soak-histories soak-kill soak-model soak-power-cut soak-simulation soak-tamper soak-thin soak-together soak-xfs
+.PHONY: soak-btrfs soak-histories soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
+.PHONY: soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.quiesce.base import Quiescer
@@ -27,11 +27,9 @@ def assemble(settings: QuiesceSettings, devices: Iterable[int], protected_paths:
     """
     made: list[Quiescer] = []
     try:
-        made += [hook_of(hook) for hook in settings.hooks]
-        made += [CgroupFreezer.of_unit(unit) for unit in settings.units]
-        made += [CgroupFreezer.of_folder(folder) for folder in settings.cgroups]
-        if settings.filesystems == "auto":
-            made += _of_filesystems(devices, protected_paths)
+        # One by one: what was opened before one that fails is closed again.
+        for each in _look_up(settings, devices, protected_paths):
+            made.append(each)  # noqa: PERF402 - a list made in one go would be lost with its beginning
     except BlocksnapError as err:
         for each in made:
             each.close()
@@ -39,7 +37,17 @@ def assemble(settings: QuiesceSettings, devices: Iterable[int], protected_paths:
     return Standstill(made, settings)
 
 
-def _of_filesystems(devices: Iterable[int], protected_paths: Iterable[str]) -> list[Quiescer]:
+def _look_up(
+    settings: QuiesceSettings, devices: Iterable[int], protected_paths: Iterable[str]
+) -> Iterator[Quiescer]:
+    yield from (hook_of(hook) for hook in settings.hooks)
+    yield from (CgroupFreezer.of_unit(unit) for unit in settings.units)
+    yield from (CgroupFreezer.of_folder(folder) for folder in settings.cgroups)
+    if settings.filesystems == "auto":
+        yield from _of_filesystems(devices, protected_paths)
+
+
+def _of_filesystems(devices: Iterable[int], protected_paths: Iterable[str]) -> Iterator[Quiescer]:
     layers: dict[int, Layer] = {}
     for device in devices:
         for layer in layers_above(device):
@@ -48,13 +56,11 @@ def _of_filesystems(devices: Iterable[int], protected_paths: Iterable[str]) -> l
             if known is None or known.depth > layer.depth:
                 layers[layer.mount.device] = layer
     if not layers:
-        return []
+        return
     protected = protected_filesystems(protected_paths)
-    made: list[Quiescer] = []
     for layer in sorted(layers.values(), key=lambda layer: -layer.depth):
         decision = decide(layer, protected)
         if decision.action == "freeze":
-            made.append(FilesystemFreeze(layer))
+            yield FilesystemFreeze(layer)
         elif decision.action == "flush":
-            made.append(FilesystemFlush(layer))
-    return made
+            yield FilesystemFlush(layer)

@@ -21,6 +21,8 @@ FilesystemPolicy = Literal["auto", "never"]
 """Whether filesystems are frozen that the snapshot itself would not freeze."""
 
 DEFAULT_DEADLINE_SECONDS = 10.0
+MOST_OF_A_KIND = 16
+"""Of hooks, units or groups: the watchdog has room for 128 things."""
 
 
 def _absolute(path: str) -> str:
@@ -84,10 +86,10 @@ class QuiesceSettings(_Model):
 
     deadline_seconds: Annotated[float, Field(gt=0, le=600)] = DEFAULT_DEADLINE_SECONDS
     on_failure: FailurePolicy = "fail"
-    hooks: tuple[HookSettings, ...] = ()
-    units: tuple[UnitName, ...] = ()
+    hooks: Annotated[tuple[HookSettings, ...], Field(max_length=MOST_OF_A_KIND)] = ()
+    units: Annotated[tuple[UnitName, ...], Field(max_length=MOST_OF_A_KIND)] = ()
     """Names of systemd units whose processes are frozen."""
-    cgroups: tuple[AbsolutePath, ...] = ()
+    cgroups: Annotated[tuple[AbsolutePath, ...], Field(max_length=MOST_OF_A_KIND)] = ()
     """The same for control groups (version 2) that no unit made: their directories."""
     filesystems: FilesystemPolicy = "auto"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blocksnap.errors import QuiesceError
 from blocksnap.system import mounts
-from blocksnap.system.command import CommandError, run
+from blocksnap.system.command import CommandError, CommandTimeoutError, MissingProgramError, run
 
 FROZEN, THAWED = "1", "0"
 
@@ -41,7 +41,7 @@ def of_unit(unit: str) -> Path:
         raise CgroupError(unit, "there is no control group hierarchy of version 2 here")
     try:
         path = run("systemctl", "show", "--property", "ControlGroup", "--value", "--", unit).strip()
-    except CommandError as err:
+    except (CommandError, CommandTimeoutError, MissingProgramError) as err:
         raise CgroupError(unit, err.brief) from err
     if not path or path == "/":
         raise CgroupError(unit, "no process of it runs", "start the unit, or take it out of the job")

@@ -203,9 +203,8 @@ class Watchdog:
 
     def wait(self, fd: int, deadline: float) -> None:
         """Wait until ``fd`` can be read, the watchdog has something to say, or ``deadline``."""
-        left = max(0.0, deadline - time.monotonic())
         watched = [fd] if self._lost else [fd, self._socket.fileno()]
-        select.select(watched, [], [], left)
+        _await_readable(watched, max(0.0, deadline - time.monotonic()))
         self._receive(0.0)
 
     def close(self, wait_seconds: float) -> bool:
@@ -235,8 +234,8 @@ class Watchdog:
             pause = min(pause * 2, 0.02)
 
     def _await_ready(self) -> None:
-        readable, _, _ = select.select([self._socket], [], [], _START_SECONDS)
-        if not readable or not self._socket.recv(_MESSAGE.size):
+        ready = _await_readable([self._socket.fileno()], _START_SECONDS)
+        if not ready or not self._socket.recv(_MESSAGE.size):
             raise WatchdogError("does not start")
 
     def _send(self, word: int, item: int) -> None:
@@ -250,8 +249,7 @@ class Watchdog:
         """Take in what it says, waiting for the first word only."""
         while not self._lost:
             try:
-                readable, _, _ = select.select([self._socket], [], [], seconds)
-                if not readable:
+                if not _await_readable([self._socket.fileno()], seconds):
                     return
                 message = self._socket.recv(_MESSAGE.size)
             except ConnectionResetError:
@@ -265,6 +263,14 @@ class Watchdog:
             elif word == _EXPIRED and self._expired is None:
                 self._expired = value / 1000
             seconds = 0.0
+
+
+def _await_readable(fds: Sequence[int], seconds: float) -> bool:
+    # select would refuse descriptors beyond 1023.
+    polled = select.poll()
+    for fd in fds:
+        polled.register(fd, select.POLLIN)
+    return bool(polled.poll(seconds * 1000))
 
 
 def hook_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -28,3 +28,13 @@ def test_pip_install_into_a_new_environment(tmp_path: Path) -> None:
     )
     assert found.stdout.strip().endswith(".abi3.so")
     assert str(tmp_path) in found.stdout
+    # The watchdog is a program of its own, and installed as one.
+    watchdog = "from blocksnap.system.watchdog import Watchdog; print(Watchdog([], 10.0).close(10.0))"
+    kept = subprocess.run(
+        [tmp_path / "venv" / "bin" / "python", "-c", watchdog],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert kept.stdout == "True\n"
