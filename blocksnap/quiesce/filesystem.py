@@ -195,17 +195,21 @@ def thaw_leftover(trace: Trace) -> bool:
 
     Raises FilesystemFreezeError.
     """
-    point = str(trace["point"])
-    try:
-        fd = os.open(point, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return mounts.filesystem_of(fd) == trace["device"] and freeze.thaw(fd)
-    except OSError as err:
-        raise FilesystemFreezeError(point, f"and not thawed: {os.strerror(err.errno or 0)}") from err
-    finally:
-        os.close(fd)
+    device = trace["device"]
+    # It may have been mounted elsewhere meanwhile: that does not thaw it.
+    for point in dict.fromkeys(mount.point for mount in mounts.read_mounts() if mount.device == device):
+        try:
+            fd = os.open(point, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if mounts.filesystem_of(fd) == device:
+                return freeze.thaw(fd)
+        except OSError as err:
+            raise FilesystemFreezeError(point, f"and not thawed: {os.strerror(err.errno or 0)}") from err
+        finally:
+            os.close(fd)
+    return False
 
 
 def _flush(point: str) -> None:
