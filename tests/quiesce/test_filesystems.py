@@ -16,8 +16,15 @@ from pathlib import Path
 import pytest
 
 from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.base import Trace
 from blocksnap.quiesce.errors import FilesystemFreezeError
-from blocksnap.quiesce.filesystem import FilesystemFlush, FilesystemFreeze, decide, protected_filesystems
+from blocksnap.quiesce.filesystem import (
+    FilesystemFlush,
+    FilesystemFreeze,
+    decide,
+    protected_filesystems,
+    thaw_leftover,
+)
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
 from blocksnap.system.freeze import layers_above
@@ -224,3 +231,23 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
     finally:
         application.kill()
     assert not thaw(nested.inner)
+
+
+def test_what_a_dead_run_left_frozen_is_thawed_wherever_it_is_mounted_now(
+    nested: Nested, tmp_path: Path
+) -> None:
+    (layer, _) = layers_above(nested.number)
+    trace: Trace = {"kind": "filesystem", "point": str(nested.inner), "device": layer.mount.device}
+    assert not thaw_leftover(trace)
+    call("fsfreeze", "--freeze", nested.inner)
+    assert thaw_leftover(trace)
+    call("fsfreeze", "--freeze", nested.inner)
+    call("umount", nested.inner)
+    try:
+        # Nobody can reach it now, and it does not thaw by that.
+        assert not thaw_leftover(trace)
+        with holding(nested.inner_device, tmp_path / "elsewhere"):
+            assert thaw_leftover(trace)
+            assert not thaw_leftover(trace)
+    finally:
+        call("mount", nested.inner_device, nested.inner)
