@@ -66,12 +66,12 @@ def examine(state_directory: str, limits: LimitSettings | None = None) -> list[F
 
 def fix(state_directory: str) -> Recovery:
     """Remove, release and resume what dead runs left; return what was done, and what could not be."""
+    # First of all, before LVM is asked, which may wait for just that.
+    let_go, warnings = let_go_leftovers(state_directory)
     try:
         report = read_report()
     except BlocksnapError as err:
-        # What stands still waits for nobody's LVM.
-        done, warnings = let_go_leftovers(state_directory)
-        return Recovery(tuple(done), (*warnings, f"cannot look at LVM: {err}"))
+        return Recovery(tuple(let_go), (*warnings, f"cannot look at LVM: {err}"))
     entries = read_entries(state_directory)
     names = _volumes_of(entries)
     names |= {leftover.volume_key: leftover.origin for leftover in find_leftovers(report, entries)}
@@ -82,7 +82,9 @@ def fix(state_directory: str) -> Recovery:
             with suppress(VolumeBusyError):
                 stack.enter_context(VolumeLocks(state_directory, [(key, name)], _RUN))
                 held.append(key)
-        return recover(state_directory, held, lvm_involved=report is not None)
+        found = recover(state_directory, held, lvm_involved=report is not None)
+    # What could not be let go was tried once more, and told of there.
+    return Recovery((*let_go, *found.removed), found.warnings, found.puzzles)
 
 
 def _volumes_of(entries: Iterable[Entry]) -> dict[str, str]:

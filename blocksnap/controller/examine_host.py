@@ -49,6 +49,16 @@ def examine_journals(entries: Collection[Entry], now: float) -> Iterator[Finding
                     "see what it waits for; limits.snapshot_seconds ends such runs",
                 )
             continue
+        if entry.standstill() is not None:
+            yield Finding(
+                "error",
+                "journal",
+                entry.run,
+                "the run died while applications or filesystems stood still, and some may do so still",
+                "blocksnap doctor --fix lets them go, and so does the next backup",
+                ours=True,
+            )
+            continue
         steps = [str(step.get("step")) for step in entry.steps]
         last = f"died after the step {steps[-1]}" if steps else "died at once"
         yield Finding(

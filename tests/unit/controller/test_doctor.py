@@ -17,6 +17,7 @@ from blocksnap.controller.history import History
 from blocksnap.controller.journal import Journal, read_entries
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.settings import LimitSettings
+from blocksnap.errors import BlocksnapError
 from blocksnap.system import devmapper, lvm
 from blocksnap.system.devmapper import LvmIdentity, PoolStatus
 from blocksnap.system.lvm_report import parse_report
@@ -214,6 +215,25 @@ def test_journals(tmp_path: Path) -> None:
         assert f"process {os.getpid()} has been taking this backup for 49.0 hours" in late.message
     finally:
         journal.finish()
+
+
+def test_what_a_dead_run_left_standing_still_is_an_error_until_it_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = tmp_path / "after"
+    standing = [{"kind": "after", "argv": ["/usr/bin/touch", str(after)]}]
+    dead_run(tmp_path, "d1", {"step": "quiesce", "deadline_seconds": 1, "standing": standing}, key=None)
+    (found,) = examine_host.examine_journals(read_entries(tmp_path), NOW)
+    assert (found.severity, found.ours) == ("error", True)
+
+    def no_answer() -> None:
+        raise BlocksnapError("lvs does not answer")
+
+    monkeypatch.setattr(doctor, "read_report", no_answer)
+    done = doctor.fix(str(tmp_path))
+    assert done.removed == ("ran /usr/bin/touch, which run d1 left standing still",)
+    assert done.warnings == ("cannot look at LVM: lvs does not answer",)
+    assert after.exists()
 
 
 def test_suspended_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
