@@ -102,7 +102,9 @@ class Backups:
         while process.poll() is None:
             Path("/proc/sys/vm/drop_caches").write_text("1")
             argv = [*self._words, "backup", self._volume, "--full", "--json", *self._tail]
-            with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=self._environment) as backup:
+            with subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=self._environment
+            ) as backup:
                 while backup.poll() is None and process.poll() is None:
                     time.sleep(0.05)
                 ended = time.monotonic()
