@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.backends.local import LocalBackend
 from support.commands import PASSPHRASE, Outcome
 from support.in_process import InProcess
 
@@ -151,3 +152,41 @@ def test_timers_are_printed_and_installed(blocksnap: Configured, tmp_path: Path)
     (tmp_path / "blocksnap.toml").write_text("[jobs.a]\nvolumes = ['v/a']\n")
     assert blocksnap.done("timers", "--install", "--directory", units, "--json").document["removed"]
     assert os.listdir(units) == []
+
+
+def test_limits_and_pace_take_effect(blocksnap: Configured, tmp_path: Path) -> None:
+    blocksnap.done("init")
+    configuration = (tmp_path / "blocksnap.toml").read_text()
+    paced = '[defaults.pace]\npolicy = "fixed"\nread_rate = "1M"\n'
+    (tmp_path / "blocksnap.toml").write_text(configuration + paced)
+    done = blocksnap.done("backup", tmp_path / "one.img", "--json")
+    (told,) = [event for event in done.events if event["event"] == "paced"]
+    assert told["volume"] == f"{tmp_path}/one.img"
+    assert (tmp_path / "one.img").stat().st_size == done.backups[0]["read_bytes"]
+    limits = '[defaults.limits]\nrepository_free = "100T"\n'
+    (tmp_path / "blocksnap.toml").write_text(configuration + limits)
+    failed = blocksnap("backup", "--job", "files")
+    assert failed.code == 1
+    assert "bytes left, less than limits.repository_free (109951162777600)" in failed.stderr
+    warned = blocksnap("doctor")
+    assert warned.code in (1, 3)
+    assert "less than repository_free = 109951162777600" in warned.text
+
+
+def test_the_repository_that_runs_full_meanwhile(
+    blocksnap: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at again and again: the run ends, and nothing of it counts."""
+    blocksnap.done("init")
+    (tmp_path / "one.img").write_bytes(os.urandom(4 << 20))
+    (tmp_path / "blocksnap.toml").write_text(
+        (tmp_path / "blocksnap.toml").read_text()
+        + '[defaults.limits]\nrepository_free = 1000\n[defaults.pace]\npolicy = "fixed"\nread_rate = "1M"\n'
+    )
+    free = iter([2000, 2000])
+    monkeypatch.setattr(LocalBackend, "free_bytes", lambda _: next(free, 999))
+    failed = blocksnap("backup", tmp_path / "one.img")
+    assert failed.code == 1
+    assert "has 999 bytes left, less than limits.repository_free (1000)" in failed.stderr
+    assert blocksnap.done("list", "--json").document["backups"] == []
+    assert os.listdir(tmp_path / "state" / "journal") == []
