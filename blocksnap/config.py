@@ -25,7 +25,7 @@ _DAY = "(?i:mon|tue|wed|thu|fri|sat|sun)[a-z]*"
 _DAYS = rf"{_DAY}(?:(?:,|\.\.){_DAY})*,?"
 _PART = r"(?:\*|\d+(?:\.\.\d+)?)(?:/\d+)?"
 _PARTS = rf"{_PART}(?:,{_PART})*"
-_CALENDAR = re.compile(
+_CALENDAR = (
     rf"(?:(?i:{_WORDS})|(?:{_DAYS}(?: |$))?(?:(?:{_PARTS}-)?{_PARTS}[-~]{_PARTS}(?: |$))?"
     rf"(?:{_PARTS}:{_PARTS}(?::{_PARTS})?)?)(?: ?(?:UTC|[A-Z][A-Za-z_]+(?:/[A-Za-z_+-]+)+))?"
 )
@@ -33,7 +33,7 @@ _CALENDAR = re.compile(
 
 def _calendar(text: str) -> str:
     """Accept what looks like a calendar event of systemd.time(7); ``config check`` asks systemd as well."""
-    if not text.strip() or not _CALENDAR.fullmatch(text):
+    if not text.strip() or not re.fullmatch(_CALENDAR, text):
         raise ValueError("is no calendar event of systemd.time(7), such as daily or Mon..Fri 02:30")
     return text
 
@@ -52,7 +52,8 @@ VolumeText = Annotated[str, AfterValidator(_volume)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Built when something is read: a backup of a volume that is named needs none of it.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class RepositorySettings(_Model):
@@ -122,9 +123,9 @@ class JobSettings(_Model):
     """Whether the volumes are snapshotted at one instant and committed together, or each by itself."""
     base: BasePolicy = "none"
     tags: dict[str, str] = {}
-    quiesce: QuiesceSettings = QuiesceSettings()
-    limits: LimitSettings = LimitSettings()
-    pace: PaceSettings = PaceSettings()
+    quiesce: QuiesceSettings = Field(default_factory=QuiesceSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    pace: PaceSettings = Field(default_factory=PaceSettings)
     retention: RetentionSettings | None = None
     schedule: Calendar | None = None
 
@@ -144,7 +145,7 @@ class Configuration(_Model):
     cache_directory: AbsolutePath | None = None
     repositories: dict[Name, RepositorySettings] = {}
     volumes: dict[Name, VolumeSettings] = {}
-    defaults: JobSettings = JobSettings()
+    defaults: JobSettings = Field(default_factory=JobSettings)
     jobs: dict[Name, Job] = {}
 
     def job(self, name: str) -> Job:

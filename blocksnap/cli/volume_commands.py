@@ -206,7 +206,7 @@ def _job_of(
     settings: Settings, volumes: tuple[str, ...], name: str | None
 ) -> tuple[Settings, Job, dict[str, str]]:
     """Return the configured job, or one made of the volumes that were named; its repository; its tags."""
-    from blocksnap.config import JOB_TAG, Configuration
+    from blocksnap.config import JOB_TAG, Job
 
     if name is not None:
         if volumes:
@@ -215,21 +215,21 @@ def _job_of(
         return settings, job, {JOB_TAG: name, **job.tags}
     if not volumes:
         raise UsageError("no volume was named", resolution="see what there is with: blocksnap volumes")
-    job = (settings.configuration or Configuration()).job_for(volumes)
+    configuration = settings.configuration
+    job = configuration.job_for(volumes) if configuration else Job.model_construct(volumes=volumes)
     return settings, job, job.tags
 
 
 def _volumes_of(settings: Settings, job: Job) -> tuple[list[Volume], dict[str, LimitSettings]]:
     """Look the volumes of a job up, and their limits by their keys; raises UsageError, VolumeError."""
-    from blocksnap.config import Configuration
     from blocksnap.volumes.resolve import resolve_volume
     from blocksnap.volumes.thin_pool import PoolLimits
 
-    configuration = settings.configuration or Configuration()
+    configuration = settings.configuration
     resolved: list[Volume] = []
     of_volumes: dict[str, LimitSettings] = {}
     for text in job.volumes:
-        name, limits = configuration.volume(text, job)
+        name, limits = configuration.volume(text, job) if configuration else (text, job.limits)
         volume = resolve_volume(name, PoolLimits(limits.pool_data_percent, limits.pool_metadata_percent))
         resolved.append(volume)
         of_volumes[volume.key] = limits
