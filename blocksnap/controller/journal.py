@@ -22,6 +22,7 @@ from typing import Literal
 
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.system import host
+from blocksnap.system.flock import try_lock
 
 Step = Literal[
     "begin",
@@ -269,7 +270,7 @@ def _read_entry(path: Path) -> Entry | None:
     except FileNotFoundError:
         return None
     try:
-        held = not _try_lock(fd)
+        held = not try_lock(fd, shared=True)
         text = path.read_text(errors="replace")
     except FileNotFoundError:
         return None
@@ -310,14 +311,6 @@ def _parse(text: str) -> list[dict[str, object]]:
         if isinstance(step, dict):
             steps.append(step)
     return steps
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _folder(state_directory: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Self
 
 from blocksnap.controller.journal import StateError
 from blocksnap.errors import BusyError
+from blocksnap.system.flock import try_lock
 from blocksnap.system.host import host_name
 
 _LOOK_AGAIN_SECONDS = 0.1
@@ -85,7 +85,7 @@ class VolumeLocks:
         path = self._folder / (blake2b(key.encode(), digest_size=16).hexdigest() + ".lock")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while not _try_lock(fd):
+            while not try_lock(fd):
                 if time.monotonic() >= deadline:
                     raise VolumeBusyError(name, _holder(fd))
                 time.sleep(_LOOK_AGAIN_SECONDS)
@@ -102,14 +102,6 @@ class VolumeLocks:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(facts).encode(), 0)
         return fd
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _holder(fd: int) -> dict[str, object]:

@@ -9,7 +9,6 @@ own, so that is done once.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from blocksnap.errors import BusyError, UsageError, VolumeError
 from blocksnap.system.command import CommandError, has_program, run, run_observed
+from blocksnap.system.flock import try_lock
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
 
 TAG = "blocksnap"
@@ -293,7 +293,7 @@ def _changing(vg: str) -> Iterator[None]:
     fd = os.open(folder / check_name(vg), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
-        while not _try_lock(fd):
+        while not try_lock(fd):
             if time.monotonic() > deadline:
                 raise GroupBusyError(vg, os.pread(fd, 20, 0).decode(errors="replace"), _LOCK_SECONDS)
             time.sleep(0.02)
@@ -302,14 +302,6 @@ def _changing(vg: str) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _create(vg: str, name: str, kind: Sequence[str], tags: Sequence[str]) -> str:

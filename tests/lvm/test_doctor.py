@@ -105,7 +105,7 @@ def test_killed_at_every_step(pool: ThinPool, volumes: list[str], blocksnap: InP
         assert all("blocksnap-base." in tags for tags in ours.values()), (step, ours)
         assert len(ours) <= (len(chosen) if base == "keep" else 0), (step, ours)
         assert os.listdir(blocksnap.folder / "state" / "journal") == []
-    assert step > (20 if case == "group" else 8)
+    assert step > (12 if case == "group" else 8)
     assert step < 59
     assert held_root(pool) == "-"
     assert set(pool.names()) - set(our_snapshots(pool)) == foreign
