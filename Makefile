@@ -13,8 +13,8 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
-.PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-tracked bench-year
-.PHONY: vagrant-test clean
+.PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-restore
+.PHONY: bench-tracked bench-year vagrant-test clean
 .PHONY: soak-btrfs soak-histories soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
 .PHONY: soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
@@ -37,6 +37,9 @@ bench: bootstrap ## measure against the peers on this machine
 
 bench-extents: bootstrap ## measure the engines of the extent diff beside their peers
 	$(BIN)/python tests/bench/extents.py
+
+bench-restore: bootstrap ## measure every form of restore beside restic and cp
+	$(BIN)/python tests/bench/restoring.py
 
 bench-map: bootstrap ## count the metadata that an incremental backup of 1 TiB writes
 	$(BIN)/python tests/bench/metadata.py
