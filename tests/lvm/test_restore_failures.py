@@ -1,0 +1,131 @@
+"""Targets that fail while they are written: it is said, nothing looks whole, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blocksnap.restore.place import Place
+from support.in_process import InProcess
+from support.lvm_lab import ThinPool, tool
+
+MIB = 1 << 20
+SECTORS = 2048
+"""In a MiB."""
+SIZE = 48
+NAME = "blocksnap-failing"
+NODE = f"/dev/mapper/{NAME}"
+
+
+@pytest.fixture
+def blocksnap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> InProcess:
+    command = InProcess(tmp_path, monkeypatch, capsysbinary)
+    command.done("init")
+    monkeypatch.setattr("blocksnap.restore.plan._FIRST_CHUNKS", 32)
+    monkeypatch.setattr("blocksnap.restore.place._RECORD_SECONDS", 0.0)
+    return command
+
+
+@pytest.fixture
+def content(blocksnap: InProcess, tmp_path: Path) -> bytes:
+    source = tmp_path / "source.img"
+    source.write_bytes(random.Random(3).randbytes(SIZE * MIB))
+    blocksnap.done("backup", str(source), "-q")
+    return source.read_bytes()
+
+
+@pytest.fixture
+def load(pool: ThinPool) -> Iterator[Callable[[str], None]]:
+    """Yield a function that gives the target another table, of which ``{base}`` is a healthy device."""
+    tool("lvcreate", "-y", "-qq", "-L", f"{SIZE + 8}M", "-n", "base", pool.group)
+    base = pool.node("base")
+
+    def change(table: str) -> None:
+        table = table.format(base=base)
+        if os.path.exists(NODE):
+            tool("dmsetup", "load", NAME, "--table", table)
+            tool("dmsetup", "resume", NAME)
+        else:
+            tool("dmsetup", "create", NAME, "--table", table)
+        tool("udevadm", "settle")
+
+    try:
+        yield change
+    finally:
+        if os.path.exists(NODE):
+            tool("dmsetup", "remove", "--retry", NAME)
+        tool("lvremove", "-y", "-qq", f"{pool.group}/base")
+
+
+WHOLE = f"0 {SIZE * SECTORS} linear {{base}} 0"
+HALF_GONE = f"0 {20 * SECTORS} linear {{base}} 0\n{20 * SECTORS} {(SIZE - 20) * SECTORS} error"
+
+
+def refused(blocksnap: InProcess, *options: str) -> str:
+    code, _, err = blocksnap("restore", "latest", NODE, *options)
+    assert code == 1, err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1, err
+    assert NODE in err
+    assert "run again" in err
+    assert Path(NODE).read_bytes()[:9] == b"BLOCKSNAP"
+    return err
+
+
+def test_a_target_whose_end_cannot_be_written(
+    blocksnap: InProcess, content: bytes, load: Callable[[str], None]
+) -> None:
+    load(HALF_GONE)
+    code, _, err = blocksnap("restore", "latest", NODE)
+    assert code == 1, err
+    assert "Input/output error" in err
+    load(WHOLE)
+    assert Path(NODE).read_bytes()[:9] == b"BLOCKSNAP"
+    blocksnap.done("restore", "latest", NODE, "--verify")
+    assert Path(NODE).read_bytes() == content
+
+
+def test_a_target_that_begins_to_fail(
+    blocksnap: InProcess, content: bytes, load: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool("modprobe", "dm-flakey")
+    load(WHOLE)
+    at_write(monkeypatch, 12, lambda: load(f"0 {SIZE * SECTORS} flakey {{base}} 0 0 600 1 error_writes"))
+    code, _, err = blocksnap("restore", "latest", NODE)
+    assert code == 1, err
+    assert "Input/output error" in err
+    load(WHOLE)
+    assert Path(NODE).read_bytes()[:9] == b"BLOCKSNAP"
+    blocksnap.done("restore", "latest", NODE)
+    assert Path(NODE).read_bytes() == content
+
+
+def test_a_target_that_shrinks(
+    blocksnap: InProcess, content: bytes, load: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(WHOLE)
+    at_write(monkeypatch, 12, lambda: load(f"0 {16 * SECTORS} linear {{base}} 0"))
+    err = refused(blocksnap)
+    assert "made smaller meanwhile" in err
+    code, _, err = blocksnap("restore", "latest", NODE)
+    assert (code, f"has {16 * MIB} bytes and the backup needs" in err) == (1, True)
+    load(WHOLE)
+    blocksnap.done("restore", "latest", NODE, "--in-place", "--verify")
+    assert Path(NODE).read_bytes() == content
+
+
+def at_write(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do something right before one of the writes."""
+    whole_write, writes = Place.write, iter(range(1, 1 << 30))
+
+    def write(place: Place, offset: int, data: bytes | memoryview) -> None:
+        if next(writes) == number:
+            act()
+        whole_write(place, offset, data)
+
+    monkeypatch.setattr(Place, "write", write)
