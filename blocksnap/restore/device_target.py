@@ -39,9 +39,20 @@ class DeviceTarget(Place):
         except OSError as err:
             raise self.failed(err) from err
 
+    def flush(self) -> None:
+        """Flush, and make sure that the device did not shrink over what it holds by now."""
+        super().flush()
+        self._require_size()
+
     def finish(self) -> None:
-        """Flush to the device."""
+        """Flush to the device; raises TargetTooSmallError where it has shrunk."""
+        self._require_size()
         self.finish_writing()
+
+    def _require_size(self) -> None:
+        capacity = blockdev.size_of(self._fd)
+        if capacity < self._size:
+            raise TargetTooSmallError(self._name, capacity, self._size)
 
     def reader(self) -> int:
         """Flush, and drop the device's page cache so that it is really read."""

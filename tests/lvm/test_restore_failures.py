@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,13 +121,28 @@ def test_a_target_that_shrinks(
     assert Path(NODE).read_bytes() == content
 
 
+def test_a_target_that_shrinks_when_all_is_written(
+    blocksnap: InProcess, content: bytes, load: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(WHOLE)
+    whole_flush = Place.flush
+
+    def flush(place: Place) -> None:
+        whole_flush(place)
+        load(f"0 {16 * SECTORS} linear {{base}} 0")
+
+    monkeypatch.setattr(Place, "flush", flush)
+    assert f"has {16 * MIB} bytes and the backup needs" in refused(blocksnap)
+
+
 def at_write(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Do something right before one of the writes."""
-    whole_write, writes = Place.write, iter(range(1, 1 << 30))
+    """Do something right before one of the writes, and have the others wait for it."""
+    whole_write, writes, lock = Place.write, iter(range(1, 1 << 30)), threading.Lock()
 
     def write(place: Place, offset: int, data: bytes | memoryview) -> None:
-        if next(writes) == number:
-            act()
+        with lock:
+            if next(writes) == number:
+                act()
         whole_write(place, offset, data)
 
     monkeypatch.setattr(Place, "write", write)
