@@ -12,7 +12,6 @@ from blocksnap.errors import DamageError
 from blocksnap.repository.errors import NewerFormatError
 from blocksnap.repository.frame import HEADER, MAGIC, TAG_SIZE, FrameHeader, FrameType
 from blocksnap.repository.keys import Right
-from blocksnap.repository.pack import HEADER as PACK_HEADER
 from blocksnap.repository.pack import PackRow
 from blocksnap.repository.repository import Repository
 
@@ -30,7 +29,7 @@ def scan_frames(repository: Repository, name: str, size: int) -> Iterator[PackRo
     """
     window = _Window(repository, name, size)
     may_read = repository.keys.may(Right.READ)
-    at = window.find(PACK_HEADER.size)
+    at = window.find(0)
     while at >= 0:
         header = _header_at(window, at)
         if header is not None and header.frame_length <= min(size - at, _LONGEST):

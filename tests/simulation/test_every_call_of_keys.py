@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -40,8 +41,8 @@ ADMIN, SECOND, HOST, NEW = b"first", b"second", b"host", b"new"
 
 
 @pytest.fixture(autouse=True)
-def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_world(monkeypatch)
+def _small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_world(monkeypatch, tmp_path)
 
     def cheap(passphrase: bytes, *, salt: bytes, cost: KdfCost) -> bytes:
         """Stands for argon2id, whose cost is its purpose: it is tried on every key at every opening."""

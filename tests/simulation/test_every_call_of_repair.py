@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from harm import HARMS, Harm, HarmedStory
@@ -25,8 +27,8 @@ WAYS = ("fails", "dies before", "dies after", "waits")
 
 
 @pytest.fixture(autouse=True)
-def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_world(monkeypatch)
+def _small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_world(monkeypatch, tmp_path)
     monkeypatch.setattr(repair_module, "this_author", lambda: Author("host", "host"))
     monkeypatch.setattr(repair_module, "is_gone", lambda _: True)
     monkeypatch.setattr(repair_module, "datetime", Clock)
@@ -50,6 +52,8 @@ class Stage:
 
     def begin(self) -> HarmedStory:
         self.trap.reset()
+        # What is made anew has the names of before, and other content.
+        shutil.rmtree(Story.cache, ignore_errors=True)
         self.trap.objects.clear()
         self.trap.objects.update(self._objects)
         story = self._harmed.story
