@@ -6,6 +6,7 @@ import heapq
 from array import array
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from blocksnap.repository.index import MAX_FRAME
 from blocksnap.repository.lookup import View
@@ -13,8 +14,7 @@ from blocksnap.repository.pack import PackId
 from blocksnap.repository.table import ROW
 
 
-@dataclass(frozen=True, slots=True)
-class NumberedRow:
+class NumberedRow(NamedTuple):
     """A row of the index; ``pack`` is a position in ``NumberedIndex.packs``."""
 
     number: int
