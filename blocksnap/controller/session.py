@@ -70,6 +70,7 @@ class SnapshotSession:
         self._quiesce = quiesce
         self._standstill: Standstill | None = None
         self._quiesced: Outcome | None = None
+        self._left_standing = False
         self.recovered: list[str] = []
         self.warnings: list[str] = []
         self._state_directory = state_directory
@@ -231,6 +232,8 @@ class SnapshotSession:
         if standstill.traces() and not standstill.left:
             journal.append("released", by="controller")
         self._quiesced = standstill.conclude()
+        # Reading takes hours; nobody has to be watched for that.
+        self._let_go()
         if self._quiesced.state == "failed":
             self.warnings.append(
                 f"the snapshots are only crash-consistent, as the job allows: {self._quiesced.reason}"
@@ -238,14 +241,17 @@ class SnapshotSession:
 
     def _leave(self) -> None:
         interrupt: BaseException | None = None
-        clean = True
-        left = False
+        clean = False
         try:
-            left = self._let_go()
-            interrupt, clean = self._remove_all()
+            try:
+                self._let_go()
+            except BaseException as err:  # noqa: BLE001 - raised again when the snapshots are gone
+                interrupt = err
+            later, clean = self._remove_all()
+            interrupt = interrupt or later
         finally:
             if self._journal:
-                if clean and not self._left and not left:
+                if clean and not self._left and not self._left_standing:
                     self._journal.finish()
                 else:
                     self._journal.close()
@@ -254,15 +260,17 @@ class SnapshotSession:
         if interrupt is not None:
             raise interrupt
 
-    def _let_go(self) -> bool:
-        """End the watchdog; return whether something is left for the next run to let go."""
+    def _let_go(self) -> None:
+        """End what stands still, and the watchdog; a second call does nothing."""
         standstill, self._standstill = self._standstill, None
         if standstill is None:
-            return False
-        standstill.end()
-        standstill.close()
-        self.warnings += standstill.warnings
-        return standstill.left
+            return
+        try:
+            standstill.end()
+        finally:
+            standstill.close()
+            self.warnings += standstill.warnings
+            self._left_standing = standstill.left
 
     def _remove_all(self) -> tuple[BaseException | None, bool]:
         """Remove every snapshot, the last first; return what interrupted it and whether nothing is left."""

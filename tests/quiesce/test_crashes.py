@@ -18,6 +18,7 @@ import pytest
 from blocksnap.controller.journal import read_entries
 from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
+from blocksnap.quiesce.freezer import CgroupFreezer
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.volumes.base import Ledger, SnapshotTiming
 from support.loops import call, loop_device
@@ -148,3 +149,33 @@ def test_killed_at_every_step(world: World, *, also_watchdog: bool) -> None:
         assert let_go == {f"ran {script}", "thawed the filesystem", f"thawed control group {group}"}
     else:
         assert let_go == set()
+
+
+def test_an_interrupt_while_everything_stands_still_lets_go_and_removes(
+    tmp_path: Path, group: Path, hooks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        world = World(tmp_path, group, hooks, stack, 1)
+        removed: list[str] = []
+        monkeypatch.setattr(StandIn, "remove", lambda volume: removed.append(volume.name))
+
+        # Once while all stand still, and once more while they are let go.
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        real = CgroupFreezer.end
+
+        def late(freezer: CgroupFreezer, deadline: float) -> None:
+            real(freezer, deadline)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(CgroupFreezer, "end", late)
+        with pytest.raises(KeyboardInterrupt):
+            world.run("late")
+        assert removed == ["volume0"]
+        world.assert_clean("late")
+        monkeypatch.setattr(CgroupFreezer, "end", real)
+        monkeypatch.setattr(StandIn, "take_snapshot", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            world.run("early")
+        world.assert_clean("early")
