@@ -21,15 +21,6 @@ SOAK = pytest.mark.skipif("BLOCKSNAP_SOAK" not in os.environ, reason="make soak-
 
 
 @pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init", "--no-encryption")
-    return command
-
-
-@pytest.fixture
 def volumes(pool: ThinPool) -> Iterator[list[str]]:
     """Two small volumes, and what others have: a snapshot, and a volume with a name like ours."""
     names = [pool.create(name, "4M") for name in ("one", "two")]

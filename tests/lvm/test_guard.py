@@ -27,15 +27,6 @@ _PAUSE_SECONDS = 0.06
 
 
 @pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init", "--no-encryption")
-    return command
-
-
-@pytest.fixture
 def small(pool: ThinPool, tmp_path: Path) -> Iterator[ThinPool]:
     """A pool of 64 MiB with a volume that fills 40 of them: written all over twice, it does not fit."""
     words = ("--type", "thin-pool", "-L", "64M", "--poolmetadatasize", "4M", "--chunksize", "64k")

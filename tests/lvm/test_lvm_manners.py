@@ -19,15 +19,6 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 @pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init", "--no-encryption")
-    return command
-
-
-@pytest.fixture
 def volume(pool: ThinPool) -> Iterator[str]:
     name = pool.create("data", "4M")
     write_at(pool.node("data"), 0, os.urandom(2 * MIB))
