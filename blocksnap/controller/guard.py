@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +26,7 @@ from blocksnap.volumes.base import Level, Snapshot
 INTERVAL_SECONDS = 0.25
 HORIZON_SECONDS = 5.0
 """What it takes at most to see that something fills up and to remove the snapshots."""
+_RATE_SECONDS = 1.0
 _JOIN_SECONDS = 30.0
 
 Watch = Callable[[], BlocksnapError | None]
@@ -93,7 +95,7 @@ class LevelWatch:
             "store": limits.cow_percent,
         }
         self._clock = clock
-        self._before: dict[tuple[str, str], _Look] = {}
+        self._looks: dict[tuple[str, str], deque[_Look]] = {}
 
     def __call__(self) -> BlocksnapError | None:
         """Look once."""
@@ -103,10 +105,13 @@ class LevelWatch:
             return err
         now = self._clock()
         for level in levels:
-            before = self._before.get((level.of, level.part))
-            self._before[level.of, level.part] = _Look(now, level.used)
-            elapsed = now - before.at if before else 0.0
-            rate = (level.used - before.used) / elapsed if before and elapsed > 0 else 0.0
+            looks = self._looks.setdefault((level.of, level.part), deque())
+            # Of a second or so: one burst is no rate.
+            while looks and now - looks[0].at > _RATE_SECONDS:
+                looks.popleft()
+            looks.append(_Look(now, level.used))
+            elapsed = now - looks[0].at
+            rate = (level.used - looks[0].used) / elapsed if elapsed > 0 else 0.0
             reason = judge(level, self._limits[level.part], rate)
             if reason is not None:
                 return FillingError(level, reason)

@@ -80,6 +80,15 @@ def test_levels_are_watched_with_the_rate_at_which_they_rise() -> None:
     assert "lvextend --size +SIZE vg0/pool" in found.resolution
 
 
+def test_one_burst_is_no_rate() -> None:
+    times = iter([0.0, 0.25, 0.5, 0.75, 1.0, 1.25])
+    used = [500, 500, 500, 530, 530, 530]
+    snapshot = Snapshot(*[(level(each),) for each in used])
+    look = LevelWatch(snapshot, LimitSettings(), lambda: next(times))  # type: ignore[arg-type]
+    # 120 units a second for a quarter of one, which would fill it in four seconds.
+    assert [look() for _ in used] == [None] * 6
+
+
 @pytest.mark.parametrize(
     ("part", "used", "what"),
     [
