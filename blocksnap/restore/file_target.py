@@ -67,8 +67,8 @@ class FileTarget(_FilePlace):
 
     def __init__(self, path: str, size: int, record: RestoreRecord) -> None:
         path = os.path.abspath(path)
-        _require_free(path)
         self._temporary: str | None = hidden_name(path, record.backup[:_TOKEN_DIGITS])
+        _require_free(path, self._temporary)
         self.wanted = record
         try:
             fd = self._open()
@@ -229,12 +229,16 @@ class ExistingFileTarget(_FilePlace):
         return begun
 
 
-def _require_free(path: str) -> None:
+def _require_free(path: str, hidden: str) -> None:
     """Raise TargetError unless a file can have this name: a name too long has to show now, not at the end."""
     try:
-        os.lstat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         return
     except OSError as err:
         raise TargetFailedError(path, err) from err
+    # A restore that was killed right after it had named its file leaves the hidden name too.
+    with contextlib.suppress(OSError):
+        if os.path.samestat(status, os.lstat(hidden)):
+            os.unlink(hidden)
     raise TargetExistsError(path)

@@ -137,6 +137,15 @@ def test_a_hidden_file_that_others_may_read_is_left_alone(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [hidden]
 
 
+def test_killed_between_its_two_names(tmp_path: Path) -> None:
+    hidden = tmp_path / ".out.12345678.partial"
+    hidden.write_bytes(b"whole")
+    os.link(hidden, tmp_path / "out")
+    with pytest.raises(TargetError, match="exists already"):
+        new_file(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_at_once(tmp_path: Path) -> None:
     target = new_file(tmp_path)
     try:
