@@ -153,6 +153,8 @@ class Collector:
             fence(self._repository, writer.id.hex(), self._now())
             return Outcome("waiting", plan, waiting=waiting, problems=problems)
         sweep = epoch.sweep or self._decide(writer, condemned)
+        self._loader.forget()
+        self._index = self._marker = None
         execute_sweep(self._repository, writer, sweep, self._now())
         self._finish(writer, epoch.number)
         return Outcome("done", plan, sweep, problems=problems)

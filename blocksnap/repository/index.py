@@ -65,14 +65,19 @@ def encode_rows(
     packed = sorted(
         ROW.pack(id_, ordinal, offset, length | kind << 24) for id_, ordinal, offset, length, kind in rows
     )
-    body = b"".join(
-        (
-            HEADER.pack(MAGIC, 1, len(packed), len(packs), ROW.size, 0),
-            *packed,
-            *(PACK.pack(pack.writer, pack.hash, size) for pack, size in packs),
-        )
-    )
-    return body + blake3(body, key=index_key).digest()
+    return encode_sorted(packed, packs, index_key)
+
+
+def encode_sorted(rows: Sequence[bytes], packs: Sequence[tuple[PackId, int]], index_key: bytes) -> bytes:
+    """Return the segment with these rows, which are packed and in order already."""
+    body = bytearray(HEADER.pack(MAGIC, 1, len(rows), len(packs), ROW.size, 0))
+    # In place: there may be millions of bytes.
+    for row in rows:
+        body += row
+    for pack, size in packs:
+        body += PACK.pack(pack.writer, pack.hash, size)
+    body += blake3(body, key=index_key).digest()
+    return bytes(body)
 
 
 class Segment:

@@ -40,6 +40,10 @@ class NodeLoader:
         """Return a node by its id alone; raises DamageError."""
         return self._repository.load_node(id_)
 
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._blocks.clear()
+
     def _read(self, pack: str, size: int, offset: int, length: int) -> bytes:
         if offset + length > size:
             raise DamagedObjectError(pack, "the index points behind its end")

@@ -12,12 +12,14 @@ from blocksnap.repository.checked import superseded
 from blocksnap.repository.documents import Done, Sweep
 from blocksnap.repository.epochs import create_part, epoch_numbers, part_names, read_done
 from blocksnap.repository.fencing import fence, settled_runs
-from blocksnap.repository.index import encode_rows, segment_name
+from blocksnap.repository.index import ROW, encode_sorted, segment_name
 from blocksnap.repository.numbered import Entry, NumberedIndex
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter
 
-SHARD_ROWS = 200_000
+SHARD_ROWS = 131_072
+_PACK = slice(32, 36)
+"""Where a row has its pack."""
 MANY_SEGMENTS = 16
 """From this number on the smaller ones are merged."""
 KEPT_FOR = timedelta(days=365)
@@ -92,7 +94,9 @@ def _replace_segments(repository: Repository, writer: RepositoryWriter, sweep: S
         old |= {name for name, rows in segments.items() if rows < SHARD_ROWS // 2}
     if not old:
         return
-    rows = _without_repeats(entry for entry in index.sorted_entries(old) if entry[2] not in swept)
+    kept = _without_repeats(entry for entry in index.sorted_entries(old) if entry[2] not in swept)
+    # Packed at once, as a shard of tuples would take a hundred megabytes.
+    rows = (ROW.pack(id_, pack, offset, length | kind << 24) for id_, _, pack, offset, length, kind in kept)
     number = 0
     while shard := list(islice(rows, SHARD_ROWS)):
         data = _encode_shard(shard, index, repository.keys.index_key)
@@ -102,14 +106,14 @@ def _replace_segments(repository: Repository, writer: RepositoryWriter, sweep: S
     repository.refresh_index()
 
 
-def _encode_shard(rows: list[Entry], index: NumberedIndex, index_key: bytes) -> bytes:
-    used = sorted({pack for _, _, pack, _, _, _ in rows})
-    ordinals = {pack: ordinal for ordinal, pack in enumerate(used)}
-    return encode_rows(
-        ((id_, ordinals[pack], offset, length, kind) for id_, _, pack, offset, length, kind in rows),
-        [(index.packs[pack], index.sizes[pack]) for pack in used],
-        index_key,
-    )
+def _encode_shard(rows: list[bytes], index: NumberedIndex, index_key: bytes) -> bytes:
+    """Return a segment of rows that have the numbers of their packs in the index; consumes them."""
+    used: dict[bytes, bytes] = {}
+    for number, row in enumerate(rows):
+        label = used.setdefault(row[_PACK], len(used).to_bytes(4, "little"))
+        rows[number] = row[: _PACK.start] + label + row[_PACK.stop :]
+    packs = [int.from_bytes(pack, "little") for pack in used]
+    return encode_sorted(rows, [(index.packs[pack], index.sizes[pack]) for pack in packs], index_key)
 
 
 def _without_repeats(rows: Iterable[Entry]) -> Iterator[Entry]:
