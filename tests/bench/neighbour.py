@@ -88,7 +88,11 @@ class Backups:
         shutil.rmtree(repository, ignore_errors=True)
         self._words = [sys.executable, "-m", "blocksnap"]
         self._tail = ["--repo", str(repository), "--config", str(configuration)]
-        self._environment = {**os.environ, "BLOCKSNAP_STATE_DIRECTORY": str(folder / "state")}
+        self._environment = {
+            **os.environ,
+            "BLOCKSNAP_STATE_DIRECTORY": str(folder / "state"),
+            "BLOCKSNAP_CACHE": str(folder / "cache"),
+        }
         self._call("init", "--no-encryption")
         self._volume = volume
 

@@ -232,6 +232,7 @@ def test_a_pack_of_a_later_version(blocksnap: InProcess, monkeypatch: pytest.Mon
     monkeypatch.undo()
     monkeypatch.setenv("BLOCKSNAP_REPOSITORY", str(blocksnap.folder / "repository"))
     monkeypatch.setenv("BLOCKSNAP_STATE_DIRECTORY", str(blocksnap.folder / "state"))
+    monkeypatch.setenv("BLOCKSNAP_CACHE", str(blocksnap.folder / "cache"))
     assert codes(blocksnap) == {**ALL_WORK, "check": 3}
 
 
