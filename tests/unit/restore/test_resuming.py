@@ -18,7 +18,7 @@ from blocksnap.errors import StorageError, TargetError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import HOLE, Entry
 from blocksnap.repository.repository import Repository
-from blocksnap.restore import place, plan
+from blocksnap.restore import engine, place, plan
 from blocksnap.restore.engine import restore_to_target
 from blocksnap.restore.file_target import ExistingFileTarget, FileTarget
 from blocksnap.restore.record import HEAD_BYTES, RestoreRecord, decode_record, encode_record
@@ -47,6 +47,8 @@ def stored(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With one thread it is sure what is written when a read fails.
+    monkeypatch.setattr(engine, "WORKERS", 1)
     monkeypatch.setattr(place, "_RECORD_SECONDS", 0.0)
     monkeypatch.setattr(plan, "_FIRST_CHUNKS", 16)
     monkeypatch.setattr(plan, "MAX_RANGE", 4 * CHUNK)
