@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from blocksnap.errors import BlocksnapError
+from blocksnap.errors import BlocksnapError, StorageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import HOLE, ZERO, Entry, MapReader, MapRoot
 from blocksnap.repository.frame import FrameType
@@ -75,8 +75,12 @@ class ImageReader:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end; whoever still waits is told that nothing comes any more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            waiting, self._coming = list(self._coming.values()), {}
+        for future in waiting:
+            future.set_exception(StorageError("the images are not served any more"))
 
     def _want(
         self, image: Image, first: int, last: int
