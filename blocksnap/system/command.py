@@ -103,8 +103,9 @@ def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_
 
     Raises CommandError when it fails, MissingProgramError, CommandTimeoutError.
     """
-    if threading.active_count() > 1:
-        # sh forks, and a fork copies locks that other threads hold at that moment.
+    if threading.active_count() > 1 or not _is_text(arguments):
+        # sh forks, and a fork copies locks that other threads hold at that moment. Nor can it pass on names
+        # that are no UTF-8, as those of files may be.
         argv = (program, *arguments)
         return run_observed(argv, _ignore, interval_seconds=0.01, timeout_seconds=timeout_seconds)
     # Importing sh costs more than a small backup may take, so those who need no program do not pay.
@@ -139,6 +140,14 @@ def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_
         if running is not None:
             _let_finish(running.is_alive)
         raise
+
+
+def _is_text(words: Sequence[str]) -> bool:
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def run_observed(

@@ -163,3 +163,11 @@ def test_sh_is_imported_only_when_something_is_run() -> None:
         "print([name for name in ('sh', 'pyudev', 'pydantic') if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """A file may be called by any bytes; Python has them as surrogates."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    run("touch", name)
+    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff\xfe"]
+    assert run("ls", str(tmp_path)).encode(errors="surrogateescape").rstrip().endswith(b"\xff\xfe")
