@@ -233,7 +233,7 @@ def test_the_next_run_releases_what_a_killed_one_held(
     found = recover(state)
     if step == "reserved":
         # It may be anybody's: said, and left alone until it is gone.
-        assert "perhaps of run dead-reserved" in found.warnings[0]
+        assert "perhaps of run dead-reserved" in found.puzzles[0]
         tool("dmsetup", "message", tpool(pool), "0", "release_metadata_snap")
         found = recover(state)
     assert found.warnings == ()
