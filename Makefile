@@ -130,11 +130,13 @@ host-test:
 	$(PYTEST) -n 2 $(HOST_TESTS)
 
 # Two labs at once, one for each core; the second one's output follows the first one's.
-LAB_THIN := $(addprefix tests/lvm/test_thin_,histories.py metadata.py time_limit.py volume.py)
+LAB_SECOND := $(addprefix tests/lvm/test_,thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
+	doctor.py guard.py lvm_manners.py power_cut.py quiesce.py quiesce_commands.py quiesce_postgres.py \
+	restore_failures.py restore_in_place.py)
 lab-test:
 	@mkdir -p build
-	@vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(LAB_THIN) > build/lab-thin.log 2>&1 & \
-	thin=$$!; \
-	vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(addprefix --ignore ,$(LAB_THIN)) tests/lvm; \
-	rest=$$?; wait $$thin; code=$$?; cat build/lab-thin.log; \
+	@vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
+	second=$$!; \
+	vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND)) tests/lvm; \
+	rest=$$?; wait $$second; code=$$?; cat build/lab-second.log; \
 	test $$rest -eq 0 && test $$code -eq 0
