@@ -131,7 +131,7 @@ host-test:
 
 # Two labs at once, one for each core; the second one's output follows the first one's.
 LAB_SECOND := $(addprefix tests/lvm/test_,thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
-	doctor.py guard.py lvm_manners.py power_cut.py quiesce.py quiesce_commands.py quiesce_postgres.py \
+	guard.py power_cut.py quiesce.py quiesce_commands.py quiesce_postgres.py \
 	restore_failures.py restore_in_place.py)
 lab-test:
 	@mkdir -p build
