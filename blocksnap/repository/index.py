@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from blake3 import blake3
 
@@ -30,16 +29,6 @@ CHECK_SIZE = 32
 MAX_FRAME = (1 << 24) - 1
 SEGMENT_ROWS = 65_536
 """A writer's segment is stored when it has this many rows, which bounds the memory of a run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where a frame lies."""
-
-    pack: PackId
-    offset: int
-    length: int
-    type: int
 
 
 def segment_name(epoch: int, writer: bytes, number: int) -> str:

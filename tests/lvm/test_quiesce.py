@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,12 +17,12 @@ from blocksnap.controller.recover import recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.quiesce.filesystem import FilesystemFreeze
 from blocksnap.quiesce.settings import QuiesceSettings
-from blocksnap.system import blockdev, cgroup
+from blocksnap.system import blockdev
 from blocksnap.volumes.base import Snapshot
 from blocksnap.volumes.resolve import resolve_volume
 from support.loops import call, loop_device
 from support.lvm_lab import ThinPool, tool
-from support.standing import holding, hook_folder, read_log, thaw, wait_until, write_hook
+from support.standing import control_group, holding, hook_folder, read_log, thaw, write_hook
 from support.standing_crashes import count_points, die_at, watchdogs_of
 from support.thin_lab import Backups, read_all
 
@@ -54,14 +53,8 @@ while True:
 @pytest.fixture
 def group() -> Iterator[Path]:
     """A control group of the test's own."""
-    folder = (cgroup.root() or Path()) / f"blocksnap-test-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
+    with control_group() as folder:
         yield folder
-    finally:
-        (folder / "cgroup.freeze").write_text("0")
-        assert wait_until(lambda: not list(cgroup.processes(folder)))
-        folder.rmdir()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,12 +14,11 @@ import pytest
 from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.quiesce.settings import QuiesceSettings
-from blocksnap.system import cgroup
 from blocksnap.volumes.resolve import resolve_volume
 from support.loops import call, loop_device
 from support.lvm_lab import ThinPool
 from support.require import require
-from support.standing import holding, wait_until
+from support.standing import control_group, holding, wait_until
 from support.thin_lab import read_all
 
 PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"))
@@ -70,14 +68,8 @@ class Server:
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    folder = (cgroup.root() or Path()) / f"blocksnap-test-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
+    with control_group() as folder:
         yield folder
-    finally:
-        (folder / "cgroup.freeze").write_text("0")
-        assert wait_until(lambda: not list(cgroup.processes(folder)))
-        folder.rmdir()
 
 
 def test_data_and_log_of_two_volumes_fit_together(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from blocksnap.system import cgroup
 from support.require import require
-from support.standing import hook_folder, safe_base, wait_until
+from support.standing import control_group, hook_folder, safe_base
 
 
 def obstacle() -> str | None:
@@ -29,14 +28,8 @@ def group() -> Iterator[Path]:
     """A control group of the test's own."""
     reason = obstacle()
     require("cgroup2", reason is None, reason or "")
-    folder = (cgroup.root() or Path()) / f"blocksnap-test-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
+    with control_group() as folder:
         yield folder
-    finally:
-        (folder / "cgroup.freeze").write_text("0")
-        assert wait_until(lambda: not list(cgroup.processes(folder)))
-        folder.rmdir()
 
 
 @pytest.fixture

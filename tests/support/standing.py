@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from blocksnap.quiesce.errors import UnsafeHookError
 from blocksnap.quiesce.hook import check_command
-from blocksnap.system import freeze
+from blocksnap.system import cgroup, freeze
 from support.loops import call
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,21 @@ while going:
     time.sleep(0.002)
 print(json.dumps({"longest": longest, "count": count}), flush=True)
 """
+
+
+@contextmanager
+def control_group() -> Iterator[Path]:
+    """A control group of the test's own, thawed and removed at the end."""
+    top = cgroup.root()
+    assert top is not None, "there is no hierarchy of version 2"
+    folder = top / f"blocksnap-test-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        (folder / "cgroup.freeze").write_text("0")
+        assert wait_until(lambda: not list(cgroup.processes(folder)))
+        folder.rmdir()
 
 
 def safe_base() -> Path | None:
