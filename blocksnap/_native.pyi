@@ -86,20 +86,22 @@ def thin_device(
     """
 
 def thin_scan(
-    fd: int, device_id: int, since: int, nr_chunks: int, held_root: int, /
-) -> tuple[bytes, bytes, int]:
-    """Walk the mapping tree of one thin device that nobody writes to: a snapshot.
+    fd: int, device_id: int, since: int, first: int, nr_chunks: int, more: bool, held_root: int, /
+) -> tuple[bytes, bytes, int, int]:
+    """Look at a window of the mapping tree of one thin device that nobody writes to: a snapshot.
 
-    Returns ``(changed, mapped, nodes)``: packed extents, in bytes of the volume, of the chunks whose
-    mapping time is ``since`` or later (``since`` 0: all mapped chunks); a bitmap, one bit a pool chunk,
-    least significant bit first, of the mapped chunks below ``nr_chunks``, ``ceil(nr_chunks / 8)``
-    bytes; and the number of nodes of the tree, which is the number of metadata blocks that had to be read.
-    Mappings at or beyond ``nr_chunks`` are ignored. The last extent is clipped by the caller.
+    Returns ``(changed, mapped, mappings, nodes)``: packed extents, in bytes of the volume, of the chunks
+    whose mapping time is ``since`` or later (``since`` 0: all mapped chunks); a bitmap, one bit a pool chunk,
+    least significant bit first and beginning with the chunk ``first``, of the mapped ones among
+    ``nr_chunks`` chunks, ``ceil(nr_chunks / 8)`` bytes; the number of mappings of the window; and the number
+    of nodes, which is the number of metadata blocks of the tree that had to be read. Without ``more`` windows
+    to come, mappings beyond this one are counted, but are in neither of the first two. The last extent is
+    clipped by the caller.
 
     An answer is never too small: damage, a device that changes while it is read, a number of mappings
-    other than the pool has on record, and a ``since`` that the pool's time has not reached (another
-    pool, or an older state of this one) all raise ValueError, and the caller compares in full.
-    Raises KeyError when the pool has no such device.
+    other than the pool has on record (the caller adds up those of several windows), and a ``since`` that the
+    pool's time has not reached (another pool, or an older state of this one) all raise ValueError, and the
+    caller compares in full. Raises KeyError when the pool has no such device.
     """
 
 def thin_diff(
@@ -139,8 +141,8 @@ def cow_scan(fd: int, origin_size: int, settled_areas: int, /) -> tuple[bytes, i
     that is being merged loses entries without a trace: ask device-mapper before and after.
     """
 
-def bitmap_extents(bitmap: bytes | bytearray | memoryview, unit: int, /) -> bytes:
-    """Return the set bits of a bitmap as packed extents of ``unit`` bytes a bit.
+def bitmap_extents(bitmap: bytes | bytearray | memoryview, unit: int, first: int = 0, /) -> bytes:
+    """Return the set bits of a bitmap as packed extents of ``unit`` bytes a bit; bit 0 is the unit ``first``.
 
     Raises OverflowError when the bitmap covers more than 2**64 bytes.
     """

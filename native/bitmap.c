@@ -51,17 +51,19 @@ static uint64_t next_bit(const uint8_t *bitmap, size_t bytes, uint64_t from, boo
         return bits;
 }
 
-int bs_bitmap_extents(const uint8_t *bitmap, size_t bytes, uint64_t unit, uint8_t *out)
+int bs_bitmap_extents(const uint8_t *bitmap, size_t bytes, uint64_t first, uint64_t unit, uint8_t *out)
 {
         uint64_t bits;
+        uint64_t last;
         uint64_t size;
         uint64_t begin;
 
-        if (__builtin_mul_overflow(bytes, (uint64_t)8, &bits) || __builtin_mul_overflow(bits, unit, &size))
+        if (__builtin_mul_overflow(bytes, (uint64_t)8, &bits) || __builtin_add_overflow(first, bits, &last) ||
+            __builtin_mul_overflow(last, unit, &size))
                 return -EOVERFLOW;
         for (uint64_t end = 0; (begin = next_bit(bitmap, bytes, end, true)) < bits;) {
                 end = next_bit(bitmap, bytes, begin, false);
-                bs_extent_pack(begin * unit, (end - begin) * unit, out);
+                bs_extent_pack((first + begin) * unit, (end - begin) * unit, out);
                 out += BS_PACKED_EXTENT_SIZE;
         }
         return 0;

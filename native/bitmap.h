@@ -34,11 +34,11 @@ static inline bool bs_bitmap_test_and_set(uint8_t *bitmap, uint64_t bit)
 size_t bs_bitmap_runs(const uint8_t *bitmap, size_t bytes);
 
 /*
- * Write the runs of set bits as packed extents of `unit` bytes a bit; `out` has room for
- * bs_bitmap_runs() of them. -EOVERFLOW, before anything is written, when the end of the bitmap does
- * not fit 64 bits in bytes.
+ * Write the runs of set bits as packed extents of `unit` bytes a bit, the first of which stands for the unit
+ * `first`; `out` has room for bs_bitmap_runs() of them. -EOVERFLOW, before anything is written, when the end
+ * of the bitmap does not fit 64 bits in bytes.
  */
-int bs_bitmap_extents(const uint8_t *bitmap, size_t bytes, uint64_t unit, uint8_t *out);
+int bs_bitmap_extents(const uint8_t *bitmap, size_t bytes, uint64_t first, uint64_t unit, uint8_t *out);
 
 /* out = a & ~b over `a_bytes` bytes; where b is shorter its bits count as 0. `out` may be `a`. */
 void bs_bitmap_subtract(const uint8_t *a, size_t a_bytes, const uint8_t *b, size_t b_bytes, uint8_t *out);

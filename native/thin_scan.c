@@ -55,21 +55,34 @@ static uint32_t run_length(const struct bs_thin_node *leaf, uint32_t begin, uint
         return i - begin;
 }
 
-static void take_mappings(const struct bs_thin_scan *scan, const struct bs_thin_node *leaf)
+/* The last chunk whose mapping is counted. */
+static uint64_t last_chunk(const struct bs_thin_scan *scan)
 {
+        return scan->more ? scan->first + scan->nr_chunks - 1 : UINT64_MAX;
+}
+
+static void take_mappings(const struct bs_thin_scan *scan, const struct bs_thin_node *leaf,
+                          uint64_t *mappings)
+{
+        uint32_t begin = 0;
         uint32_t count = leaf->count;
 
-        while (count > 0 && bs_thin_key(leaf, count - 1) >= scan->nr_chunks)
+        while (count > 0 && bs_thin_key(leaf, count - 1) > last_chunk(scan))
                 count--;
-        for (uint32_t i = 0, length; i < count; i += length) {
+        while (begin < count && bs_thin_key(leaf, begin) < scan->first)
+                begin++;
+        *mappings += count - begin;
+        while (count > begin && bs_thin_key(leaf, count - 1) - scan->first >= scan->nr_chunks)
+                count--;
+        for (uint32_t i = begin, length; i < count; i += length) {
                 length = run_length(leaf, i, count);
-                bs_bitmap_fill(scan->mapped, bs_thin_key(leaf, i), length, true);
+                bs_bitmap_fill(scan->mapped, bs_thin_key(leaf, i) - scan->first, length, true);
         }
         if (!scan->changed)
                 return;
-        for (uint32_t i = 0; i < count; i++)
+        for (uint32_t i = begin; i < count; i++)
                 if ((bs_thin_value(leaf, i) & BS_THIN_MAX_24_BITS) >= scan->since)
-                        bs_bitmap_set(scan->changed, bs_thin_key(leaf, i));
+                        bs_bitmap_set(scan->changed, bs_thin_key(leaf, i) - scan->first);
 }
 
 static int visit(void *context, const uint8_t *block, const struct bs_thin_place *place)
@@ -82,14 +95,14 @@ static int visit(void *context, const uint8_t *block, const struct bs_thin_place
                 return result;
         walk->result->nodes++;
         if (node.leaf) {
-                walk->result->mappings += node.count;
-                take_mappings(walk->scan, &node);
+                take_mappings(walk->scan, &node, &walk->result->mappings);
                 return 0;
         }
         for (uint32_t i = 0; i < node.count && result == 0; i++) {
                 struct bs_thin_place child = bs_thin_child(&node, place, i);
 
-                result = enqueue(walk, &child, walk->children);
+                if (child.last >= walk->scan->first && child.low <= last_chunk(walk->scan))
+                        result = enqueue(walk, &child, walk->children);
         }
         return result;
 }
@@ -146,14 +159,17 @@ static int walk_tree(struct walk *walk)
 static int check_request(const struct bs_thin_scan *scan, const struct bs_thin_superblock *superblock,
                          struct bs_error *error)
 {
-        uint64_t size;
+        uint64_t end, size;
 
+        if (scan->more && scan->nr_chunks == 0)
+                return bs_fail_range(error, "a window of no chunks");
         if (scan->since > superblock->time)
                 return bs_fail_range(error, "the pool's time is before the given one: not the same pool");
         /* Mappings keep only 24 bits of it, so comparing would mean nothing. */
         if (scan->since > 0 && superblock->time > BS_THIN_MAX_24_BITS)
                 return bs_fail_block(error, 0, "the pool's time has outgrown its mappings");
-        if (__builtin_mul_overflow(scan->nr_chunks, superblock->chunk_size, &size))
+        if (__builtin_add_overflow(scan->first, scan->nr_chunks, &end) ||
+            __builtin_mul_overflow(end, superblock->chunk_size, &size))
                 return bs_fail_range(error, "the volume is larger than 2^64 bytes");
         return 0;
 }
@@ -183,7 +199,7 @@ int bs_thin_scan(const struct bs_reader *reader, const struct bs_thin_scan *scan
                                                  interrupt, error);
         if (result < 0)
                 return result;
-        if (out->mappings != out->view.device.mapped_blocks)
+        if (scan->first == 0 && !scan->more && out->mappings != out->view.device.mapped_blocks)
                 return bs_fail_block(error, out->view.device.root,
                                      "the tree does not hold as many mappings as the device's details say");
         return 0;

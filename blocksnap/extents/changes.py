@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.extents.model import ExtentList
 
 Method = Literal["thin-tree", "thin-time", "cow", "btrfs-tree", "btrfs-send", "fiemap", "compare"]
@@ -51,20 +52,12 @@ def read_fields(identity: type, binding: Binding, *, lowest: int | None = 0) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class MappedSet:
-    """Which units of a volume were mapped: one bit a unit, least significant bit first."""
-
-    unit: int
-    bitmap: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Parent:
     """What the parent backup remembers of its source.
 
     ``known_here`` tells that this host wrote the parent's run down when it was committed.
 
-    ``load_mapped`` fetches the mapped set from the repository, or None when none was stored; it is
+    ``load_mapped`` returns the mapped set in the repository, or None when none was stored; it is
     called only where it is needed.
     """
 

@@ -13,8 +13,11 @@ changed. ``thin_identity`` has what either may be trusted for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from blocksnap.errors import VolumeError
-from blocksnap.extents.changes import Changes, MappedSet, Parent, neighbourhood
+from blocksnap.extents.changes import Changes, Parent, neighbourhood
+from blocksnap.extents.mapped_set import PAGE_BYTES, MappedSet, cut
 from blocksnap.extents.model import ExtentList
 from blocksnap.extents.thin_identity import (
     BaseSnapshot,
@@ -102,13 +105,13 @@ def _remembered(identity: ThinIdentity, parent: Parent) -> MappedSet | None:
     if mapped is None or mapped.unit != identity.chunk_size:
         return None
     nr_chunks = -(-parent.size // mapped.unit)
-    return mapped if len(mapped.bitmap) >= -(-nr_chunks // 8) else None
+    return mapped if mapped.length >= -(-nr_chunks // 8) else None
 
 
 def _all(metadata: ThinMetadata, identity: ThinIdentity, size: int, reason: str) -> Changes:
     """Return everything that is mapped."""
-    _, mapped = _scan(metadata, identity, since=0, size=size)
-    allocated = _extents(mapped, size)
+    found = _scan(metadata, identity, since=0, size=size)
+    allocated = found.changed
     return Changes(
         "compare",
         reason,
@@ -116,7 +119,7 @@ def _all(metadata: ThinMetadata, identity: ThinIdentity, size: int, reason: str)
         allocated=allocated,
         changed=allocated,
         discarded=ExtentList(),
-        mapped=mapped,
+        mapped=found.mapped,
     )
 
 
@@ -129,21 +132,21 @@ def _by_time(
     since: int,
     reason: str,
 ) -> Changes:
-    changed, mapped = _scan(metadata, identity, since=since, size=size)
-    allocated = _extents(mapped, size)
+    found = _scan(metadata, identity, since=since, size=size, remembered=remembered)
+    changed, discarded = found.changed, found.discarded
     if size != parent.size:
         # A pool knows no sizes: a volume that was shrunk and then grown shows its old mappings again, with
         # their old times. So all that is mapped from the parent's last chunk on counts as changed.
-        first = _first_resized(size, parent.size, mapped.unit)
-        changed = changed.union(allocated.intersect(ExtentList.of([(first, size - first)])))
+        first = _first_resized(size, parent.size, identity.chunk_size)
+        changed = changed.union(_mapped_in(found.mapped, first, size - first, size))
     return Changes(
         "thin-time",
         reason,
         inherits=True,
-        allocated=allocated,
+        allocated=changed.union(_near(found.mapped, discarded, size, parent.size)),
         changed=changed,
-        discarded=_discarded(remembered, mapped, size),
-        mapped=mapped,
+        discarded=discarded,
+        mapped=found.mapped,
     )
 
 
@@ -159,8 +162,6 @@ def _by_tree(
 
     None when that set cannot be right.
     """
-    from blocksnap._native import bitmap_update
-
     unit = identity.chunk_size
     nr_chunks = -(-size // unit)
     changed, discarded = metadata.compare(decision.base.thin_id, identity.snapshot_id, nr_chunks=nr_chunks)
@@ -169,10 +170,8 @@ def _by_tree(
         first = _first_resized(size, parent.size, unit) // unit
         changed = changed.union(metadata.mapped(identity.snapshot_id, first, nr_chunks))
     _require_same(metadata, identity)
-    mapped = MappedSet(
-        unit, bitmap_update(remembered.bitmap, nr_chunks, unit, changed.packed, discarded.packed)
-    )
-    if int.from_bytes(mapped.bitmap, "little").bit_count() > identity.snapshot_mapped:
+    mapped = remembered.updated(nr_chunks, changed, discarded)
+    if mapped.mapped_units() > identity.snapshot_mapped:
         return None
     changed, discarded = changed.clip(size), discarded.clip(size)
     return Changes(
@@ -186,13 +185,42 @@ def _by_tree(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a walk of all mappings told."""
+
+    changed: ExtentList
+    discarded: ExtentList
+    mapped: MappedSet
+
+
 def _scan(
-    metadata: ThinMetadata, identity: ThinIdentity, *, since: int, size: int
-) -> tuple[ExtentList, MappedSet]:
-    nr_chunks = -(-size // identity.chunk_size)
-    changed, bitmap = metadata.scan(identity.snapshot_id, since=since, nr_chunks=nr_chunks)
+    metadata: ThinMetadata,
+    identity: ThinIdentity,
+    *,
+    since: int,
+    size: int,
+    remembered: MappedSet | None = None,
+) -> _Found:
+    """Walk all mappings, window by window, and compare with what is remembered."""
+    from blocksnap._native import bitmap_extents, bitmap_subtract
+
+    unit = identity.chunk_size
+    nr_chunks = -(-size // unit)
+    before = remembered or MappedSet(unit, 0)
+    changed = discarded = ExtentList()
+    pages: dict[int, bytes] = {}
+    for window in metadata.scan(identity.snapshot_id, since=since, nr_chunks=nr_chunks):
+        at = window.first_chunk // 8
+        gone = bitmap_subtract(before.read(at, len(window.bitmap)), window.bitmap)
+        changed = changed.union(window.changed)
+        discarded = discarded.union(ExtentList(bitmap_extents(gone, unit, window.first_chunk)))
+        windows_pages = cut(window.bitmap, at // PAGE_BYTES)
+        pages |= {number: page for number, page in windows_pages if page != before.page(number)}
     _require_same(metadata, identity)
-    return changed.clip(size), MappedSet(identity.chunk_size, bitmap)
+    mapped = MappedSet(unit, -(-nr_chunks // 8), remembered.page if remembered else None, pages)
+    # A parent of a larger size remembers chunks that are now beyond the end.
+    return _Found(changed.clip(size), discarded.clip(size), mapped)
 
 
 def _require_same(metadata: ThinMetadata, identity: ThinIdentity) -> None:
@@ -209,20 +237,6 @@ def _require_same(metadata: ThinMetadata, identity: ThinIdentity) -> None:
         )
 
 
-def _extents(mapped: MappedSet, size: int) -> ExtentList:
-    from blocksnap._native import bitmap_extents
-
-    return ExtentList(bitmap_extents(mapped.bitmap, mapped.unit)).clip(size)
-
-
-def _discarded(remembered: MappedSet, mapped: MappedSet, size: int) -> ExtentList:
-    from blocksnap._native import bitmap_subtract
-
-    gone = bitmap_subtract(remembered.bitmap, mapped.bitmap)
-    # A parent of a larger size remembers chunks that are now beyond the end.
-    return _extents(MappedSet(mapped.unit, gone), size)
-
-
 def _first_resized(size: int, parent_size: int, unit: int) -> int:
     """Return where the chunk begins that a change of size cuts or fills up."""
     return min(size - 1, parent_size) // unit * unit if size else 0
@@ -231,14 +245,9 @@ def _first_resized(size: int, parent_size: int, unit: int) -> int:
 def _near(mapped: MappedSet, discarded: ExtentList, size: int, parent_size: int) -> ExtentList:
     """Return what is mapped in the neighbourhood of what was discarded and of the ends."""
     windows = neighbourhood(discarded, size=size, parent_size=parent_size)
-    return ExtentList.of(pair for window in windows.pairs() for pair in _mapped_in(mapped, *window, size))
+    # They are sorted, and do not touch.
+    return ExtentList(b"".join(_mapped_in(mapped, *window, size).packed for window in windows.pairs()))
 
 
-def _mapped_in(mapped: MappedSet, offset: int, length: int, size: int) -> list[tuple[int, int]]:
-    from blocksnap._native import bitmap_extents
-
-    first = offset // mapped.unit // 8
-    last = -(-(offset + length) // mapped.unit) // 8 + 1
-    begin = first * 8 * mapped.unit
-    found = ExtentList(bitmap_extents(mapped.bitmap[first:last], mapped.unit))
-    return [(begin + at, min(length, size - begin - at)) for at, length in found.pairs() if begin + at < size]
+def _mapped_in(mapped: MappedSet, offset: int, length: int, size: int) -> ExtentList:
+    return mapped.extents(offset, length).intersect(ExtentList.of([(offset, length)])).clip(size)

@@ -10,7 +10,7 @@ has a way to.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +22,8 @@ _ATTEMPTS = 5
 _PAUSE_SECONDS = 0.2
 _NEEDS_CHECK = 1
 _Answer = TypeVar("_Answer")
+WINDOW_CHUNKS = 1 << 24
+"""A bitmap of 2 MiB: 1 TiB at 64 KiB a chunk. Memory is that of a window, however large the volume."""
 
 
 class PoolBusyError(VolumeError):
@@ -80,6 +82,22 @@ class DeviceFacts:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ScannedWindow:
+    """Part of a device: where it begins, what of it changed (in bytes), and a bitmap of its mapped chunks."""
+
+    first_chunk: int
+    changed: ExtentList
+    bitmap: bytes
+
+
+def scan_windows(nr_chunks: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut a device in windows: the first chunk of each, how many it has, and whether there are more."""
+    for first in range(0, max(nr_chunks, 1), WINDOW_CHUNKS):
+        count = min(WINDOW_CHUNKS, nr_chunks - first)
+        yield first, count, first + count < nr_chunks
+
+
 class ThinMetadata:
     """The metadata device of a pool, opened by the caller with O_DIRECT.
 
@@ -95,19 +113,23 @@ class ThinMetadata:
         """Return what identifies one device; raises NoDeviceInPoolError."""
         return self._undisturbed(lambda held_root: self._look(thin_id, held_root))
 
-    def scan(self, thin_id: int, *, since: int, nr_chunks: int) -> tuple[ExtentList, bytes]:
-        """Return which chunks of a device are mapped since a pool time, and a bitmap of all mapped ones."""
+    def scan(self, thin_id: int, *, since: int, nr_chunks: int) -> Iterator[ScannedWindow]:
+        """Return what of a device is mapped, window by window, and what of that since a pool time."""
+        found = 0
+        for window in scan_windows(nr_chunks):
+            changed, bitmap, mappings, _ = self._scan_window(thin_id, since, window)
+            found += mappings
+            yield ScannedWindow(window[0], ExtentList(changed), bitmap)
+        mapped = self.facts(thin_id).mapped_chunks
+        if found != mapped:
+            raise DisturbedTreeError(f"{found} chunks in the tree and {mapped} in the device's details")
+
+    def _scan_window(
+        self, thin_id: int, since: int, window: tuple[int, int, bool]
+    ) -> tuple[bytes, bytes, int, int]:
         from blocksnap._native import thin_scan
 
-        def walk(held_root: int) -> tuple[ExtentList, bytes]:
-            changed, bitmap, _ = thin_scan(self._fd, thin_id, since, nr_chunks, held_root)
-            found = int.from_bytes(bitmap, "little").bit_count()
-            mapped = self._look(thin_id, held_root).mapped_chunks
-            if found > mapped:
-                raise ValueError(f"{found} chunks in the tree and {mapped} in the device's details")
-            return ExtentList(changed), bitmap
-
-        return self._undisturbed(walk)
+        return self._undisturbed(lambda held_root: thin_scan(self._fd, thin_id, since, *window, held_root))
 
     def compare(self, base_id: int, thin_id: int, *, nr_chunks: int) -> tuple[ExtentList, ExtentList]:
         """Return the chunks that changed from one device to another, and those that only the first maps."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from blocksnap.errors import UsageError, VolumeError
 from blocksnap.extents.model import ExtentList
+from blocksnap.extents.thin_metadata import scan_windows
 
 _LIMIT = (1 << 64) - 1
 _BLOCK_SIZE = 4096
@@ -70,11 +71,13 @@ class ThinQuery:
         """Return what the device maps since a time of the pool; needs the volume's size."""
         from blocksnap._native import thin_scan
 
-        with _converted():
-            changed, _, nodes = thin_scan(
-                self._fd, self._device_id, since, self._end_chunk(), self._held_root
-            )
-        return ThinAnswer(ExtentList(changed), ExtentList(), nodes)
+        changed, nodes = ExtentList(), 0
+        for window in scan_windows(self._end_chunk()):
+            with _converted():
+                found, _, _, looked_at = thin_scan(self._fd, self._device_id, since, *window, self._held_root)
+            changed = changed.union(ExtentList(found))
+            nodes += looked_at
+        return ThinAnswer(changed, ExtentList(), nodes)
 
     def clip(self, extents: ExtentList) -> ExtentList:
         """Cut off what lies beyond the size of the volume."""

@@ -67,7 +67,41 @@ static void check_answer(const struct bs_thin_scan *scan, const struct bs_thin_s
         size_t runs = bs_bitmap_runs(scan->mapped, bytes);
         _cleanup_free_ uint8_t *packed = bs_alloc_zeroed(runs * 16);
 
-        if (!packed || bs_bitmap_extents(scan->mapped, bytes, result->view.superblock.chunk_size, packed) < 0)
+        if (!packed ||
+            bs_bitmap_extents(scan->mapped, bytes, 0, result->view.superblock.chunk_size, packed) < 0)
+                abort();
+}
+
+/* What is found in one go is found in two windows. */
+static void check_windows(const struct bs_reader *reader, const struct bs_thin_scan *whole,
+                          const struct bs_thin_scan_result *result)
+{
+        enum { HALF = CHUNKS / 16 * 8 };
+        const struct bs_interrupt never = {.check = NULL};
+        size_t bytes = (size_t)bs_bitmap_bytes(CHUNKS);
+        _cleanup_free_ uint8_t *mapped = bs_alloc_zeroed(bytes);
+        _cleanup_free_ uint8_t *changed = bs_alloc_zeroed(bytes);
+        struct bs_thin_scan scan = *whole;
+        struct bs_thin_scan_result parts[2];
+        struct bs_error error = {.call = NULL};
+
+        if (!mapped || !changed)
+                abort();
+        scan.mapped = mapped;
+        scan.changed = changed;
+        scan.nr_chunks = HALF;
+        scan.more = true;
+        if (bs_thin_scan(reader, &scan, &never, &error, &parts[0]) < 0)
+                abort();
+        scan.mapped += HALF / 8;
+        scan.changed += HALF / 8;
+        scan.first = HALF;
+        scan.nr_chunks = CHUNKS - HALF;
+        scan.more = false;
+        if (bs_thin_scan(reader, &scan, &never, &error, &parts[1]) < 0)
+                abort();
+        if (memcmp(mapped, whole->mapped, bytes) != 0 || memcmp(changed, whole->changed, bytes) != 0 ||
+            parts[0].mappings + parts[1].mappings != result->mappings)
                 abort();
 }
 
@@ -92,9 +126,10 @@ static void scan_device(const struct bs_reader *reader, uint64_t device_id, uint
 
         int status = bs_thin_scan(reader, &scan, &never, &error, &result);
 
-        if (status == 0)
+        if (status == 0) {
                 check_answer(&scan, &result, bytes);
-        else if (status == -EUCLEAN || status == -ERANGE ? !error.reason : status != -ENOKEY)
+                check_windows(reader, &scan, &result);
+        } else if (status == -EUCLEAN || status == -ERANGE ? !error.reason : status != -ENOKEY)
                 abort();
 }
 

@@ -93,7 +93,7 @@ PyObject *bs_new_bytes(uint64_t size, uint8_t **out)
         return bytes;
 }
 
-PyObject *bs_bytes_from_bitmap(const uint8_t *bitmap, uint64_t bytes, uint64_t unit)
+PyObject *bs_bytes_from_bitmap(const uint8_t *bitmap, uint64_t bytes, uint64_t first, uint64_t unit)
 {
         uint8_t *packed;
         size_t runs;
@@ -111,7 +111,7 @@ PyObject *bs_bytes_from_bitmap(const uint8_t *bitmap, uint64_t bytes, uint64_t u
         if (!extents)
                 return NULL;
         Py_BEGIN_ALLOW_THREADS
-                result = bs_bitmap_extents(bitmap, (size_t)bytes, unit, packed);
+                result = bs_bitmap_extents(bitmap, (size_t)bytes, first, unit, packed);
         Py_END_ALLOW_THREADS
         if (result < 0) {
                 PyErr_SetString(PyExc_OverflowError, "the bitmap covers more than 2^64 bytes");

@@ -55,7 +55,7 @@ int bs_to_u64(PyObject *object, void *out);
 PyObject *bs_new_bytes(uint64_t size, uint8_t **out);
 
 /* The set bits of a bitmap, or the extents of a list, packed. */
-PyObject *bs_bytes_from_bitmap(const uint8_t *bitmap, uint64_t bytes, uint64_t unit);
+PyObject *bs_bytes_from_bitmap(const uint8_t *bitmap, uint64_t bytes, uint64_t first, uint64_t unit);
 PyObject *bs_bytes_from_extents(const struct bs_extents *extents);
 
 /* Add the functions, and the constants, of one part of the core; 0, or -1 with an exception. */

@@ -8,14 +8,16 @@ static PyObject *bitmap_extents(PyObject *Py_UNUSED(module), PyObject *arguments
 {
         _cleanup_buffer_ Py_buffer bitmap = {.buf = NULL};
         uint64_t unit;
+        uint64_t first = 0;
 
-        if (!PyArg_ParseTuple(arguments, "y*O&:bitmap_extents", &bitmap, bs_to_u64, &unit))
+        if (!PyArg_ParseTuple(arguments, "y*O&|O&:bitmap_extents", &bitmap, bs_to_u64, &unit, bs_to_u64,
+                              &first))
                 return NULL;
         if (unit == 0) {
                 PyErr_SetString(PyExc_ValueError, "unit has to be positive");
                 return NULL;
         }
-        return bs_bytes_from_bitmap(bitmap.buf, (uint64_t)bitmap.len, unit);
+        return bs_bytes_from_bitmap(bitmap.buf, (uint64_t)bitmap.len, first, unit);
 }
 
 static PyObject *bitmap_subtract(PyObject *Py_UNUSED(module), PyObject *arguments)

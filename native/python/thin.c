@@ -64,11 +64,13 @@ static PyObject *thin_scan(PyObject *Py_UNUSED(module), PyObject *arguments)
         struct bs_python_scan scan;
         struct bs_thin_scan request = {.changed = NULL};
         struct bs_thin_scan_result found;
-        int fd;
+        int fd, more;
 
-        if (!PyArg_ParseTuple(arguments, "iO&O&O&O&:thin_scan", &fd, bs_to_u64, &request.device_id, bs_to_u64,
-                              &request.since, bs_to_u64, &request.nr_chunks, bs_to_u64, &request.held_root))
+        if (!PyArg_ParseTuple(arguments, "iO&O&O&O&pO&:thin_scan", &fd, bs_to_u64, &request.device_id,
+                              bs_to_u64, &request.since, bs_to_u64, &request.first, bs_to_u64,
+                              &request.nr_chunks, &more, bs_to_u64, &request.held_root))
                 return NULL;
+        request.more = more != 0;
 
         uint64_t bytes = bs_bitmap_bytes(request.nr_chunks);
         _cleanup_object_ PyObject *mapped = bs_new_bytes(bytes, &request.mapped);
@@ -84,12 +86,13 @@ static PyObject *thin_scan(PyObject *Py_UNUSED(module), PyObject *arguments)
         if (result < 0)
                 return bs_raise(result, &scan.error, THIN_METADATA, request.device_id);
 
-        _cleanup_object_ PyObject *extents = bs_bytes_from_bitmap(changed ? changed : request.mapped, bytes,
-                                                                  found.view.superblock.chunk_size);
+        _cleanup_object_ PyObject *extents = bs_bytes_from_bitmap(
+                changed ? changed : request.mapped, bytes, request.first, found.view.superblock.chunk_size);
 
         if (!extents)
                 return NULL;
-        return Py_BuildValue("(OOK)", extents, mapped, (unsigned long long)found.nodes);
+        return Py_BuildValue("(OOKK)", extents, mapped, (unsigned long long)found.mappings,
+                             (unsigned long long)found.nodes);
 }
 
 /* The part of thin_diff without the GIL. */

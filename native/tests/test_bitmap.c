@@ -26,7 +26,7 @@ static void check_extents(const uint8_t *bitmap, size_t bytes)
         _cleanup_free_ uint8_t *wanted = bs_alloc_zeroed(runs * BS_PACKED_EXTENT_SIZE);
 
         CHECK(packed && wanted);
-        CHECK_EQUAL(bs_bitmap_extents(bitmap, bytes, 4096, packed), 0);
+        CHECK_EQUAL(bs_bitmap_extents(bitmap, bytes, 0, 4096, packed), 0);
         bs_extents_pack(&expected, wanted);
         CHECK(memcmp(packed, wanted, runs * BS_PACKED_EXTENT_SIZE) == 0);
 }
@@ -69,8 +69,11 @@ static void test_extents_refuse_what_does_not_fit(void)
         uint8_t bitmap[2] = {0, 0x80};
         uint8_t packed[BS_PACKED_EXTENT_SIZE];
 
-        CHECK_EQUAL(bs_bitmap_extents(bitmap, 2, UINT64_MAX / 16, packed), 0);
-        CHECK_EQUAL(bs_bitmap_extents(bitmap, 2, UINT64_MAX / 16 + 1, packed), -EOVERFLOW);
+        CHECK_EQUAL(bs_bitmap_extents(bitmap, 2, 0, UINT64_MAX / 16, packed), 0);
+        CHECK_EQUAL(bs_bitmap_extents(bitmap, 2, 0, UINT64_MAX / 16 + 1, packed), -EOVERFLOW);
+        CHECK_EQUAL(bs_bitmap_extents(bitmap, 2, 16, UINT64_MAX / 16, packed), -EOVERFLOW);
+        CHECK_EQUAL(bs_bitmap_extents(bitmap, 2, UINT64_MAX - 15, 1, packed), -EOVERFLOW);
+        CHECK_EQUAL(bs_bitmap_extents(bitmap, 2, UINT64_MAX - 16, 1, packed), 0);
 }
 
 static void test_subtract(void)

@@ -274,8 +274,8 @@ struct script {
         int asked;
         int result;
         uint32_t mapped;
-        struct fiemap last;
         struct fiemap_extent record;
+        struct fiemap last; /* ends in an array, so it is last here too */
 };
 
 static int follow(void *context, struct fiemap *request)

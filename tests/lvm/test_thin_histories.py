@@ -39,7 +39,7 @@ def _check(pool: DmPool, first: int, second: int) -> None:
     try:
         older, newer = (_native.thin_device(fd, each, 0) for each in (first, second))
         found = diff(fd, first, second)
-        since, bitmap, _ = _native.thin_scan(fd, second, older[11], pool.nr_chunks, 0)
+        since, bitmap, _, _ = _native.thin_scan(fd, second, older[11], 0, pool.nr_chunks, False, 0)
     finally:
         os.close(fd)
     with holding(pool.name):

@@ -156,7 +156,7 @@ def never_still(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return wrapped
 
-    for name, at in (("thin_device", 2), ("thin_scan", 4), ("thin_diff", 5)):
+    for name, at in (("thin_device", 2), ("thin_scan", 6), ("thin_diff", 5)):
         monkeypatch.setattr(_native, name, lookup(getattr(_native, name), at))
     monkeypatch.setattr(thin_hold, "_PAUSE_SECONDS", 0.01)
     return asked
@@ -262,9 +262,8 @@ def test_the_live_and_the_held_tree_give_the_same(pool: ThinPool, volume: str, s
             facts: DeviceFacts = live.facts(device)
             with holding(tpool(pool)) as held:
                 assert _native.thin_device(fd, device, held)[8:] == _native.thin_device(fd, device, 0)[8:]
-                assert _native.thin_scan(fd, device, 0, size, held) == _native.thin_scan(
-                    fd, device, 0, size, 0
-                )
+                everything = (fd, device, 0, 0, size, False)
+                assert _native.thin_scan(*everything, held) == _native.thin_scan(*everything, 0)
                 with pytest.raises(ValueError, match="does not hold"):
                     _native.thin_device(fd, device, held + 1)
             assert facts.is_same_tree(live.facts(device))

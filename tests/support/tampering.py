@@ -13,7 +13,7 @@ from blocksnap.backends.base import Backend, Buffer, ObjectInfo, ObjectWriter
 from blocksnap.backends.errors import ObjectExistsError, ObjectMissingError
 from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import BlocksnapError
-from blocksnap.extents.changes import MappedSet
+from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.operations.backup import back_up
 from blocksnap.operations.catalogue import find_backup, map_root
 from blocksnap.operations.mapped import load_mapped, store_mapped
@@ -110,7 +110,7 @@ class Scene:
 
     objects: dict[str, bytes]
     contents: dict[str, bytes]
-    mapped: dict[str, MappedSet]
+    mapped: dict[str, bytes]
     trusted: Repository
     """Opened before anybody touched it: its keys spare the time to derive them."""
 
@@ -163,13 +163,13 @@ def make_scene(folder: Path, *, encrypted: bool) -> Scene:
             file.seek(CHUNK)
             file.write(b"changed")
     repository = open_repository(place)
-    mapped = MappedSet(65536, b"\x01" + bytes(5000) + b"\x80")
+    bitmap = b"\x01" + bytes(5000) + b"\x80"
     newest = repository.backups()[-1]
-    id_ = _store_with_mapped(repository, newest, mapped)
+    id_ = _store_with_mapped(repository, newest, MappedSet.of(65536, bitmap))
     contents[id_] = contents[newest.backup.id]
     backend = LocalBackend(str(place))
     objects = {info.name: backend.read(info.name) for info in backend.list("")}
-    return Scene(dict(sorted(objects.items())), contents, {id_: mapped}, open_repository(place))
+    return Scene(dict(sorted(objects.items())), contents, {id_: bitmap}, open_repository(place))
 
 
 def _store_with_mapped(repository: Repository, newest: StoredBackup, mapped: MappedSet) -> str:
@@ -229,5 +229,6 @@ def _restore(repository: Repository, id_: str) -> bytes:
     return out.getvalue()
 
 
-def _mapped(repository: Repository, id_: str) -> MappedSet | None:
-    return load_mapped(repository, find_backup(repository, id_).backup.mapped)
+def _mapped(repository: Repository, id_: str) -> bytes | None:
+    found = load_mapped(repository, find_backup(repository, id_).backup.mapped)
+    return found.read(0, found.length) if found else None

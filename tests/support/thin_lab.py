@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from blocksnap.controller.session import SnapshotSession
-from blocksnap.extents.changes import BaseDecision, Changes, MappedSet, Parent
+from blocksnap.extents.changes import BaseDecision, Changes, Parent
+from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.extents.model import ExtentList
 from blocksnap.volumes.base import Snapshot, Volume
 from blocksnap.volumes.resolve import resolve_volume

@@ -22,7 +22,7 @@ from typing import Any
 from blake3 import blake3
 
 from blocksnap.backends.local import LocalBackend
-from blocksnap.extents.changes import MappedSet
+from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.operations.catalogue import root_document
 from blocksnap.operations.mapped import store_mapped
 from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapWriter
@@ -56,7 +56,7 @@ TEXT = (b"The quick brown fox jumps over the lazy dog.\n" * 400)[:CHUNK]
 HOLES = 70
 """So many that the map has two levels."""
 TAIL = bytes(blake3(b"not compressible").digest(length=99))
-MAPPED = MappedSet(65536, b"\x03" + bytes(4096) + b"\x80")
+MAPPED = MappedSet.of(65536, b"\x03" + bytes(4096) + b"\x80")
 MOST_HEX = 1000
 PASSPHRASES = {role: f"correct {role}".encode() for role in Role if role is not Role.ADMIN}
 """Of the other keys; that of the admin's is what the tests use everywhere."""
@@ -138,7 +138,7 @@ def describe(place: Path) -> dict[str, Any]:
     return {
         "keys": {**secrets, "index_key": repository.keys.index_key.hex()},
         "content": blake3(content()).hexdigest(),
-        "mapped": {"unit": MAPPED.unit, "bitmap": blake3(MAPPED.bitmap).hexdigest()},
+        "mapped": {"unit": MAPPED.unit, "bitmap": blake3(MAPPED.read(0, MAPPED.length)).hexdigest()},
         "objects": {name: describe_object(repository, name, backend.read(name)) for name in names},
     }
 

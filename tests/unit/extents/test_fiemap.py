@@ -11,8 +11,9 @@ import pytest
 
 from blocksnap.errors import VolumeError
 from blocksnap.extents import fiemap
-from blocksnap.extents.changes import Binding, MappedSet, Parent
+from blocksnap.extents.changes import Binding, Parent
 from blocksnap.extents.fiemap import CloneIdentity, doubt_about_base, find_fiemap_changes
+from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.extents.model import ExtentList
 from blocksnap.system.xfs import NotXfsError, XfsFile, look_at
 

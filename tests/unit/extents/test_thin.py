@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from blocksnap.errors import VolumeError
 from blocksnap.extents import thin, thin_metadata
-from blocksnap.extents.changes import MappedSet, Parent
+from blocksnap.extents.changes import Parent
+from blocksnap.extents.mapped_set import PAGE_BYTES, UNITS_PER_PAGE, MappedSet
 from blocksnap.extents.model import ExtentList
 from blocksnap.extents.thin_identity import (
     BaseSnapshot,
@@ -269,15 +270,16 @@ class Pool:
         return (15, 30, 0, 0, UNIT, 2048, 1, 2, self.root, len(self.mappings), 29, self.created)
 
     def thin_scan(
-        self, _fd: int, device: int, since: int, nr_chunks: int, _held: int
-    ) -> tuple[bytes, bytes, int]:
+        self, _fd: int, device: int, since: int, first: int, nr_chunks: int, more: bool, _held: int
+    ) -> tuple[bytes, bytes, int, int]:
         if self.trouble:
             raise self.trouble.pop()
         assert device == CURRENT.snapshot_id
-        below = {chunk: time for chunk, time in self.mappings.items() if chunk < nr_chunks}
-        changed = ExtentList.of((chunk * UNIT, UNIT) for chunk, time in below.items() if time >= since)
-        bitmap = sum(1 << chunk for chunk in below).to_bytes(-(-nr_chunks // 8), "little")
-        return changed.packed, bitmap, 3
+        beyond = {chunk for chunk in self.mappings if chunk >= first + nr_chunks}
+        window = {c: time for c, time in self.mappings.items() if c >= first and c not in beyond}
+        changed = ExtentList.of((chunk * UNIT, UNIT) for chunk, time in window.items() if time >= since)
+        bitmap = sum(1 << chunk - first for chunk in window).to_bytes(-(-nr_chunks // 8), "little")
+        return changed.packed, bitmap, len(window) + (0 if more else len(beyond)), 3
 
 
 def bits(*chunks: int, count: int = 16) -> bytes:
@@ -289,8 +291,12 @@ def parent(*mapped: int, size: int = 16 * UNIT, identity: ThinIdentity = PARENT)
         size,
         identity.to_binding(),
         known_here=True,
-        load_mapped=lambda: MappedSet(UNIT, bits(*mapped, count=-(-size // UNIT))),
+        load_mapped=lambda: MappedSet.of(UNIT, bits(*mapped, count=-(-size // UNIT))),
     )
+
+
+def whole(mapped: MappedSet) -> tuple[int, bytes]:
+    return mapped.unit, mapped.read(0, mapped.length)
 
 
 def chunks(*numbers: int) -> ExtentList:
@@ -319,7 +325,7 @@ def test_first_backup_reads_what_is_mapped(use: Any) -> None:
     changes = find(16 * UNIT, None)
     assert (changes.method, changes.inherits) == ("compare", False)
     assert changes.allocated == changes.changed == chunks(0, 1, 9)
-    assert changes.mapped == MappedSet(UNIT, bits(0, 1, 9))
+    assert whole(changes.mapped) == (UNIT, bits(0, 1, 9))
 
 
 def test_increment_reads_what_was_mapped_since_and_drops_what_is_gone(use: Any) -> None:
@@ -354,9 +360,29 @@ def test_shrinking_drops_what_is_beyond_the_end(use: Any) -> None:
     assert changes.changed == ExtentList.of([(3 * UNIT, 512)])
 
 
+def test_memory_is_of_what_changed(use: Any) -> None:
+    """A volume of a thousand pages, all mapped, of which one is written and one discarded."""
+    span, fetched = UNITS_PER_PAGE, []
+
+    def page(number: int) -> bytes:
+        fetched.append(number)
+        return b"\x01" + bytes(PAGE_BYTES - 1)
+
+    remembered = MappedSet(UNIT, 1000 * PAGE_BYTES, page)
+    before = Parent(1000 * span * UNIT, PARENT.to_binding(), known_here=True, load_mapped=lambda: remembered)
+    use(Pool({number * span: 3 for number in range(1000) if number != 77} | {500 * span + 9: 14}))
+    changes = find(1000 * span * UNIT, before)
+    assert changes.changed == chunks(500 * span + 9)
+    assert changes.discarded == chunks(77 * span)
+    assert set(changes.mapped.pages) == {77, 500}
+    assert set(fetched) == set(range(1000))
+    # Where a chunk of the repository may have lost all that it had, and at the end, which is no whole page.
+    assert changes.allocated == chunks(500 * span + 9)
+
+
 def test_forgotten_or_unfitting_mapped_sets_compare(use: Any) -> None:
     use(Pool({0: 1}))
-    for mapped in (None, MappedSet(UNIT * 2, bits(0)), MappedSet(UNIT, b"")):
+    for mapped in (None, MappedSet.of(UNIT * 2, bits(0)), MappedSet.of(UNIT, b"")):
         changes = find(
             16 * UNIT,
             Parent(16 * UNIT, PARENT.to_binding(), known_here=True, load_mapped=lambda mapped=mapped: mapped),
@@ -440,22 +466,32 @@ def test_more_mappings_than_the_pool_counts_are_an_error(use: Any, monkeypatch: 
     after=st.dictionaries(st.integers(0, 40), st.integers(10, 15), max_size=30),
     discarded=st.sets(st.integers(0, 40), max_size=10),
     sizes=st.tuples(st.integers(1, 40 * UNIT), st.integers(1, 40 * UNIT)),
+    stride=st.sampled_from([1, 8191]),
 )
 def test_nothing_is_missed(
-    before: dict[int, int], after: dict[int, int], discarded: set[int], sizes: tuple[int, int]
+    before: dict[int, int], after: dict[int, int], discarded: set[int], sizes: tuple[int, int], stride: int
 ) -> None:
-    """What is neither changed nor discarded had the same mapping at the parent, within its size."""
+    """What is neither changed nor discarded had the same mapping at the parent, within its size.
+
+    With the long stride a volume has several windows and more pages.
+    """
     from unittest.mock import patch
 
     from blocksnap import _native
 
-    then, now = sizes
-    mappings = {chunk: time for chunk, time in {**before, **after}.items() if chunk not in discarded}
+    then, now = (size * stride for size in sizes)
+    before = {chunk * stride: time for chunk, time in before.items()}
+    mappings = {
+        chunk: time
+        for chunk, time in {**before, **{c * stride: time for c, time in after.items()}}.items()
+        if chunk // stride not in discarded
+    }
     pool = Pool(mappings)
     remembered = parent(*(chunk for chunk in before if chunk < -(-then // UNIT)), size=then)
     with (
         patch.object(_native, "thin_device", pool.thin_device),
         patch.object(_native, "thin_scan", pool.thin_scan),
+        patch.object(thin_metadata, "WINDOW_CHUNKS", UNITS_PER_PAGE),
     ):
         changes = find(now, remembered)
     assert changes.inherits
@@ -463,7 +499,12 @@ def test_nothing_is_missed(
     for extent in (*touched, *changes.allocated):
         assert extent.end <= now
     assert not changes.changed.intersect(changes.discarded)
-    for chunk in range(-(-now // UNIT)):
+    assert changes.mapped
+    assert whole(changes.mapped) == (
+        UNIT,
+        bits(*(chunk for chunk in mappings if chunk * UNIT < now), count=-(-now // UNIT)),
+    )
+    for chunk in {chunk for chunk in {*before, *mappings} if chunk * UNIT < now}:
         begin, end = chunk * UNIT, min((chunk + 1) * UNIT, now)
         if touched.intersect(ExtentList.of([(begin, end - begin)])):
             continue
@@ -527,6 +568,6 @@ def test_trees_give_what_a_comparison_of_the_mappings_gives(
     gone = {chunk for chunk in before if chunk * UNIT < now and chunk not in after}
     assert changes.changed == chunks(*expected).clip(now)
     assert changes.discarded == chunks(*gone).clip(now)
-    assert changes.mapped == MappedSet(UNIT, bits(*mapped, count=-(-now // UNIT)))
+    assert whole(changes.mapped) == (UNIT, bits(*mapped, count=-(-now // UNIT)))
     # So small a volume is all neighbourhood, if there is anything in it that asks.
     assert changes.allocated == chunks(*mapped).clip(now)

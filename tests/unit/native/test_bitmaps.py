@@ -58,6 +58,9 @@ def test_update_is_what_it_says(
 
 def test_a_bitmap_beyond_64_bits_of_bytes() -> None:
     assert len(_native.bitmap_extents(b"\x80", 1 << 60)) == 16
+    assert list(ExtentList(_native.bitmap_extents(b"\x80", 5, 100)).pairs()) == [(535, 5)]
+    with pytest.raises(OverflowError):
+        _native.bitmap_extents(b"\x80", 1, (1 << 64) - 7)
     with pytest.raises(OverflowError):
         _native.bitmap_extents(b"\x80", 1 << 61)
 

@@ -65,12 +65,12 @@ LOOPS: dict[str, list[Callable[[int], object]]] = {
         lambda _: fails(OSError, lambda: _native.thin_device(-1, 1, 0)),
     ],
     "thin_scan": [
-        lambda fd: _native.thin_scan(fd, 1, 0, 5000, 0),
-        lambda fd: _native.thin_scan(fd, 1, 2, 5000, 0),
-        lambda fd: fails(ValueError, lambda: _native.thin_scan(fd, 1, 9, 5000, 0)),
-        lambda fd: fails(KeyError, lambda: _native.thin_scan(fd, 2, 1, 5000, 0)),
-        lambda _: fails(OSError, lambda: _native.thin_scan(-1, 1, 1, 5000, 0)),
-        lambda fd: fails(OverflowError, lambda: _native.thin_scan(fd, 1, 1, -1, 0)),
+        lambda fd: _native.thin_scan(fd, 1, 0, 0, 5000, False, 0),
+        lambda fd: _native.thin_scan(fd, 1, 2, 0, 5000, False, 0),
+        lambda fd: fails(ValueError, lambda: _native.thin_scan(fd, 1, 9, 0, 5000, False, 0)),
+        lambda fd: fails(KeyError, lambda: _native.thin_scan(fd, 2, 1, 0, 5000, False, 0)),
+        lambda _: fails(OSError, lambda: _native.thin_scan(-1, 1, 1, 0, 5000, False, 0)),
+        lambda fd: fails(OverflowError, lambda: _native.thin_scan(fd, 1, 1, 0, -1, False, 0)),
     ],
     "thin_diff": [
         lambda fd: _native.thin_diff(fd, 1, 3, 0, 5000, 0),
@@ -199,7 +199,7 @@ def test_no_reference_is_lost(image: int) -> None:
     for _ in range(100):
         _native.bitmap_extents(bitmap, number)
         _native.bitmap_subtract(bitmap, bitmap)
-        fails(ValueError, lambda: _native.thin_scan(image, 1, number, number, 0))
+        fails(ValueError, lambda: _native.thin_scan(image, 1, number, 0, number, False, 0))
     assert (sys.getrefcount(bitmap), sys.getrefcount(number)) == before
 
 
@@ -226,11 +226,11 @@ def test_retain_memory_refuses_nonsense() -> None:
 
 
 def test_scans_run_in_threads(image: int) -> None:
-    expected = _native.thin_scan(image, 1, 2, 5000, 0)
+    expected = _native.thin_scan(image, 1, 2, 0, 5000, False, 0)
     answers: list[object] = []
 
     def work() -> None:
-        answers.extend(_native.thin_scan(image, 1, 2, 5000, 0) == expected for _ in range(50))
+        answers.extend(_native.thin_scan(image, 1, 2, 0, 5000, False, 0) == expected for _ in range(50))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -151,7 +151,7 @@ def check_pair(fd: int, pool: Pool, base: Taken, device: Taken, end: int) -> Non
 def check_by_time(fd: int, pool: Pool, base: Taken, device: Taken) -> None:
     """With nothing but the time and the mapped chunks of a snapshot, perhaps long gone, the same holds."""
     mappings = pool.mappings(device.device_id)
-    packed, mapped, _ = _native.thin_scan(fd, device.device_id, base.time, 1 << 16, 0)
+    packed, mapped, _, _ = _native.thin_scan(fd, device.device_id, base.time, 0, 1 << 16, False, 0)
     assert chunks_of(packed) == thin_model.changed_by_time(mappings, base.time)
     assert chunks_of(_native.bitmap_extents(mapped, CHUNK_SIZE)) == set(mappings)
     gone = thin_model.discarded(base.content, mappings)

@@ -52,8 +52,24 @@ def expected(pool: Pool, device_id: int, since: int, nr_chunks: int) -> tuple[Ex
 
 def check_against_model(path: Path, pool: Pool, device_id: int, since: int, nr_chunks: int) -> None:
     with opened(path) as fd:
-        changed, mapped, nodes = _native.thin_scan(fd, device_id, since, nr_chunks, 0)
+        changed, mapped, _, nodes = _native.thin_scan(fd, device_id, since, 0, nr_chunks, False, 0)
     assert (ExtentList(changed), mapped, nodes) == expected(pool, device_id, since, nr_chunks)
+
+
+def check_windows(path: Path, pool: Pool, device_id: int, since: int, windows: list[int]) -> None:
+    """Windows beside one another hold together what one does, and their mappings add up."""
+    all_changed, everything, found, first = ExtentList(), 0, 0, 0
+    with opened(path) as fd:
+        for number, count in enumerate(windows, 1):
+            more = number < len(windows)
+            changed, mapped, mappings, _ = _native.thin_scan(fd, device_id, since, first, count, more, 0)
+            all_changed = all_changed.union(ExtentList(changed))
+            everything |= int.from_bytes(mapped, "little") << first
+            found += mappings
+            first += count
+    wanted, bitmap, _ = expected(pool, device_id, since, first)
+    assert (all_changed, everything) == (wanted, int.from_bytes(bitmap, "little"))
+    assert found == pool.devices()[device_id].mapped_blocks
 
 
 @st.composite
@@ -75,15 +91,22 @@ def device_runs(draw: st.DrawFn) -> list[Run]:
     chunk_size=st.sampled_from([65536, 196608, 1 << 30]),
     since=st.integers(0, POOL_TIME),
     nr_chunks=st.integers(0, 6000),
+    windows=st.lists(st.integers(1, 2000), min_size=1, max_size=5),
 )
 def test_any_mappings_equal_the_model(
-    tmp_path: Path, devices: dict[int, list[Run]], chunk_size: int, since: int, nr_chunks: int
+    tmp_path: Path,
+    devices: dict[int, list[Run]],
+    chunk_size: int,
+    since: int,
+    nr_chunks: int,
+    windows: list[int],
 ) -> None:
     image = tmp_path / "meta"
     pool = restore(image, devices, time=POOL_TIME, chunk_size=chunk_size)
     for device_id, runs in devices.items():
         assert len(pool.mappings(device_id)) == sum(run.length for run in runs)
         check_against_model(image, pool, device_id, since, nr_chunks)
+        check_windows(image, pool, device_id, since, windows)
 
 
 def many_devices(path: Path, count: int) -> Pool:
@@ -121,7 +144,7 @@ def test_a_device_that_is_not_there(tmp_path: Path, device_id: int) -> None:
             _native.thin_device(fd, device_id, 0)
         assert caught.value.args == (device_id,)
         with pytest.raises(KeyError):
-            _native.thin_scan(fd, device_id, 0, 8, 0)
+            _native.thin_scan(fd, device_id, 0, 0, 8, False, 0)
 
 
 def small_pool(path: Path) -> Pool:
@@ -133,24 +156,24 @@ def test_direct_io_gives_the_same(tmp_path: Path) -> None:
     image = tmp_path / "meta"
     small_pool(image)
     with opened(image) as fd:
-        buffered = _native.thin_scan(fd, 1, 2, 600, 0)
+        buffered = _native.thin_scan(fd, 1, 2, 0, 600, False, 0)
     try:
         fd = os.open(image, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         require("direct-io", available=False, reason="the filesystem of the temporary folder has no O_DIRECT")
     try:
-        assert _native.thin_scan(fd, 1, 2, 600, 0) == buffered
+        assert _native.thin_scan(fd, 1, 2, 0, 600, False, 0) == buffered
     finally:
         os.close(fd)
 
 
-Answer = tuple[bytes, bytes, int] | str
+Answer = tuple[bytes, bytes, int, int] | str
 
 
 def answer_or_refusal(path: Path, device_id: int) -> Answer:
     with opened(path) as fd:
         try:
-            return _native.thin_scan(fd, device_id, 2, 600, 0)
+            return _native.thin_scan(fd, device_id, 2, 0, 600, False, 0)
         except ValueError as error:
             return str(error)
         except KeyError:
@@ -267,7 +290,7 @@ def test_since_must_be_of_this_pool(tmp_path: Path) -> None:
     with opened(image) as fd:
         for since in (4, 1 << 24, (1 << 64) - 1):
             with pytest.raises(ValueError, match="not the same pool"):
-                _native.thin_scan(fd, 1, since, 600, 0)
+                _native.thin_scan(fd, 1, since, 0, 600, False, 0)
 
 
 def test_times_of_24_bits(tmp_path: Path) -> None:
@@ -277,7 +300,7 @@ def test_times_of_24_bits(tmp_path: Path) -> None:
     check_against_model(image, pool, 1, last, 16)
     write_patched(image, pool, 0, offset=44, layout="<I", value=last + 1)
     with opened(image) as fd, pytest.raises(ValueError, match="outgrown"):
-        _native.thin_scan(fd, 1, last, 16, 0)
+        _native.thin_scan(fd, 1, last, 0, 16, False, 0)
 
 
 def test_mapped_blocks_must_be_as_many_as_found(tmp_path: Path) -> None:
@@ -292,7 +315,7 @@ Call = Callable[[int], object]
 
 @pytest.mark.parametrize(
     "call",
-    [lambda fd: _native.thin_device(fd, 1, 0), lambda fd: _native.thin_scan(fd, 1, 0, 8, 0)],
+    [lambda fd: _native.thin_device(fd, 1, 0), lambda fd: _native.thin_scan(fd, 1, 0, 0, 8, False, 0)],
     ids=["thin_device", "thin_scan"],
 )
 def test_errors_name_the_call(tmp_path: Path, call: Call) -> None:
@@ -314,13 +337,20 @@ def test_impossible_arguments(tmp_path: Path) -> None:
     image = tmp_path / "meta"
     small_pool(image)
     with opened(image) as fd:
-        for arguments in [(-1, 0, 8), (1, -1, 8), (1, 0, -1), (1 << 64, 0, 8), (1, 0, 1 << 64)]:
-            with pytest.raises(OverflowError):
-                _native.thin_scan(fd, *arguments, 0)
+        for place in range(4):
+            for number in (-1, 1 << 64):
+                arguments = [1, 0, 0, 8]
+                arguments[place] = number
+                with pytest.raises(OverflowError):
+                    _native.thin_scan(fd, *arguments, False, 0)
+        with pytest.raises(ValueError, match="a window of no chunks"):
+            _native.thin_scan(fd, 1, 0, 8, 0, True, 0)
+        with pytest.raises(ValueError, match="the volume is larger than"):
+            _native.thin_scan(fd, 1, 0, (1 << 64) - 8, 8, True, 0)
         with pytest.raises(TypeError):
-            _native.thin_scan(fd, "1", 0, 8, 0)  # type: ignore[arg-type]
+            _native.thin_scan(fd, "1", 0, 0, 8, False, 0)  # type: ignore[arg-type]
         with pytest.raises(MemoryError):
-            _native.thin_scan(fd, 1, 0, (1 << 64) - 1, 0)
+            _native.thin_scan(fd, 1, 0, 0, (1 << 64) - 1, False, 0)
 
 
 def test_the_model_knows_crc32c() -> None:

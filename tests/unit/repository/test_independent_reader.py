@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.extents.changes import MappedSet
+from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.operations.mapped import load_mapped, store_mapped
 from blocksnap.repository.documents import Document
 from support import independent_reader
@@ -173,13 +173,15 @@ def test_mapped_sets(tmp_path: Path, length: int, *, encrypted: bool) -> None:
     bitmap = bytearray(length)
     for at in range(0, length, 4096 * 3):
         bitmap[at] = 0x80
-    mapped = MappedSet(65536, bytes(bitmap))
+    mapped = MappedSet.of(65536, bytes(bitmap))
     with open_writer(repository) as writer:
         stored = store_mapped(repository, writer, mapped, None)
         writer.flush()
-    assert load_mapped(open_repository(tmp_path / "r"), stored) == mapped
+    loaded = load_mapped(open_repository(tmp_path / "r"), stored)
+    assert loaded
+    assert (loaded.unit, loaded.read(0, loaded.length)) == (65536, bytes(bitmap))
     reader = independent_reader.Repository(tmp_path / "r", b"correct horse")
-    assert reader.mapped({"mapped": stored.model_dump()}) == mapped.bitmap
+    assert reader.mapped({"mapped": stored.model_dump()}) == mapped.read(0, mapped.length)
     assert reader.mapped({"mapped": None}) is None
 
 

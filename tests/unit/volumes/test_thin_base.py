@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from blocksnap.extents.changes import BasePolicy, MappedSet, Parent
+from blocksnap.extents.changes import BasePolicy, Parent
+from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.extents.thin_identity import LostBase
 from blocksnap.system import devmapper
 from blocksnap.system.devmapper import PoolStatus
@@ -67,7 +68,7 @@ def test_a_volume_with_an_external_origin_needs_no_base(pool: Any) -> None:
 
 
 def parent(**binding: Any) -> Parent:
-    return Parent(0, binding, known_here=True, load_mapped=lambda: MappedSet(1, b""))
+    return Parent(0, binding, known_here=True, load_mapped=lambda: MappedSet.of(1, b""))
 
 
 def base_row(run: str, of: str = "data", **fields: str) -> dict[str, str]:
