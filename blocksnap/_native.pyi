@@ -254,3 +254,9 @@ def retain_memory(limit: int, /) -> None:
     For the whole process and from now on. A wish: an allocator other than glibc's may not know it.
     Page faults on fresh allocations, not algorithms, decide the throughput of the pipeline.
     """
+
+def act_as(uid: int, /) -> None:
+    """Make ``uid`` the effective user of this thread alone (setresuid(2)); the real one stays: the way back.
+
+    Capabilities stay too; others know this thread by ``uid`` (SO_PEERCRED). Raises OSError.
+    """

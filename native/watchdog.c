@@ -101,6 +101,7 @@ static void let_all_go(struct bs_watch *watch, const char *why)
                 watch->took_ms = watch->began_ms ? (int)(now - watch->began_ms) : 0;
         }
         let_kind_go(watch, BS_WATCH_WRITE);
+        let_kind_go(watch, BS_WATCH_HANGUP);
         for (uint32_t i = watch->count; i-- > 0;) {
                 struct bs_watch_item *item = &watch->items[i];
 

@@ -34,6 +34,7 @@ enum bs_watch_kind {
         BS_WATCH_BEFORE,   /* a command that has to end by itself, and is killed otherwise */
         BS_WATCH_AFTER,    /* a command that is run in any case once it is in force */
         BS_WATCH_SESSION,  /* a command that stands still until it is told to end */
+        BS_WATCH_HANGUP,   /* shut a connection down: its server lets go of what the session held */
 };
 
 /* What the controller says, and what it is told. */
@@ -57,7 +58,7 @@ struct bs_watch_item {
         enum bs_watch_kind kind;
         const char *text; /* WRITE: what to write */
         char **argv;      /* of a command; argv[0] is its path */
-        int fd;           /* THAW, WRITE: what to act on; SESSION: the command's standard input */
+        int fd;           /* THAW, WRITE, HANGUP: what to act on; SESSION: the command's standard input */
         int answer;       /* SESSION: its standard output */
         int tell;         /* SESSION: the other end of its standard input */
         int output;       /* of a command: standard error, and output where there is no answer */
@@ -89,6 +90,7 @@ struct bs_watch {
  *
  *     thaw FD
  *     write FD TEXT
+ *     hangup FD
  *     before OUTPUT COUNT WORD... ;
  *     after OUTPUT COUNT WORD... ;
  *     session INPUT ANSWER TELL OUTPUT COUNT WORD... ;

@@ -130,6 +130,12 @@ void bs_watch_let_go(struct bs_watch_item *item)
                 /* The control group was removed, with all that was in it. */
                 if (item->failure == ENODEV)
                         item->failure = 0;
+        } else if (item->kind == BS_WATCH_HANGUP) {
+                /* Closing our copy would not do: the controller that does not run still has its own. */
+                item->failure = shutdown(item->fd, SHUT_RDWR) < 0 ? errno : 0;
+                /* The server was first. */
+                if (item->failure == ENOTCONN)
+                        item->failure = 0;
         }
 }
 

@@ -64,6 +64,10 @@ static int take_item(struct words *words, struct bs_watch_item *item)
                 item->kind = BS_WATCH_THAW;
                 return take_number(words, 0, &item->fd);
         }
+        if (strcmp(kind, "hangup") == 0) {
+                item->kind = BS_WATCH_HANGUP;
+                return take_number(words, 0, &item->fd);
+        }
         if (strcmp(kind, "write") == 0) {
                 item->kind = BS_WATCH_WRITE;
                 if ((r = take_number(words, 0, &item->fd)) < 0 || (r = take(words, &text)) < 0)

@@ -42,6 +42,7 @@ _PACKAGES = {
     "thin_check": "thin-provisioning-tools",
     "udevadm": "udev",
     "vgs": "lvm2",
+    "virsh": "libvirt-clients",
 }
 
 
@@ -91,6 +92,11 @@ class CommandTimeoutError(BlocksnapError):
 def has_program(program: str) -> bool:
     """Tell whether a program is installed."""
     return _find(program) is not None
+
+
+def path_of(program: str) -> str:
+    """Return where a program lies; raises MissingProgramError."""
+    return _locate(program)
 
 
 def package_of(program: str) -> str | None:

@@ -53,6 +53,24 @@ def layers_above(number: int, table: Sequence[Mount] | None = None) -> list[Laye
     loop devices through the file that each is backed by.
     """
     table = mounts.read_mounts() if table is None else table
+    _, found = _climb(number, table)
+    # Within one depth as they were mounted last: a filesystem may hold the image that a later one is on.
+    order = {mount.device: place for place, mount in enumerate(table)}
+    return sorted(found.values(), key=lambda layer: (-layer.depth, -order.get(layer.mount.device, 0)))
+
+
+def numbers_above(number: int) -> frozenset[int]:
+    """Return a device and all that its data is seen through: devices above it, and filesystems.
+
+    Filesystems are numbered as mountinfo does; of those that only another mount namespace has mounted, such
+    as lie directly on one of the devices have its number.
+    """
+    devices, filesystems = _climb(number, mounts.read_mounts())
+    return frozenset(devices) | frozenset(filesystems)
+
+
+def _climb(number: int, table: Sequence[Mount]) -> tuple[set[int], dict[int, Layer]]:
+    """Return the devices above one, itself included, and the filesystems on them, by their numbers."""
     found: dict[int, Layer] = {}
     seen: set[int] = set()
     wanted = [(number, 0)]
@@ -68,9 +86,7 @@ def layers_above(number: int, table: Sequence[Mount] | None = None) -> list[Laye
                 continue
             found[mount.device] = Layer(mount, depth)
             wanted += [(loop, depth + 1) for loop in _loops_on(mount.device)]
-    # Within one depth as they were mounted last: a filesystem may hold the image that a later one is on.
-    order = {mount.device: place for place, mount in enumerate(table)}
-    return sorted(found.values(), key=lambda layer: (-layer.depth, -order.get(layer.mount.device, 0)))
+    return seen, found
 
 
 def backing_filesystem(number: int) -> int | None:

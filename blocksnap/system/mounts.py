@@ -145,8 +145,12 @@ def loop_devices_of(path: str) -> list[str]:
 
 def mount_under(path: str) -> Mount | None:
     """Return the mount that a path lies on, by the longest mount point above it."""
-    real = os.path.realpath(path)
-    above = [mount for mount in read_mounts() if _contains(mount.point, real)]
+    return mount_at(os.path.realpath(path), read_mounts())
+
+
+def mount_at(real: str, table: list[Mount]) -> Mount | None:
+    """Return the mount of a table that a path without links lies on."""
+    above = [mount for mount in table if _contains(mount.point, real)]
     # Later lines are mounted over earlier ones at the same point.
     return max(enumerate(above), key=lambda each: (len(each[1].point), each[0]))[1] if above else None
 

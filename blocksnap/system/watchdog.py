@@ -108,7 +108,22 @@ class Session:
         return [self.source, self.answer, self.tell, self.output]
 
 
-Safeguard = Thaw | Write | Command | Session
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """Shut a connection down, so that its server ends the session, and with it what that had locked."""
+
+    fd: int
+
+    def words(self) -> list[str]:
+        """Return the arguments that say so."""
+        return ["hangup", str(self.fd)]
+
+    def descriptors(self) -> list[int]:
+        """Return what the watchdog inherits for it."""
+        return [self.fd]
+
+
+Safeguard = Thaw | Write | Command | Session | Hangup
 
 
 class Watchdog:

@@ -3,8 +3,10 @@
  * blocksnap._native: the core for Python. The contract, with the documentation of every function, is
  * blocksnap/_native.pyi. Nothing here keeps state, so any number of interpreters may load it.
  */
+#include "account.h"
 #include "binding.h"
 
+#include <errno.h>
 #include <malloc.h>
 
 static PyObject *retain_memory(PyObject *Py_UNUSED(module), PyObject *arguments)
@@ -32,7 +34,24 @@ static PyObject *retain_memory(PyObject *Py_UNUSED(module), PyObject *arguments)
         Py_RETURN_NONE;
 }
 
+static PyObject *act_as(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+        uint64_t uid;
+        int r;
+
+        if (!PyArg_ParseTuple(arguments, "O&:act_as", bs_to_u64, &uid))
+                return NULL;
+        /* The last one means "as it is" to the kernel. */
+        r = uid < UINT32_MAX ? bs_act_as((uid_t)uid) : -EINVAL;
+        if (r < 0) {
+                errno = -r;
+                return PyErr_SetFromErrno(PyExc_OSError);
+        }
+        Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+        {"act_as", act_as, METH_VARARGS, NULL},
         {"retain_memory", retain_memory, METH_VARARGS, NULL},
         {NULL, NULL, 0, NULL},
 };

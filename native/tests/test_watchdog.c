@@ -34,9 +34,9 @@ static void test_arguments(void)
         CHECK_EQUAL(watch.count, 0);
         CHECK_EQUAL(PARSE("3", "4", "1000", "thaw", "5", "write", "6", "0", "before", "7", "2", "/bin/a", ";",
                           ";", "after", "7", "1", "/bin/b", ";", "session", "8", "9", "10", "11", "1",
-                          "/bin/c", ";"),
+                          "/bin/c", ";", "hangup", "12"),
                     0);
-        CHECK_EQUAL(watch.count, 5);
+        CHECK_EQUAL(watch.count, 6);
         CHECK_EQUAL(watch.limit_ms, 1000);
         CHECK_EQUAL(watch.items[0].kind, BS_WATCH_THAW);
         CHECK_EQUAL(watch.items[1].fd, 6);
@@ -46,6 +46,8 @@ static void test_arguments(void)
         CHECK(watch.items[2].argv[2] == NULL);
         CHECK_EQUAL(watch.items[4].tell, 10);
         CHECK_EQUAL(watch.items[4].output, 11);
+        CHECK_EQUAL(watch.items[5].kind, BS_WATCH_HANGUP);
+        CHECK_EQUAL(watch.items[5].fd, 12);
 }
 
 static void test_arguments_that_make_no_sense(void)
@@ -59,6 +61,7 @@ static void test_arguments_that_make_no_sense(void)
         CHECK_EQUAL(PARSE("3", "-1", "1", "thaw", "-1"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "melt", "1"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "write", "1"), -EINVAL);
+        CHECK_EQUAL(PARSE("3", "-1", "1", "hangup"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "before", "1", "0", ";"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "before", "1", "1", "/bin/a"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "before", "1", "9", "/bin/a", ";"), -EINVAL);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from blocksnap.errors import QuiesceError
 from blocksnap.quiesce.assemble import assemble
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
-from blocksnap.system.watchdog import Watchdog, WatchdogError, Write
+from blocksnap.system.watchdog import Hangup, Watchdog, WatchdogError, Write
 from support.standing import is_gone, read_log, wait_until, write_hook
 
 CONTROLLER = """
@@ -160,3 +161,25 @@ def test_who_says_something_to_a_dead_watchdog_is_told() -> None:
     with pytest.raises(WatchdogError, match="is gone"):
         watchdog.arm(0)
     assert watchdog.close(10.0)
+
+
+def test_a_connection_is_shut_down_though_others_have_it_open() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(30)
+        watchdog = Watchdog([Hangup(ours.fileno())], 0.05)
+        watchdog.arm(0)
+        assert theirs.recv(1) == b""
+        assert wait_until(lambda: watchdog.expired_after is not None)
+        with pytest.raises(BrokenPipeError):
+            ours.send(b"SELECT")
+        assert watchdog.close(5.0)
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watchdog = Watchdog([Hangup(ours.fileno())], 30.0)
+        watchdog.arm(0)
+        watchdog.disarm(0)
+        assert watchdog.close(5.0)
+        ours.send(b"x")
+        assert theirs.recv(1) == b"x"
