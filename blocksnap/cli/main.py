@@ -27,6 +27,7 @@ _COMMANDS = {
     "restore": "restore_commands",
     "mount": "image_commands",
     "files": "image_commands",
+    "serve": "serve_commands",
     "verify": "volume_commands",
     "check": "check_commands",
     "repair": "repair_commands",

@@ -25,7 +25,7 @@ from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.contents import answers
-from blocksnap.restore.inside import InnerProcess, NoFuseError, ask, fork_inner
+from blocksnap.restore.inside import NoFuseError, ask, fork_inner
 from blocksnap.system import namespace
 from blocksnap.system.children import fork_child, wait_for_child
 from blocksnap.system.command import run
@@ -33,6 +33,7 @@ from blocksnap.system.mounts import parse_mountinfo
 
 _MESSAGE_BYTES = 1 << 20
 _READ_AHEAD_KIB = 4096
+IMAGES_FOLDER = f"{namespace.PRIVATE_FOLDER}/images"
 OpenRepository = Callable[[], Repository]
 
 
@@ -59,7 +60,7 @@ def show_backups(
     folder = os.path.realpath(folder)
     if not os.path.isdir(folder):
         raise NoTreeError(folder, "there is no such directory")
-    _require_fuse()
+    require_fuse()
     with ExitStack() as stack:
         control, pid = _fork_tree(folder)
         stack.callback(_end_tree, control, pid, folder, os.open("/proc/self/ns/mnt", os.O_RDONLY))
@@ -67,7 +68,7 @@ def show_backups(
         inner = fork_inner(answers(), namespace.PRIVATE_FOLDER, control)
         repository = open_repository()
         shown = _backups_of(repository, name)
-        with _served(repository, shown.values(), inner, report):
+        with served_images(repository, shown.values(), report, end_users=inner.end):
             try:
                 _hand_over(control, shown, inner.questions, folder)
                 _read_further_ahead(pid, folder)
@@ -121,16 +122,17 @@ class Files:
 @contextmanager
 def files_of(open_repository: OpenRepository, name: str, report: Reporter) -> Iterator[Files]:
     """Make the files in a backup readable for as long as the block lasts."""
-    _require_fuse()
+    require_fuse()
     namespace.leave_mounts()
     inner = fork_inner(answers(), namespace.PRIVATE_FOLDER)
     repository = open_repository()
     backup = find_backup(repository, name).backup
-    with _served(repository, [backup], inner, report):
+    with served_images(repository, [backup], report, end_users=inner.end):
         yield Files(inner.questions, backup)
 
 
-def _require_fuse() -> None:
+def require_fuse() -> None:
+    """Raise NoFuseError where images of backups cannot be shown."""
     if os.geteuid():
         raise NoFuseError("it mounts, which only root may")
     if not os.path.exists("/dev/fuse"):
@@ -142,9 +144,14 @@ def _require_fuse() -> None:
 
 
 @contextmanager
-def _served(
-    repository: Repository, backups: Iterable[Backup], inner: InnerProcess, report: Reporter
+def served_images(
+    repository: Repository, backups: Iterable[Backup], report: Reporter, *, end_users: Callable[[], object]
 ) -> Iterator[None]:
+    """Serve backups as files of the folder ``IMAGES_FOLDER``, for other processes, never this one.
+
+    ``end_users`` is called at the end: what is made of an image goes before the image, and not by the hand
+    that serves it.
+    """
     from blocksnap.restore.serving import ServedImages
 
     repository.keys.require(Right.READ)
@@ -161,14 +168,12 @@ def _served(
 
     # Loaded now, so that the threads that read find it.
     _ = repository.index
-    folder = f"{namespace.PRIVATE_FOLDER}/images"
-    os.mkdir(folder)
-    with ServedImages(repository, described, folder, tell):
+    os.mkdir(IMAGES_FOLDER)
+    with ServedImages(repository, described, IMAGES_FOLDER, tell):
         try:
             yield
         finally:
-            # What is mounted of an image goes before the image, and not by the hand that serves it.
-            inner.end()
+            end_users()
 
 
 def _backups_of(repository: Repository, name: str) -> dict[str, Backup]:

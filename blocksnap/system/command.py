@@ -38,6 +38,7 @@ _PACKAGES = {
     "lvmconfig": "lvm2",
     "lvremove": "lvm2",
     "lvs": "lvm2",
+    "nbdkit": "nbdkit",
     "pvs": "lvm2",
     "thin_check": "thin-provisioning-tools",
     "udevadm": "udev",
