@@ -41,6 +41,12 @@ class TextReporter(Quiet):
             how, why, much = facts["method"], facts["reason"], facts["differing_bytes"]
             if isinstance(much, int):
                 click.echo(f"{facts['target']}: {how}: {format_size(much)} may differ ({why})", err=True)
+        elif name == "usable":
+            click.echo(
+                f"{facts['device']} can be used: mount it; what is missing arrives meanwhile", err=True
+            )
+        elif name == "arrived":
+            click.echo(f"all of {facts['volume']} is there; what was written meanwhile is merged", err=True)
         elif name in ("recovered", "finding"):
             where = f"{facts['severity']}: {facts['object']}: " if name == "finding" else "cleaned up: "
             click.echo(f"{where}{facts['message']}", err=True)

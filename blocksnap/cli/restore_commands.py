@@ -21,7 +21,7 @@ EXIT_WARNINGS = 3
 
 @click.command("restore")
 @click.argument("backup")
-@click.argument("target")
+@click.argument("target", required=False, default="")
 @click.option("--create", is_flag=True, help="Make the logical volume TARGET (VG/NAME) and restore to it.")
 @click.option(
     "--pool",
@@ -33,6 +33,20 @@ EXIT_WARNINGS = 3
 @click.option(
     "--in-place", is_flag=True, help="Write only what differs over what TARGET, a device or file, holds."
 )
+@click.option(
+    "--instant",
+    is_flag=True,
+    help="Make the volume TARGET (VG/NAME), which can be used before its data is there.",
+)
+@click.option(
+    "--resume", is_flag=True, help="With --instant and no BACKUP: go on with TARGET where it was interrupted."
+)
+@click.option(
+    "--write-room",
+    metavar="SIZE",
+    help="With --instant: how much may be written before all is there; else all of the volume.",
+)
+@click.option("--rate", metavar="SIZE", help="With --instant: bytes a second that the data may come with.")
 @click.option(
     "--format",
     "image",
@@ -59,6 +73,10 @@ def restore_command(
     classic: bool,
     size: str | None,
     in_place: bool,
+    instant: bool,
+    resume: bool,
+    write_room: str | None,
+    rate: str | None,
     image: ImageFormat,
     verify: bool,
     missing: Missing,
@@ -71,8 +89,20 @@ def restore_command(
     With --in-place a thin volume is not even read: what differs is told by the maps of the backups and by the
     pool, and a snapshot of what was there stays beside it.
 
+    With --instant the new volume can be mounted and written to within seconds. It becomes like any other when
+    all is there; if that is interrupted, --instant --resume VG/NAME goes on with it.
+
     BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
     """
+    if instant:
+        if create or in_place or image != "raw" or verify or missing != "fail":
+            raise UsageError("--instant makes a volume, and goes with --pool, --classic, --size only")
+        _restore_instantly(settings, backup, target, (pool, classic, size), write_room, rate, resume=resume)
+        return
+    if resume or write_room or rate:
+        raise UsageError("--resume, --write-room and --rate go with --instant")
+    if not target:
+        raise UsageError("no TARGET was named")
     from blocksnap.extents import memory
     from blocksnap.operations.catalogue import find_backup
     from blocksnap.operations.restore import execute_restore, plan_restore
@@ -97,6 +127,45 @@ def restore_command(
     )
     _show(settings, stored.backup, result)
     if result.missing:
+        click.get_current_context().exit(EXIT_WARNINGS)
+
+
+def _restore_instantly(
+    settings: Settings,
+    backup: str,
+    target: str,
+    new: tuple[str | None, bool, str | None],
+    write_room: str | None,
+    rate: str | None,
+    *,
+    resume: bool,
+) -> None:
+    from blocksnap.extents import memory
+    from blocksnap.operations.instant import InstantOptions, begin_instant, resume_instant
+    from blocksnap.operations.restore import NewVolumeOptions
+
+    memory.retain()
+    pool, classic, size = new
+    made = _new_volume(pool, classic=classic, size=size) or NewVolumeOptions()
+    per_second = parse_size(rate) if rate else 0
+    where = (settings.reporter, settings.state_directory)
+    if resume:
+        if target or made != NewVolumeOptions() or write_room:
+            raise UsageError("write it as: blocksnap restore --instant --resume VG/NAME")
+        result = resume_instant(settings.open_repository, backup, per_second, *where)
+    else:
+        options = InstantOptions(made, parse_size(write_room) if write_room else 0, per_second)
+        result = begin_instant(settings.open_repository, backup, target, options, *where)
+    facts = {"device": result.device, "backup": result.backup, "volume_bytes": result.volume_bytes}
+    seconds = {"usable_seconds": round(result.usable_seconds, 3), "seconds": round(result.seconds, 3)}
+    if settings.json:
+        print_json_line({"event": "done", **facts, **seconds})
+    elif settings.verbosity >= 0:
+        click.echo(
+            f"restored {result.backup[:8]} to {result.device}: {format_size(result.volume_bytes)}, "
+            f"usable after {result.usable_seconds:.1f} s, whole after {result.seconds:.1f} s"
+        )
+    if settings.reporter.warnings:
         click.get_current_context().exit(EXIT_WARNINGS)
 
 

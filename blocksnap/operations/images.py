@@ -135,8 +135,11 @@ def require_fuse() -> None:
     """Raise NoFuseError where images of backups cannot be shown."""
     if os.geteuid():
         raise NoFuseError("it mounts, which only root may")
-    if not os.path.exists("/dev/fuse"):
-        raise NoFuseError("there is no /dev/fuse")
+    try:
+        # This loads the module, where that has not happened yet.
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as err:
+        raise NoFuseError(f"/dev/fuse: {os.strerror(err.errno or 0)}") from err
     try:
         importlib.import_module("mfusepy")
     except OSError as err:
@@ -145,12 +148,17 @@ def require_fuse() -> None:
 
 @contextmanager
 def served_images(
-    repository: Repository, backups: Iterable[Backup], report: Reporter, *, end_users: Callable[[], object]
+    repository: Repository,
+    backups: Iterable[Backup],
+    report: Reporter,
+    *,
+    end_users: Callable[[], object],
+    patient: bool = False,
 ) -> Iterator[None]:
     """Serve backups as files of the folder ``IMAGES_FOLDER``, for other processes, never this one.
 
     ``end_users`` is called at the end: what is made of an image goes before the image, and not by the hand
-    that serves it.
+    that serves it. With ``patient`` their reads wait for a repository that is away.
     """
     from blocksnap.restore.serving import ServedImages
 
@@ -169,10 +177,11 @@ def served_images(
     # Loaded now, so that the threads that read find it.
     _ = repository.index
     os.mkdir(IMAGES_FOLDER)
-    with ServedImages(repository, described, IMAGES_FOLDER, tell):
+    with ServedImages(repository, described, IMAGES_FOLDER, tell, patient=patient) as images:
         try:
             yield
         finally:
+            images.give_up()
             end_users()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from blocksnap.restore.place import Place
 from blocksnap.restore.record import RestoreRecord
@@ -13,8 +14,14 @@ from blocksnap.system import blockdev
 class DeviceTarget(Place):
     """Refused when anything uses it or it is too small; what lies behind the backup's end stays as it is."""
 
-    def __init__(self, path: str, size: int, record: RestoreRecord) -> None:
-        fd = blockdev.open_exclusive(path)
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        record: RestoreRecord,
+        open_device: Callable[[str], int] = blockdev.open_exclusive,
+    ) -> None:
+        fd = open_device(path)
         try:
             capacity = blockdev.size_of(fd)
             if capacity < size:

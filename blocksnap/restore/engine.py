@@ -333,6 +333,11 @@ def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
+def head_bytes(geometry: Geometry) -> int:
+    """Return how much of the beginning of a target is written last."""
+    return min(-(-HEAD_BYTES // geometry.chunk_size) * geometry.chunk_size, geometry.size)
+
+
 def restore_to_target(
     repository: Repository,
     geometry: Geometry,
@@ -345,7 +350,7 @@ def restore_to_target(
 
     Goes on where an interrupted restore was. The caller finishes the target.
     """
-    head = min(-(-HEAD_BYTES // geometry.chunk_size), geometry.count)
+    head = -(-head_bytes(geometry) // geometry.chunk_size)
     reached = max(target.begin() // geometry.chunk_size, head)
     progress(min(reached - head, geometry.count - head) * geometry.chunk_size)
     restoring = _Restoring(repository, geometry, target, progress, losses)

@@ -84,7 +84,7 @@ class NewVolume:
         if found is not None:
             self._take_over(found.lv_tags)
             return self
-        pool = self._choose_pool(report)
+        pool = choose_pool(report, self._group, self._pool, self._pool_uuid)
         tags = (TAG, self._own_tag)
         try:
             if pool is None:
@@ -120,14 +120,6 @@ class NewVolume:
         for tag in others:
             lvm.delete_tag(self._group, self._name, tag)
 
-    def _choose_pool(self, report: LvReport) -> str | None:
-        if self._pool is not None:
-            if report.find(self._group, self._pool) is None:
-                raise NoPoolError(self._group, self._pool)
-            return self._pool
-        found = report.find_uuid(self._pool_uuid) if self._pool_uuid else None
-        return found.name if found is not None else None
-
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -137,3 +129,13 @@ class NewVolume:
             lvm.delete_tag(self._group, self._name, TAG)
         elif not self.target.kept:
             lvm.remove_volume(self._group, self._name, tag=self._own_tag)
+
+
+def choose_pool(report: LvReport, group: str, wanted: str | None, uuid: str | None) -> str | None:
+    """Return the thin pool that is wanted, or the one with this UUID if it is there; raises NoPoolError."""
+    if wanted is not None:
+        if report.find(group, wanted) is None:
+            raise NoPoolError(group, wanted)
+        return wanted
+    found = report.find_uuid(uuid) if uuid else None
+    return found.name if found is not None else None

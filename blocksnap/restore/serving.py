@@ -11,10 +11,11 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Self
 
 from mfusepy import Operations
 
-from blocksnap.errors import BlocksnapError
+from blocksnap.errors import BlocksnapError, StorageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.repository import Repository
@@ -24,6 +25,7 @@ from blocksnap.restore.inside import NoFuseError
 from blocksnap.system.namespace import unmount
 
 _END_SECONDS = 2.0
+_PATIENCE_SECONDS = 2.0
 Described = Mapping[str, tuple[Geometry, MapRoot, float]]
 """For each id how the volume is cut, its map, and the time of the backup in seconds."""
 
@@ -37,21 +39,30 @@ class ServedImages:
         backups: Described,
         folder: str,
         tell: Callable[[BlocksnapError], None],
+        *,
+        patient: bool = False,
     ) -> None:
+        """With ``patient`` reads wait for a repository that is away; else they fail."""
         self._reader = ImageReader(repository)
         self._folder = folder
-        self._operations = _Images(self._reader, backups, tell)
+        self._operations = _Images(self._reader, backups, tell, patient=patient)
         self._failure = ""
         self._thread = threading.Thread(target=self._serve, name="blocksnap-fuse", daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         """Serve; raises NoFuseError."""
         self._thread.start()
         while not self._operations.ready.wait(0.05):
             if not self._thread.is_alive():
                 raise NoFuseError(self._failure)
+        return self
+
+    def give_up(self) -> None:
+        """Let reads that wait for the repository fail from now on."""
+        self._operations.is_ending.set()
 
     def __exit__(self, *_: object) -> None:
+        self.give_up()
         unmount(self._folder)
         self._thread.join(_END_SECONDS)
         self._reader.close()
@@ -64,8 +75,15 @@ class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
     use_ns = True
 
     def __init__(
-        self, reader: ImageReader, backups: Described, tell: Callable[[BlocksnapError], None]
+        self,
+        reader: ImageReader,
+        backups: Described,
+        tell: Callable[[BlocksnapError], None],
+        *,
+        patient: bool,
     ) -> None:
+        self._patient = patient
+        self.is_ending = threading.Event()
         self._reader = reader
         self._backups = backups
         self._tell = tell
@@ -108,11 +126,14 @@ class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         """Read; what cannot be had is an I/O error, and never other bytes."""
-        try:
-            return self._reader.read(self._handles[fh], offset, size)
-        except BlocksnapError as err:
-            self._tell(err)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path) from err
+        while True:
+            try:
+                return self._reader.read(self._handles[fh], offset, size)
+            except BlocksnapError as err:
+                self._tell(err)
+                waits = self._patient and isinstance(err, StorageError)
+                if not waits or self.is_ending.wait(_PATIENCE_SECONDS):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), path) from err
 
     def release(self, path: str, fh: int) -> int:  # noqa: ARG002
         """Forget a reader."""

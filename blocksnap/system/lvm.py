@@ -26,8 +26,11 @@ from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks,
 
 TAG = "blocksnap"
 RESTORING_TAG = "blocksnap.restoring"
-WAY_BACK_TAG = "blocksnap.way-back"
 """On a volume that a restore makes, until it is whole."""
+WAY_BACK_TAG = "blocksnap.way-back"
+"""On the snapshot of what a volume held before a restore wrote over it."""
+INSTANT_TAG = "blocksnap.instant"
+"""On both volumes that an instant restore makes, until they are one and whole."""
 SNAPSHOT_PREFIX = "blocksnap-"
 _NAME = re.compile(r"[a-zA-Z0-9+_.][a-zA-Z0-9+_.-]*")
 _RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
@@ -275,6 +278,12 @@ def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:
         vg, "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
     )
     return "successfully removed" in said
+
+
+def rename_volume(vg: str, old: str, new: str) -> None:
+    """Give a volume another name."""
+    names = (check_name(vg), check_name(old), check_name(new))
+    _change(vg, "lvrename", *_config(), "--autobackup", "n", *names)
 
 
 def _our_snapshot(name: str, run_id: str) -> str:

@@ -1,0 +1,85 @@
+"""Make, change and remove device-mapper devices of our own, by name; tables are text as of dmsetup(8).
+
+A device whose table is replaced goes on being used: what is under way is waited for, what comes meanwhile
+waits, and then goes by the new table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from blocksnap.system.command import CommandError, run
+from blocksnap.system.devmapper import dm_name, is_suspended
+
+_SYS_BLOCK = Path("/sys/block")
+_REMOVE_ATTEMPTS = 20
+_WAIT_SECONDS = 30 * 86400.0
+"""What is under way may wait for a repository that is away."""
+
+
+def number_of(name: str) -> int | None:
+    """Return the number of the device with this name; None when there is none."""
+    for path in _SYS_BLOCK.glob("dm-*/dev"):
+        major, minor = path.read_text().split(":")
+        number = os.makedev(int(major), int(minor))
+        if dm_name(number) == name:
+            return number
+    return None
+
+
+def read_table(name: str) -> str:
+    """Return the table that is in force; raises CommandError when there is no such device."""
+    return run("dmsetup", "table", name).strip()
+
+
+def create(name: str, table: str, uuid: str | None = None) -> int:
+    """Make a device and return its number; raises CommandError when the name is taken."""
+    _with_table(table, "create", *(["--uuid", uuid] if uuid else []), name)
+    number = number_of(name)
+    if number is None:
+        raise CommandError("dmsetup", 0, f"{name} is not there although it was made")
+    return number
+
+
+def replace(name: str, table: str, *, flushing: bool) -> None:
+    """Put another table in force, unless it is already.
+
+    With ``flushing`` a filesystem on the device is frozen meanwhile, so that it stands still at one point.
+    """
+    number = number_of(name)
+    if read_table(name) != table:
+        _with_table(table, "load", name)
+        options = [] if flushing else ["--nolockfs"]
+        run("dmsetup", "suspend", *options, name, timeout_seconds=_WAIT_SECONDS)
+        run("dmsetup", "resume", name, timeout_seconds=_WAIT_SECONDS)
+    elif number is not None and is_suspended(number):
+        run("dmsetup", "resume", name, timeout_seconds=_WAIT_SECONDS)
+
+
+def remove(name: str) -> None:
+    """Remove a device, once whoever looks at new devices (udev) has let go; one that is gone is fine."""
+    for attempt in range(_REMOVE_ATTEMPTS):
+        if number_of(name) is None:
+            return
+        try:
+            run("dmsetup", "remove", name)
+        except CommandError as err:
+            if not re.search("busy", err.message) or attempt == _REMOVE_ATTEMPTS - 1:
+                raise
+            time.sleep(0.1)
+
+
+def give_uuid(name: str, uuid: str) -> None:
+    """Give a device that has none its UUID, while it is used; it cannot be changed later."""
+    run("dmsetup", "rename", name, "--setuuid", uuid)
+
+
+def _with_table(table: str, *words: str) -> None:
+    with tempfile.NamedTemporaryFile("w", prefix="blocksnap-") as file:
+        file.write(table + "\n")
+        file.flush()
+        run("dmsetup", *words, file.name)
