@@ -131,10 +131,7 @@ def _show_check(settings: Settings, result: CheckResult) -> None:
                     {"severity": f.severity, "object": f.object, "message": f.message}
                     for f in result.findings
                 ],
-                "losses": [
-                    {"backup": x.backup, "volume": x.volume, "offset": x.offset, "length": x.length}
-                    for x in result.losses
-                ],
+                "losses": [{"backup": x.backup, "volume": x.volume, **x.extent} for x in result.losses],
             }
         )
     elif settings.verbosity < 0:

@@ -103,8 +103,7 @@ def _show(
         click.echo(f"damaged: {each.name}: {each.reason}", err=True)
     for loss in left.losses:
         click.echo(
-            f"lost: backup {loss.backup[:8]} of {loss.volume}: "
-            f"bytes {loss.offset} to {loss.offset + loss.length}",
+            f"lost: backup {loss.backup[:8]} of {loss.volume}: {loss.place}",
             err=True,
         )
     for who in left.unmapped:
@@ -162,10 +161,7 @@ def _document(
         "bad_segments": named("segments"),
         "bad_manifests": named("manifests"),
         "bad_documents": named("documents"),
-        "losses": [
-            {"backup": x.backup, "volume": x.volume, "offset": x.offset, "length": x.length}
-            for x in left.losses
-        ],
+        "losses": [{"backup": x.backup, "volume": x.volume, **x.extent} for x in left.losses],
         "unmapped": list(left.unmapped),
     }
 

@@ -26,7 +26,7 @@ def current_losses(repository: Repository, backup: Backup) -> list[tuple[int, in
         lost.append((begin, end))
 
     known = repository.known_losses(backup.id)
-    for begin, end in Ranges(geometry.numbers(offset, length) for offset, length in known):
+    for begin, end in Ranges(geometry.numbers(offset, length) for offset, length, _ in known):
         for number, count, entry in reader.runs(root, begin, end, note):
             if len(entry) == _ID and not repository.index.stays(entry):
                 lost.append((number, number + count))

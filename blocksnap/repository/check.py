@@ -18,10 +18,12 @@ from blocksnap.repository.checked_index import CheckedIndex
 from blocksnap.repository.documents import Root, WriterRecord
 from blocksnap.repository.epochs import read_object
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
-from blocksnap.repository.findings import CheckResult, Loss
+from blocksnap.repository.findings import CheckResult
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
+from blocksnap.repository.losses import LossFinder
+from blocksnap.repository.marking import mark_backups
 from blocksnap.repository.repository import Repository, StoredBackup, load_config
 from blocksnap.repository.scrubbing import ALL, CONTENTS, HASHES, Budget, PackVerdict, check_pack, read_packs
 
@@ -111,15 +113,14 @@ class Checker:
         lost = {id_ for id_ in self.result.bad_ids if self._is_lost(id_)}
         if not lost:
             return
-        reader, clean = MapReader(self._repository.load_node), set[bytes]()
+        reader = MapReader(self._repository.load_node)
+        losses = LossFinder(self._repository, self._root, lost)
         for stored in self._listed:
             backup = stored.backup
-            size, count = backup.chunk_size, -(-backup.size // backup.chunk_size)
             who = f"backup {backup.id[:8]} of {backup.volume.name}"
-            for begin, end in merged(reader.losses(self._root(backup.map), count, lost, clean)):
-                offset, last = begin * size, min(end * size, backup.size)
-                self.result.damage(who, f"bytes {offset} to {last} cannot be restored")
-                self.result.losses.append(Loss(backup.id, backup.volume.name, offset, last - offset))
+            for loss in losses.find(backup):
+                self.result.damage(who, f"{loss.place} cannot be restored")
+                self.result.losses.append(loss)
             mapped = backup.mapped
             if mapped and next(reader.losses(self._root(mapped.map), 1 << 40, lost), None):
                 self.result.damage(
@@ -248,9 +249,7 @@ class Checker:
             self.result.trouble(f"map node {id_.hex()[:16]}", err)
 
         marker = self._index.marker(self._sizes.keys() - self._aside, note)
-        marker.mark((self._root(stored.backup.map) for stored in backups), FrameType.DATA)
-        mapped = (stored.backup.mapped for stored in backups)
-        marker.mark((self._root(each.map) for each in mapped if each), FrameType.ATTACHMENT)
+        mark_backups(marker, (stored.backup for stored in backups), self._root)
         self.result.nodes, self.result.chunks = marker.nodes, marker.leaves
         self.result.bad_ids |= marker.lost - marker.lost_nodes
         if newer:
@@ -258,10 +257,13 @@ class Checker:
 
     def _name_newer(self, backups: Iterable[StoredBackup], newer: Mapping[bytes, BlocksnapError]) -> None:
         reader = MapReader(self._repository.load_node)
+        concerned = LossFinder(self._repository, self._root, newer)
         for stored in backups:
             backup = stored.backup
-            roots = [self._root(backup.map), *([self._root(backup.mapped.map)] if backup.mapped else [])]
-            if any(next(reader.losses(root, root.capacity, newer), None) for root in roots):
+            mapped = self._root(backup.mapped.map) if backup.mapped else None
+            if next(concerned.find(backup), None) or (
+                mapped and next(reader.losses(mapped, mapped.capacity, newer), None)
+            ):
                 name = f"backup {backup.id[:8]} of {backup.volume.name}"
                 self.result.trouble(name, next(iter(newer.values())))
 
@@ -270,16 +272,3 @@ class Checker:
             read()
         except BlocksnapError as err:
             self.result.trouble(name, err)
-
-
-def merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Join ranges that touch; they come in order."""
-    begin = end = -1
-    for first, last in ranges:
-        if first != end:
-            if end > begin:
-                yield begin, end
-            begin = first
-        end = last
-    if end > begin:
-        yield begin, end

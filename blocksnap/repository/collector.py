@@ -18,7 +18,15 @@ from blocksnap.repository.documents import Backup, Condemned, Manifest, Root, Sw
 from blocksnap.repository.epochs import Epoch, create_part, read_epoch
 from blocksnap.repository.fencing import IsGone, Run, fence, is_silent, read_runs, settled_runs
 from blocksnap.repository.frame import FrameType
-from blocksnap.repository.marking import LAST_RESORT, TRUSTED, UNUSABLE, Marker, require_nothing_lost
+from blocksnap.repository.marking import (
+    LAST_RESORT,
+    TRUSTED,
+    UNUSABLE,
+    Marker,
+    maps_of,
+    mark_backups,
+    require_nothing_lost,
+)
 from blocksnap.repository.moving import copy_needed
 from blocksnap.repository.nodes import NodeLoader
 from blocksnap.repository.numbered import NumberedIndex
@@ -109,8 +117,7 @@ class Collector:
         index = self._index = NumberedIndex(repository.index.views)
         marker = self._marker = self._new_marker(index, sizes, aside)
         needed = [each for manifest in manifests for each in manifest.backups if each.id not in forgotten]
-        for leaf in (FrameType.DATA, FrameType.ATTACHMENT):
-            marker.mark((found[leaf] for found in map(self._roots_of, needed) if leaf in found), leaf)
+        mark_backups(marker, needed, self._roots)
         require_nothing_lost(marker)
         return Plan(
             choice=choose_victims(self._uses(index, marker, sizes, aside), self._limits),
@@ -287,10 +294,7 @@ class Collector:
 
     def _roots_of(self, backup: Backup) -> dict[FrameType, MapRoot]:
         """Return the maps of a backup by what their leaves lead to."""
-        roots = {FrameType.DATA: self._roots(backup.map)}
-        if backup.mapped is not None:
-            roots[FrameType.ATTACHMENT] = self._roots(backup.mapped.map)
-        return roots
+        return {leaf: self._roots(root) for leaf, root in maps_of(backup).items()}
 
     def _new_marker(self, index: NumberedIndex, sizes: Mapping[str, int], aside: Aside) -> Marker:
         trust = [

@@ -149,6 +149,16 @@ class Mapped(Document):
     map: Root
 
 
+class Inodes(Document):
+    """What a backup of a subvolume says of its map, whose leaves are pages of inode records.
+
+    ``pages`` is how many the map has room for, ``count`` how many inodes there are.
+    """
+
+    pages: Annotated[int, Field(ge=1, le=1 << 60)]
+    count: Count
+
+
 class VolumeRecord(Document):
     """Which volume a backup is of."""
 
@@ -185,7 +195,10 @@ class Quiesced(Document):
 
 
 class Backup(Document):
-    """One volume at one time."""
+    """One volume at one time.
+
+    With ``inodes`` it is a subvolume: ``map`` leads to inode records, and ``size`` is that of all files.
+    """
 
     id: Hex16
     volume: VolumeRecord
@@ -198,6 +211,7 @@ class Backup(Document):
     chunk_size: ChunkSize
     map: Root
     mapped: Mapped | None = None
+    inodes: Inodes | None = None
     source: dict[str, JsonValue]
     consistency: Literal["crash", "application", "cold"] = "crash"
     quiesced: Quiesced | None = None
@@ -207,8 +221,9 @@ class Backup(Document):
     def _without_what_is_not_there(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
         document: dict[str, JsonValue] = serialize(self)
         # Left out, the document is what it was before there was such a field.
-        if document.get("quiesced", False) is None:
-            del document["quiesced"]
+        for name in ("quiesced", "inodes"):
+            if document.get(name, False) is None:
+                del document[name]
         return document
 
 
@@ -280,11 +295,22 @@ class Sweep(Document):
 
 
 class LostRange(Document):
-    """A range of a backup, in bytes, that a repair could not bring back."""
+    """A range of a backup, in bytes, that a repair could not bring back; of a subvolume, in one ``inode``.
+
+    A range of an inode that has no length is its record, or something that belongs to it.
+    """
 
     backup: Hex16
     offset: Count
-    length: Annotated[int, Field(ge=1)]
+    length: Count
+    inode: Count = 0
+
+    @model_serializer(mode="wrap")
+    def _without_no_inode(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        document: dict[str, JsonValue] = serialize(self)
+        if not self.inode:
+            del document["inode"]
+        return document
 
 
 class SetAside(Document):

@@ -19,12 +19,30 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A range of a backup, in bytes, that cannot be restored."""
+    """A range of a backup, in bytes, that cannot be restored.
+
+    Of a subvolume it is a range of the file ``inode``, or, without a length, what there is to know of it.
+    """
 
     backup: str
     volume: str
     offset: int
     length: int
+    inode: int = 0
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """Return it for a document."""
+        inode = {"inode": self.inode} if self.inode else {}
+        return {"offset": self.offset, "length": self.length, **inode}
+
+    @property
+    def place(self) -> str:
+        """Where it is, as people say it."""
+        if self.inode and not self.length:
+            return f"the record of inode {self.inode}, or of those after it,"
+        of = f" of inode {self.inode}" if self.inode else ""
+        return f"bytes {self.offset} to {self.offset + self.length}{of}"
 
 
 @dataclass(slots=True)

@@ -52,6 +52,7 @@ class FrameType(IntEnum):
     DATA = 1
     NODE = 2
     ATTACHMENT = 3
+    INODES = 4
     CONFIG = 16
     KEY = 17
     MANIFEST = 18

@@ -22,23 +22,31 @@ class NodeLoader:
         self._repository = repository
         self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
 
-    def load(self, id_: bytes, pack: str, pack_size: int, offset: int, length: int) -> bytes:
+    def load(
+        self,
+        id_: bytes,
+        pack: str,
+        pack_size: int,
+        offset: int,
+        length: int,
+        kind: FrameType = FrameType.NODE,
+    ) -> bytes:
         """Return the plaintext of the node that a row of the index points to, or of another copy of it.
+
+        Or of a page of inode records, if that is the ``kind``.
 
         Raises DamageError.
         """
         try:
             frame = self._read(pack, pack_size, offset, length)
             where = f"frame at {offset} of {pack}"
-            return bytes(
-                self._repository.opener().open(memoryview(frame), where=where, kind=FrameType.NODE, id_=id_)
-            )
+            return bytes(self._repository.opener().open(memoryview(frame), where=where, kind=kind, id_=id_))
         except DamageError:
-            return self.load_anywhere(id_)
+            return self.load_anywhere(id_, kind)
 
-    def load_anywhere(self, id_: bytes) -> bytes:
+    def load_anywhere(self, id_: bytes, kind: FrameType = FrameType.NODE) -> bytes:
         """Return a node by its id alone; raises DamageError."""
-        return self._repository.load_node(id_)
+        return self._repository.load(kind, id_)
 
     def forget(self) -> None:
         """Give the memory back."""

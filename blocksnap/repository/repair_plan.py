@@ -17,14 +17,13 @@ from functools import partial
 from blocksnap.backends.errors import ObjectMissingError
 from blocksnap.errors import DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
-from blocksnap.repository.check import merged
 from blocksnap.repository.documents import Backup, Root
 from blocksnap.repository.epochs import read_object
 from blocksnap.repository.findings import Loss
-from blocksnap.repository.frame import FrameType
 from blocksnap.repository.frame_scan import scan_frames
 from blocksnap.repository.index import SEGMENT_ROWS, Segment, encode_segment
-from blocksnap.repository.marking import LAST_RESORT, TRUSTED, UNUSABLE, Marker
+from blocksnap.repository.losses import LossFinder
+from blocksnap.repository.marking import LAST_RESORT, TRUSTED, UNUSABLE, Marker, mark_backups
 from blocksnap.repository.nodes import NodeLoader
 from blocksnap.repository.numbered import NumberedIndex, NumberedRow
 from blocksnap.repository.pack import PackId, PackRow, SealedPack, read_footer
@@ -276,9 +275,7 @@ class Planner:
 
         trust = [self._trust(name, size) for name, size in zip(names, index.sizes, strict=True)]
         marker = Marker(index, trust, NodeLoader(self._repository), accepts=accepts, gives_up=gives_up)
-        marker.mark((self._roots(backup.map) for backup in backups), FrameType.DATA)
-        mapped = (backup.mapped for backup in backups)
-        marker.mark((self._roots(each.map) for each in mapped if each), FrameType.ATTACHMENT)
+        mark_backups(marker, backups, self._roots)
         return marker
 
     def _trust(self, name: str, size: int) -> int:
@@ -324,12 +321,9 @@ class Planner:
     def _name_losses(self, backups: list[Backup]) -> Iterator[Loss]:
         if not self._lost:
             return
-        reader, clean = MapReader(self._repository.load_node), set[bytes]()
+        losses = LossFinder(self._repository, self._roots, self._lost)
         for backup in backups:
-            size, count = backup.chunk_size, -(-backup.size // backup.chunk_size)
-            for begin, end in merged(reader.losses(self._roots(backup.map), count, self._lost, clean)):
-                offset, last = begin * size, min(end * size, backup.size)
-                yield Loss(backup.id, backup.volume.name, offset, last - offset)
+            yield from losses.find(backup)
 
     def _name_unmapped(self, backups: list[Backup]) -> Iterator[str]:
         reader = MapReader(self._repository.load_node)

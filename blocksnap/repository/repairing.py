@@ -105,7 +105,9 @@ def compose_record(
         for backup in {loss.backup for loss in plan.losses}
         for each in repository.known_losses(backup)
     }
-    ranges = [loss for loss in plan.losses if (loss.backup, loss.offset, loss.length) not in known]
+    ranges = [
+        loss for loss in plan.losses if (loss.backup, loss.offset, loss.length, loss.inode) not in known
+    ]
     if not (objects or lost or plan.packs or ranges):
         return None
     if lost:
@@ -118,7 +120,7 @@ def compose_record(
         objects=tuple(sorted(objects)),
         lost=tuple(lost),
         ranges=tuple(
-            LostRange(backup=loss.backup, offset=loss.offset, length=loss.length)
+            LostRange(backup=loss.backup, offset=loss.offset, length=loss.length, inode=loss.inode)
             for loss in ranges[:_MOST_RANGES]
         ),
     )

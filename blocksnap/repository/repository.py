@@ -422,12 +422,12 @@ class Repository:
         self.aside()
         return dict(self._set_aside)
 
-    def known_losses(self, backup: str) -> list[tuple[int, int]]:
-        """Return the ranges (offset, length) of a backup that a repair could not bring back at its time."""
+    def known_losses(self, backup: str) -> list[tuple[int, int, int]]:
+        """Return the ranges (offset, length, inode) of a backup that a repair could not bring back."""
         self.aside()
         return sorted(
             {
-                (each.offset, each.length)
+                (each.offset, each.length, each.inode)
                 for record in self._set_aside.values()
                 for each in record.ranges
                 if each.backup == backup

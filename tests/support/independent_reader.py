@@ -3,7 +3,8 @@
 It proves that the document is enough, and it is what to reach for when blocksnap itself is gone:
 
     python independent_reader.py REPOSITORY                     list the backups
-    python independent_reader.py REPOSITORY BACKUP OUT          restore one to a sparse file
+    python independent_reader.py REPOSITORY BACKUP OUT          restore one to a sparse file, a
+                                                                subvolume's files to a directory
     python independent_reader.py REPOSITORY BACKUP OUT mapped   write its set of mapped units
     python independent_reader.py REPOSITORY verify              read and prove every byte
 
@@ -30,7 +31,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-DATA, NODE, ATTACHMENT, CONFIG, KEY, MANIFEST, WRITER, FOOTER, COLLECTION = 1, 2, 3, 16, 17, 18, 19, 20, 21
+DATA, NODE, ATTACHMENT, INODES = 1, 2, 3, 4
+CONFIG, KEY, MANIFEST, WRITER, FOOTER, COLLECTION = 16, 17, 18, 19, 20, 21
+CHARACTER, DIRECTORY, BLOCK, REGULAR, LINK = 2, 4, 6, 8, 10
+SUBVOLUME = 8
+"""What an inode is: the upper bits of its mode."""
 FRAME, OVERHEAD, MOST = struct.Struct("<4sBBBBII32s24s"), 72 + 16, 64 << 20
 HOLE, ZERO = "hole", "zero"
 FEATURES: frozenset[str] = frozenset()
@@ -108,7 +113,7 @@ class Keys:
         require(len(frame) >= OVERHEAD, f"{what}: cut short")
         magic, kind, codec, cipher, zero, payload, length, id_here, salt = FRAME.unpack_from(frame)
         require(magic == b"BSF1" and zero == 0, f"{what}: no frame")
-        if kind not in (1, 2, 3, *range(16, 22)) or codec > 1 or cipher > 2:
+        if kind not in (1, 2, 3, 4, *range(16, 22)) or codec > 1 or cipher > 2:
             raise NewerError(f"{what}: frame of type {kind}, codec {codec}, cipher {cipher}")
         require(kind == type_ and id_ in (None, id_here), f"{what}: another frame")
         require(cipher == (0, 1 + (kind == DATA))[self.encrypted], f"{what}: sealed in another way")
@@ -148,6 +153,59 @@ def document(plain: bytes, what: str) -> dict[str, Any]:
     if found["format"] > 1:
         raise NewerError(f"{what}: format {found['format']}")
     return dict(found)
+
+
+Place = tuple[int, "str | bytes"]
+"""The levels of a map in a record, and its root."""
+
+
+class Value(NamedTuple):
+    """A value of a record: in it, or in blocks (3.4.1)."""
+
+    length: int
+    inline: bytes | None
+    places: int = 0
+    root: Place = (0, HOLE)
+
+
+class Bytes:
+    """Takes a record apart (3.4.1)."""
+
+    def __init__(self, data: bytes, what: str) -> None:
+        self.data, self.at, self.what = data, 0, what
+
+    def rest(self) -> int:
+        return len(self.data) - self.at
+
+    def end(self) -> None:
+        require(self.rest() == 0, f"{self.what}: too long")
+
+    def take(self, length: int) -> bytes:
+        require(length <= self.rest(), f"{self.what}: cut short")
+        self.at += length
+        return self.data[self.at - length : self.at]
+
+    def number(self) -> int:
+        value = shift = 0
+        while (byte := self.take(1)[0]) > 127:
+            value |= (byte & 127) << shift
+            shift += 7
+        return value | byte << shift
+
+    def difference(self) -> int:
+        folded = self.number()
+        return folded >> 1 if folded % 2 == 0 else -(folded >> 1) - 1
+
+    def root(self) -> Place:
+        levels, kind = divmod(self.take(1)[0], 4)
+        require(kind <= 2, f"{self.what}: no root")
+        return levels, self.take(32) if kind == 2 else (HOLE, ZERO)[kind]
+
+    def value(self) -> Value:
+        length = self.number()
+        if length <= 1024:
+            return Value(length, self.take(length))
+        return Value(length, None, self.number(), self.root())
 
 
 class Repository:
@@ -311,6 +369,109 @@ class Repository:
             require(len(pages[-1]) == 4096 * count, "a page of a mapped set has another length")
         return b"".join(pages)[: record["length"]]
 
+    def inodes(self, backup: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the inode records of a subvolume, ascending (3.4.1)."""
+        for number, _, entry in self.entries(backup["map"], backup["inodes"]["pages"]):
+            if isinstance(entry, str):
+                require(entry == HOLE, f"page {number} of inodes: zeros")
+                continue
+            page = Bytes(self.blob(INODES, entry), f"page {number} of inodes")
+            if (version := page.take(1)[0]) != 1:
+                raise NewerError(f"{page.what}: version {version}")
+            count, before = page.take(1)[0], -1
+            require(count > 0, f"{page.what}: empty")
+            for _ in range(count):
+                slot = page.take(1)[0]
+                require(before < slot < 16, f"{page.what}: out of order")
+                before = slot
+                yield self._inode(number * 16 + slot, Bytes(page.take(page.number()), page.what))
+            page.end()
+
+    def _inode(self, number: int, record: Bytes) -> dict[str, Any]:
+        names = ("generation", "mode", "uid", "gid", "nlink", "flags", "size")
+        found: dict[str, Any] = {"number": number, **{name: record.number() for name in names}}
+        found["mtime"] = record.difference()
+        for name in ("atime", "ctime", "otime"):
+            found[name] = found["mtime"] + record.difference()
+        kind = found["mode"] >> 12
+        xattrs, found["xattrs"] = Bytes(self._value(record.value()), record.what), []
+        while xattrs.rest():
+            name = xattrs.take(xattrs.number())
+            found["xattrs"].append((name, xattrs.take(xattrs.number())))
+        if kind == DIRECTORY:
+            found["listing"] = record.value()
+        elif kind in (REGULAR, LINK):
+            found["detail"] = self._value(record.value())
+        if kind == REGULAR:
+            found["content"] = record.root()
+        found["device"] = (record.number(), record.number()) if kind in (CHARACTER, BLOCK) else (0, 0)
+        record.end()
+        return found
+
+    def _value(self, value: Value) -> bytes:
+        """Return the bytes of a value that is no listing."""
+        if value.inline is not None:
+            return value.inline
+        blocks = [self.blob(ATTACHMENT, entry) for *_, entry in self._leaves(value.root, value.places)]
+        require(all(len(block) == 65536 for block in blocks[:-1]), "a block of a value is short")
+        require(sum(map(len, blocks)) == value.length, "a value has another length")
+        return b"".join(blocks)
+
+    def _leaves(self, root: Place, places: int) -> Iterator[tuple[int, int, Any]]:
+        """Yield what a map in a record leads to; one with a single place is what stands there."""
+        levels, entry = root
+        require(levels == (0 if places <= 1 else next(n for n in range(1, 64) if 64**n >= places)), "levels")
+        yield from self._below(entry, levels, 0, places)
+
+    def listing(self, record: dict[str, Any]) -> list[tuple[int, int, int, bytes]]:
+        """Return (index, inode, kind, name) of all names in a directory (3.4.1, 4.5)."""
+        value, found = record["listing"], []
+        blocks = [value.inline] if value.inline is not None else []
+        for _, _, entry in self._leaves(value.root, value.places) if not blocks else ():
+            blocks += [self.blob(ATTACHMENT, entry)] if isinstance(entry, bytes) else []
+        for block in filter(None, blocks):
+            names, index, inode = Bytes(block, "listing"), 0, 0
+            require(names.take(1) == b"\x81", "listing: another version")
+            while names.rest():
+                index, inode = index + names.number(), inode + names.difference()
+                kind, length = names.take(2)
+                found.append((index, inode, kind, names.take(length)))
+        require(len({entry[3] for entry in found}) == len(found), "a directory has a name twice")
+        return found
+
+    def contents(self, backup: dict[str, Any], record: dict[str, Any]) -> Iterator[bytes]:
+        """Yield the content of a file, chunk by chunk."""
+        size, chunk = record["size"], backup["chunk_size"]
+        for first, count, entry in self._leaves(record["content"], -(-size // chunk)):
+            length = min(count * chunk, size - first * chunk)
+            plain = self.blob(DATA, entry) if isinstance(entry, bytes) else bytes(length)
+            require(len(plain) == length, f"chunk {first}: wrong length")
+            yield plain
+
+    def restore_tree(self, backup: dict[str, Any], out: Path) -> None:
+        """Write directories, files and symbolic links of a subvolume, without their attributes."""
+        found = {record["number"]: record for record in self.inodes(backup)}
+        waiting, seen = [(256, out)], set[int]()
+        while waiting:
+            number, path = waiting.pop()
+            path.mkdir()
+            require(number not in seen, f"directory {number} is in two places")
+            seen.add(number)
+            for _, inode, entry_kind, name in self.listing(found[number]):
+                require(b"/" not in name and name not in (b"", b".", b".."), f"{name!r} is no name")
+                below, record = path / os.fsdecode(name), found.get(inode)
+                kind = record["mode"] >> 12 if record is not None and entry_kind != SUBVOLUME else None
+                if record is None or kind is None:
+                    require(entry_kind == SUBVOLUME, f"{name!r} leads nowhere")
+                    below.mkdir()
+                elif kind == DIRECTORY:
+                    waiting.append((inode, below))
+                elif kind == REGULAR:
+                    with below.open("xb") as file:
+                        file.writelines(self.contents(backup, record))
+                elif kind == LINK:
+                    below.symlink_to(os.fsdecode(record["detail"]))
+
     def verify(self) -> int:
         """Prove every pack, frame and writer record (3.5); return the number of frames."""
         for name in self.names("writers"):
@@ -351,6 +512,8 @@ def main(place: str, *words: str) -> None:
         elif backup["id"].startswith(words[0]):
             if words[2:] == ("mapped",):
                 Path(words[1]).write_bytes(repository.mapped(backup) or b"")
+            elif "inodes" in backup:
+                repository.restore_tree(backup, Path(words[1]))
             else:
                 repository.restore(backup, words[1])
             return

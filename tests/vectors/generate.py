@@ -15,7 +15,7 @@ import os
 import shutil
 import struct
 import tempfile
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from blocksnap.backends.local import LocalBackend
 from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.operations.catalogue import root_document
 from blocksnap.operations.mapped import store_mapped
-from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapWriter
+from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapRoot, MapWriter
 from blocksnap.repository.documents import (
     Backup,
     Condemned,
     Done,
     Fence,
     Forgotten,
+    Inodes,
     Manifest,
     Statistics,
     Sweep,
@@ -41,8 +42,17 @@ from blocksnap.repository.epochs import create_forgotten, create_part
 from blocksnap.repository.frame import FrameType, Opener, Sealer
 from blocksnap.repository.index import HEADER as SEGMENT_HEADER
 from blocksnap.repository.index import PACK, ROW
+from blocksnap.repository.inode_map import (
+    InodeMap,
+    InodeMapWriter,
+    store_listing,
+    store_map,
+    store_value,
+)
+from blocksnap.repository.inodes import InodeRecord, encode_xattrs
 from blocksnap.repository.key_objects import create_key
 from blocksnap.repository.keys import MINIMUM_COST, KeyRing, Role
+from blocksnap.repository.listings import DirectoryEntry
 from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import Author, RepositoryWriter
@@ -62,13 +72,54 @@ PASSPHRASES = {role: f"correct {role}".encode() for role in Role if role is not 
 """Of the other keys; that of the admin's is what the tests use everywhere."""
 
 
+NAMES = tuple(DirectoryEntry(f"file {n:030}".encode(), 257 + n % 3, 1, 2 + n * 5) for n in range(80))
+"""So many that the listing has blocks of its own."""
+XATTRS = ((b"security.capability", bytes(range(20))), (b"user.note", b"long " * 300))
+STATE = bytes.fromhex("010c000001020102 0d00201280400300 01010402020101".replace(" ", ""))
+"""That of docs/design.md, 4.5."""
+TREE = {257: TEXT + bytes(CHUNK) + TAIL, 258: TAIL, 259: b""}
+"""The files of the subvolume, by their inodes."""
+TARGET = b"../somewhere else"
+DEVICE = (259, 65_536)
+
+
 def content() -> bytes:
     """Return what the backup holds: a chunk of text, zeros, holes, the text again, and a short last chunk."""
     return TEXT + bytes(CHUNK) + bytes(CHUNK * HOLES) + TEXT + TAIL
 
 
+def inode(number: int, mode: int, **parts: Any) -> InodeRecord:
+    """Return a record with times before and after the epoch, to the nanosecond."""
+    facts: dict[str, Any] = {"size": 0, "device": (0, 0), "nlink": 1, **parts}
+    return InodeRecord(
+        number=number, generation=7, mode=mode, uid=1000, gid=100, flags=1 << 11,
+        mtime=1_764_115_200_123_456_789, atime=1_764_115_200_000_000_000, ctime=1_764_115_201_000_000_000,
+        otime=-1, **facts,
+    )  # fmt: skip
+
+
+def store_tree(writer: RepositoryWriter, text: bytes, tail: bytes) -> InodeMap:
+    """Store a subvolume: a directory, files of three, one and no chunks, a link, a device node."""
+    tree = InodeMapWriter(writer, None, None)
+    tree.put(inode(256, 0o040755, detail=store_listing(writer, NAMES), nlink=1))
+    contents = {
+        257: store_map(writer, [(0, text), (1, ZERO), (2, tail)], 3),
+        258: store_map(writer, [(0, tail)], 1),
+        259: MapRoot(0, HOLE),
+    }
+    for number, plain in TREE.items():
+        xattrs = store_value(writer, encode_xattrs(XATTRS if number == 257 else ()))
+        state = store_value(writer, STATE if number == 257 else b"")
+        tree.put(
+            inode(number, 0o100644, size=len(plain), xattrs=xattrs, detail=state, content=contents[number])
+        )
+    tree.put(inode(300, 0o120777, size=len(TARGET), detail=store_value(writer, TARGET)))
+    tree.put(inode(5000, 0o060600, device=DEVICE))
+    return tree.finish()
+
+
 def make(place: Path, *, encrypted: bool) -> None:
-    """Store one backup, a fence in the place of another, and where it is encrypted a key of each role."""
+    """Store backups of a volume and a subvolume, a fence in the place of another, and keys of each role."""
     repository = make_repository(place, encrypted=encrypted)
     digest = blake3(repository.backend.read("config")).hexdigest()
     for role, words in PASSPHRASES.items() if encrypted else ():
@@ -82,6 +133,9 @@ def make(place: Path, *, encrypted: bool) -> None:
             builder.set(number, entry or HOLE)
         root = root_document(builder.finish())
         mapped = store_mapped(repository, writer, MAPPED, None)
+        if text is None or tail is None:
+            raise ValueError("chunks that are not zeros have ids")
+        tree = store_tree(writer, text, tail)
 
         def compose(_: RepositoryWriter) -> Manifest:
             backup = Backup(
@@ -102,9 +156,20 @@ def make(place: Path, *, encrypted: bool) -> None:
                     metadata_bytes=0, new_chunks=2, freeze_ms=1.5, skew_ms=0, seconds=0.25,
                 ),
             )  # fmt: skip
+            subvolume = backup.model_copy(
+                update={
+                    "id": blake3(writer.id + (1).to_bytes(4, "little")).hexdigest()[:32],
+                    "volume": VolumeRecord(name="/srv/data", key="btrfs:f/s", kind="subvolume"),
+                    "time": WHEN + timedelta(seconds=1),
+                    "size": tree.file_bytes,
+                    "map": root_document(tree.root),
+                    "mapped": None,
+                    "inodes": Inodes(pages=tree.pages, count=tree.count),
+                }
+            )
             return Manifest(
                 writer=writer.id.hex(), time=WHEN, host="0" * 32, hostname="host.example",
-                program="blocksnap", tags={"job": "night"}, backups=(backup,),
+                program="blocksnap", tags={"job": "night"}, backups=(backup, subvolume),
             )  # fmt: skip
 
         writer.commit(compose)

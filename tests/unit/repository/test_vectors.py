@@ -21,12 +21,14 @@ from blocksnap.repository.blockmap import MapReader, decode_node, encode_node
 from blocksnap.repository.check import Checker
 from blocksnap.repository.frame import FrameType, Sealer
 from blocksnap.repository.index import encode_segment
+from blocksnap.repository.inode_map import InodeMap, InodeReader
+from blocksnap.repository.inodes import decode_page, decode_xattrs, encode_page
 from blocksnap.repository.keys import KeyRing, Role
 from blocksnap.repository.pack import HEADER, MAGIC, PackId, SealedPack, read_footer
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import restore_to_stream
 from support import independent_reader
-from support.repositories import PASSPHRASE, open_repository
+from support.repositories import CHUNK, PASSPHRASE, open_repository
 from vectors import generate
 
 VECTORS = Path(generate.__file__).parent
@@ -78,7 +80,7 @@ def test_they_are_read_as_they_always_were(kind: str) -> None:
 
 
 def test_the_backup_is_restored(kind: str, repository: Repository) -> None:
-    (stored,) = repository.backups()
+    stored, _ = repository.backups()
     backup, out = stored.backup, io.BytesIO()
     geometry = Geometry(backup.size, backup.chunk_size)
     runs = MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count)
@@ -109,10 +111,64 @@ def test_the_independent_reader_agrees(kind: str, tmp_path: Path) -> None:
         assert blake3(plain).hexdigest() == frame["plain_blake3"]
         count += name.startswith("packs/") and frame["type"] != FrameType.FOOTER
     assert reader.verify() == count
-    (backup,) = reader.backups()
+    backup, _ = reader.backups()
     reader.restore(backup, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == generate.content()
     assert reader.mapped(backup) == generate.MAPPED.read(0, generate.MAPPED.length)
+
+
+def test_the_subvolume_is_read(kind: str, repository: Repository) -> None:
+    _, stored = repository.backups()
+    backup = stored.backup
+    assert backup.inodes is not None
+    found = InodeMap(map_root(backup.map), backup.inodes.pages, backup.inodes.count, backup.size)
+    reader = InodeReader(repository, found)
+    records = {record.number: record for record in reader.records()}
+    assert sorted(records) == [256, *generate.TREE, 300, 5000]
+    assert reader.listing(records[256]) == list(generate.NAMES)
+    for number, content in generate.TREE.items():
+        runs = reader.maps.runs(records[number].content, 0, -(-records[number].size // CHUNK))
+        parts = (repository.load(FrameType.DATA, e) if len(e) == 32 else bytes(CHUNK) for *_, e in runs)
+        assert b"".join(parts) == content
+    assert tuple(decode_xattrs(reader.value(records[257].xattrs), kind)) == generate.XATTRS
+    assert reader.value(records[257].detail) == generate.STATE
+    assert reader.value(records[300].detail) == generate.TARGET
+    assert records[5000] == generate.inode(5000, 0o060600, device=generate.DEVICE)
+
+
+def test_the_independent_reader_reads_the_subvolume(kind: str) -> None:
+    reader = independent_reader.Repository(VECTORS / kind, PASSPHRASE)
+    _, backup = reader.backups()
+    records = {record["number"]: record for record in reader.inodes(backup)}
+    assert sorted(records) == [256, *generate.TREE, 300, 5000]
+    names = [(entry.index, entry.inode, entry.kind, entry.name) for entry in generate.NAMES]
+    assert reader.listing(records[256]) == names
+    for number, content in generate.TREE.items():
+        assert b"".join(reader.contents(backup, records[number])) == content
+    assert tuple(records[257]["xattrs"]) == generate.XATTRS
+    assert (records[257]["detail"], records[300]["detail"]) == (generate.STATE, generate.TARGET)
+    expected = generate.inode(5000, 0o060600, device=generate.DEVICE)
+    for name in (
+        "mode",
+        "uid",
+        "gid",
+        "nlink",
+        "flags",
+        "size",
+        "device",
+        "mtime",
+        "atime",
+        "ctime",
+        "otime",
+    ):
+        assert records[5000][name] == getattr(expected, name), name
+
+
+def test_pages_are_written_the_same(kind: str) -> None:
+    pages = [bytes.fromhex(f["plain"]) for _, f, _ in frames(kind) if f["type"] == FrameType.INODES]
+    assert len(pages) == 3
+    for page in pages:
+        assert encode_page(decode_page(page, 16, kind)) == page
 
 
 @pytest.mark.parametrize("role", generate.PASSPHRASES)
@@ -122,7 +178,7 @@ def test_keys_of_every_role_open(role: Role) -> None:
     assert repository.keys.role is role
     for name, key in repository.keys.held_by(role).items():
         assert key.hex() == EXPECTED["encrypted"]["keys"][name]
-    assert len(repository.backups()) == 1
+    assert len(repository.backups()) == 2
     if role is Role.RESTORE:
         reader = independent_reader.Repository(VECTORS / "encrypted", passphrase)
         assert reader.verify() > 0
@@ -160,7 +216,7 @@ def test_nodes_and_documents_are_written_the_same(kind: str) -> None:
             plain = bytes.fromhex(frame["plain"])
             assert encode_node(plain[0], decode_node(plain, level=plain[0], where=name)) == plain
             nodes += 1
-    assert nodes == 4
+    assert nodes == 9
 
 
 def test_segments_and_pack_headers_are_written_the_same(kind: str, repository: Repository) -> None:

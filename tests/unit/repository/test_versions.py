@@ -188,7 +188,7 @@ def frame_of_the_future(keys: KeyRing, plain: bytes, *, kind: int = 1, codec: in
     return header + plain + plain_tag(keys.repository_id + header, plain)
 
 
-@pytest.mark.parametrize("change", [{"kind": 4}, {"codec": 2}])
+@pytest.mark.parametrize("change", [{"kind": 5}, {"codec": 2}])
 def test_an_authentic_frame_of_an_unknown_kind(change: dict[str, int]) -> None:
     keys = KeyRing.plain(bytes(16))
     frame = frame_of_the_future(keys, b"content", **change)
@@ -200,9 +200,9 @@ def test_an_authentic_frame_of_an_unknown_kind(change: dict[str, int]) -> None:
 
 def test_blobs_of_a_later_version_beside_ours(blocksnap: InProcess) -> None:
     repository = open_repository(blocksnap.folder / "repository")
-    frame = frame_of_the_future(repository.keys, b"what is this?", kind=4)
+    frame = frame_of_the_future(repository.keys, b"what is this?", kind=5)
     with open_writer(repository) as writer:
-        writer.store(4, frame[16:48], memoryview(frame), 13)  # type: ignore[arg-type]
+        writer.store(5, frame[16:48], memoryview(frame), 13)  # type: ignore[arg-type]
         writer.flush()
         run = writer.id.hex()
     (pack,) = [path for path in (blocksnap.folder / "repository" / "packs").rglob("*") if run in path.name]
