@@ -60,7 +60,6 @@ static int module_exec(PyObject *module)
 {
         int (*const parts[])(PyObject *) = {
                 bs_add_bitmap_functions, bs_add_btrfs_functions, bs_add_btrfs_send_functions,
-                bs_add_file_functions,   bs_add_thin_functions,  bs_add_bitmap_functions,
                 bs_add_cow_functions,    bs_add_file_functions,  bs_add_thin_functions,
         };
 

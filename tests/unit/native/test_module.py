@@ -59,6 +59,11 @@ STREAM = bytes(send_stream.Writer(2).everything())
 
 # Every exported function, on its good ways and on its bad ones.
 LOOPS: dict[str, list[Callable[[int], object]]] = {
+    "act_as": [
+        lambda _: _native.act_as(os.geteuid()),
+        lambda _: fails(OSError, lambda: _native.act_as((1 << 32) - 1)),
+        lambda _: fails(OverflowError, lambda: _native.act_as(-1)),
+    ],
     "thin_device": [
         lambda fd: _native.thin_device(fd, 1, 0),
         lambda fd: fails(KeyError, lambda: _native.thin_device(fd, 2, 0)),
