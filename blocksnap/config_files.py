@@ -24,7 +24,12 @@ from pydantic import BaseModel, ValidationError
 from blocksnap.config import Configuration, Job, RepositorySettings, RetentionSettings, VolumeSettings
 from blocksnap.controller.settings import LimitSettings, PaceSettings
 from blocksnap.errors import UsageError
-from blocksnap.quiesce.settings import HookSettings, QuiesceSettings
+from blocksnap.quiesce.settings import (
+    HookSettings,
+    MariadbSettings,
+    PostgresqlSettings,
+    QuiesceSettings,
+)
 
 _MODELS: tuple[type[BaseModel], ...] = (
     Configuration,
@@ -36,6 +41,8 @@ _MODELS: tuple[type[BaseModel], ...] = (
     PaceSettings,
     QuiesceSettings,
     HookSettings,
+    PostgresqlSettings,
+    MariadbSettings,
 )
 _MERGED_INTO_JOBS = ("limits", "tags")
 """Tables of [defaults] that are merged with those of a job; another one a job has instead."""

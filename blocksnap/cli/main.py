@@ -25,6 +25,7 @@ _COMMANDS = {
     "list": "repository_commands",
     "show": "repository_commands",
     "restore": "restore_commands",
+    "label": "label_commands",
     "mount": "image_commands",
     "files": "image_commands",
     "serve": "serve_commands",

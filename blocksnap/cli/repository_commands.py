@@ -98,7 +98,12 @@ def show_command(settings: Settings, backup: str) -> None:
     BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
     """
     from blocksnap.operations.catalogue import find_backup
-    from blocksnap.operations.describing import describe, describe_quiesced, stored_bytes
+    from blocksnap.operations.describing import (
+        describe,
+        describe_quiesced,
+        describe_records,
+        stored_bytes,
+    )
     from blocksnap.operations.losses import current_losses
 
     repository = settings.open_repository()
@@ -120,6 +125,7 @@ def show_command(settings: Settings, backup: str) -> None:
             ("method", f"{record.method}: {record.reason}"),
             ("consistency", record.consistency),
             ("quiesced", describe_quiesced(record)),
+            *describe_records(record),
             ("size", f"{format_size(record.size)} ({record.size} bytes)"),
             ("changed", format_size(figures.changed_bytes)),
             ("read", format_size(figures.read_bytes)),

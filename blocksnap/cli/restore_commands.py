@@ -178,7 +178,10 @@ def _new_volume(pool: str | None, *, classic: bool, size: str | None) -> NewVolu
 
 
 def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
+    from blocksnap.operations.label import needs_label
+
     plan, found = result.plan, result.in_place
+    labels = needs_label(backup)
     for offset, length in () if settings.json else result.missing:
         click.echo(f"missing: bytes {offset} to {offset + length} are zeros", err=True)
     if settings.json:
@@ -192,6 +195,8 @@ def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
             "missing": [{"offset": offset, "length": length} for offset, length in result.missing],
             "seconds": round(result.seconds, 3),
         }
+        if labels:
+            facts["needs_label"] = labels
         if found is not None:
             facts |= {
                 "written_bytes": found.written_bytes,
@@ -223,4 +228,8 @@ def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
         click.echo(
             f"restored over it; what it held before is {found.way_back}: "
             f"lvremove it, or go back with lvconvert --merge"
+        )
+    for server in labels:
+        click.echo(
+            f"before {server} is started on what was restored: blocksnap label {backup.id[:8]} DATA-DIRECTORY"
         )

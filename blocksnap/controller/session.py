@@ -204,13 +204,18 @@ class SnapshotSession:
         if announced:
             journal.append_all(announced)
         if standstill is None:
-            self._take_back_to_back(journal)
+            self._take_back_to_back(journal, self.volumes)
         else:
+            early, late = _in_order(standstill, self.volumes)
             try:
                 standstill.begin()
-                self._take_back_to_back(journal)
+                self._take_back_to_back(journal, early)
+                if late:
+                    standstill.advance()
+                    self._take_back_to_back(journal, late)
             finally:
                 standstill.end()
+        self._taken.sort(key=lambda taken: self.volumes.index(taken[0]))
         if announced:
             journal.append("taken")
         if standstill:
@@ -218,9 +223,9 @@ class SnapshotSession:
         for _, snapshot in self._taken:
             snapshot.check()
 
-    def _take_back_to_back(self, journal: Journal) -> None:
+    def _take_back_to_back(self, journal: Journal, volumes: Sequence[Volume]) -> None:
         # Nothing but the snapshots themselves from here to the last: what happens in between is skew.
-        for volume in self.volumes:
+        for volume in volumes:
             # One that is interrupted may have come to be, but there is no object yet to remove it by.
             self._in_doubt = volume
             ledger = _JournalledTraces(journal, volume, self._left)
@@ -293,3 +298,13 @@ class SnapshotSession:
                 clean = False
                 interrupt = err
         return interrupt, clean
+
+
+def _in_order(standstill: Standstill, volumes: Sequence[Volume]) -> tuple[list[Volume], list[Volume]]:
+    """Return the volumes whose snapshots come before ``advance``, and those whose come after it."""
+    from blocksnap.quiesce.standstill import LATE
+
+    ranks = {volume.key: standstill.rank(volume.snapshot_device) for volume in volumes}
+    early = [volume for volume in volumes if ranks[volume.key] < LATE]
+    early.sort(key=lambda volume: ranks[volume.key])
+    return early, [volume for volume in volumes if ranks[volume.key] == LATE]

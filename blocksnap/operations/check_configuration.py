@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from blocksnap.backends import open_backend
 from blocksnap.config import Configuration, RepositorySettings
 from blocksnap.errors import BlocksnapError, UsageError
+from blocksnap.quiesce.settings import LoginSettings, QuiesceSettings
 from blocksnap.system.command import CommandError, has_program, run
 from blocksnap.volumes.resolve import resolve_volume
 
@@ -31,6 +33,7 @@ def find_surprises(configuration: Configuration) -> list[Surprise]:
     for name, job in configuration.jobs.items():
         if configuration.repository_of(job) is None:
             found.append(Surprise(("jobs", name), "no repository is configured for it"))
+        found += [*_databases(("jobs", name, "quiesce"), job.quiesce)]
         for number, text in enumerate(job.volumes):
             try:
                 resolve_volume(configuration.volume(text, job)[0])
@@ -69,22 +72,38 @@ def _repository(key: tuple[str | int, ...], repository: RepositorySettings) -> I
         open_backend(repository.url).close()
     except UsageError as err:
         yield Surprise((*key, "url"), err.brief, err.resolution)
-    secret = repository.passphrase_file
-    if secret:
-        try:
-            mode = os.stat(secret).st_mode
-            with open(secret, "rb"):
-                pass
-        except OSError as err:
-            yield Surprise((*key, "passphrase_file"), f"{secret}: {err.strerror}")
-        else:
-            if mode & 0o077:
-                shown = f"{stat.S_IMODE(mode):04o}"
-                yield Surprise(
-                    (*key, "passphrase_file"),
-                    f"{secret} can be read by others (mode {shown})",
-                    f"chmod 600 {secret}",
-                )
+    if repository.passphrase_file:
+        yield from _secret((*key, "passphrase_file"), repository.passphrase_file)
     command = repository.passphrase_command
     if command and not os.access(command[0], os.X_OK):
         yield Surprise((*key, "passphrase_command"), f"{command[0]} cannot be run")
+
+
+def _secret(key: tuple[str | int, ...], path: str) -> Iterator[Surprise]:
+    try:
+        mode = os.stat(path).st_mode
+        with open(path, "rb"):
+            pass
+    except OSError as err:
+        yield Surprise(key, f"{path}: {err.strerror}")
+        return
+    if mode & 0o077:
+        shown = f"{stat.S_IMODE(mode):04o}"
+        yield Surprise(key, f"{path} can be read by others (mode {shown})", f"chmod 600 {path}")
+
+
+def _databases(key: tuple[str | int, ...], quiesce: QuiesceSettings) -> Iterator[Surprise]:
+    logins: tuple[tuple[str, str, Sequence[LoginSettings]], ...] = (
+        ("postgresql", "psycopg", quiesce.postgresql),
+        ("mariadb", "pymysql", quiesce.mariadb),
+    )
+    for kind, driver, servers in logins:
+        if servers and find_spec(driver) is None:
+            yield Surprise(
+                (*key, kind), f"{driver} is not installed", f"install it: apt install python3-{driver}"
+            )
+        for number, server in enumerate(servers):
+            if server.password_file:
+                yield from _secret((*key, kind, number, "password_file"), server.password_file)
+    if quiesce.guests == "auto" and not has_program("virsh"):
+        yield Surprise((*key, "guests"), "virsh is not installed", "install it: apt install libvirt-clients")

@@ -56,6 +56,15 @@ def describe_quiesced(backup: Backup) -> str:
     return f"{', '.join(quiesced.by)}, for {quiesced.ms:.0f} ms"
 
 
+def describe_records(backup: Backup) -> list[tuple[str, str]]:
+    """Return what applications said of themselves, as facts to print: one line each, without the labels."""
+    shown = []
+    for record in backup.quiesced.records if backup.quiesced else ():
+        facts = {name: value for name, value in record.facts.items() if value and "\n" not in value}
+        shown.append((record.kind, ", ".join(f"{name} {value}" for name, value in facts.items())))
+    return shown
+
+
 def stored_bytes(stored: StoredBackup) -> int:
     """Return what a backup added to the repository, its share of the manifest included."""
     return stored.backup.statistics.stored_bytes + _manifest_share(stored)

@@ -20,7 +20,14 @@ from blocksnap.pipeline.flow import Flow, Geometry
 from blocksnap.pipeline.selection import Selection, select_all, select_changed
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapRoot, MapWriter
-from blocksnap.repository.documents import Backup, Mapped, Quiesced, Statistics, VolumeRecord
+from blocksnap.repository.documents import (
+    ApplicationRecord,
+    Backup,
+    Mapped,
+    Quiesced,
+    Statistics,
+    VolumeRecord,
+)
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.volumes.base import Snapshot, Volume
@@ -240,7 +247,14 @@ def _quiesced_document(outcome: Outcome | None) -> Quiesced | None:
     if outcome is None:
         return None
     return Quiesced(
-        state=outcome.state, by=outcome.by, reason=outcome.reason, ms=_milliseconds(outcome.seconds)
+        state=outcome.state,
+        by=outcome.by,
+        reason=outcome.reason,
+        ms=_milliseconds(outcome.seconds),
+        records=tuple(
+            ApplicationRecord(kind=each.kind, name=each.name, facts=dict(each.facts))
+            for each in outcome.records
+        ),
     )
 
 

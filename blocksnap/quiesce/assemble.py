@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from blocksnap.errors import BlocksnapError
-from blocksnap.quiesce.base import Quiescer
+from blocksnap.quiesce.base import Agent, Quiescer
+from blocksnap.quiesce.errors import MisplacedError
 from blocksnap.quiesce.filesystem import (
     FilesystemFlush,
     FilesystemFreeze,
@@ -14,8 +16,9 @@ from blocksnap.quiesce.filesystem import (
 )
 from blocksnap.quiesce.freezer import CgroupFreezer
 from blocksnap.quiesce.hook import hook_of
+from blocksnap.quiesce.places import Devices, Placement
 from blocksnap.quiesce.settings import QuiesceSettings
-from blocksnap.quiesce.standstill import Standstill
+from blocksnap.quiesce.standstill import Stages, Standstill
 from blocksnap.system.freeze import Layer, layers_above
 
 
@@ -25,42 +28,120 @@ def assemble(settings: QuiesceSettings, devices: Iterable[int], protected_paths:
     ``devices`` are the numbers of those that snapshots are taken of, ``protected_paths`` what we write to
     ourselves. What cannot be found makes a standstill that has failed already.
     """
-    made: list[Quiescer] = []
+    found = _Found(settings, tuple(devices), tuple(protected_paths))
     try:
-        # One by one: what was opened before one that fails is closed again.
-        for each in _look_up(settings, devices, protected_paths):
-            made.append(each)  # noqa: PERF402 - a list made in one go would be lost with its beginning
+        found.look()
     except BlocksnapError as err:
-        for each in made:
-            each.close()
+        # What was opened before is closed again.
+        found.close()
         return Standstill((), settings, err)
-    return Standstill(made, settings)
+    except BaseException:
+        found.close()
+        raise
+    return Standstill(found.quiescers(), settings, stages=found.stages())
 
 
-def _look_up(
-    settings: QuiesceSettings, devices: Iterable[int], protected_paths: Iterable[str]
-) -> Iterator[Quiescer]:
-    yield from (hook_of(hook) for hook in settings.hooks)
-    yield from (CgroupFreezer.of_unit(unit) for unit in settings.units)
-    yield from (CgroupFreezer.of_folder(folder) for folder in settings.cgroups)
-    if settings.filesystems == "auto":
-        yield from _of_filesystems(devices, protected_paths)
+@dataclass(slots=True)
+class _Found:
+    """What was found so far, one by one, so that nothing is lost that is open."""
+
+    settings: QuiesceSettings
+    devices: tuple[int, ...]
+    protected_paths: tuple[str, ...]
+    hooks: list[Quiescer] = field(default_factory=list)
+    agents: list[Agent] = field(default_factory=list)
+    guests: list[Quiescer] = field(default_factory=list)
+    freezers: list[CgroupFreezer] = field(default_factory=list)
+    filesystems: list[tuple[Quiescer, bool]] = field(default_factory=list)
+    late: Devices = frozenset()
+
+    def look(self) -> None:
+        """Find everything; raises BlocksnapError."""
+        settings = self.settings
+        # A list that is made in one go would be lost with what is open in it.
+        for hook in settings.hooks:
+            self.hooks.append(hook_of(hook))
+        for unit in settings.units:
+            self.freezers.append(CgroupFreezer.of_unit(unit))
+        for folder in settings.cgroups:
+            self.freezers.append(CgroupFreezer.of_folder(folder))
+        if settings.postgresql or settings.mariadb or settings.guests == "auto":
+            self._look_at_applications(Placement(self.devices))
+        self.late = frozenset().union(*(agent.late for agent in self.agents))
+        for agent in self.agents:
+            if agent.early & self.late:
+                raise MisplacedError(
+                    agent.name,
+                    "has files on a volume with the log of another server",
+                    "back the two up in two jobs, or freeze the units of both: units = [...]",
+                )
+        if settings.filesystems == "auto":
+            layers = _layers(self.devices)
+            protected = protected_filesystems(self.protected_paths) if layers else set()
+            for layer, under in layers:
+                if under & self.late and not under <= self.late:
+                    raise MisplacedError(
+                        f"the filesystem on {layer.mount.point}",
+                        "spans volumes that one snapshot cannot be taken of at the same time",
+                        "freeze the unit of the server that writes to it instead: units = [...]",
+                    )
+                self.filesystems += [(each, bool(under & self.late)) for each in _stop(layer, protected)]
+
+    def quiescers(self) -> list[Quiescer]:
+        """Return everything in the order in which it is begun."""
+        filesystems = [each for each, _ in self.filesystems]
+        return [*self.hooks, *self.agents, *self.guests, *self.freezers, *filesystems]
+
+    def stages(self) -> Stages:
+        """Return who has a say in the order of the snapshots, and what stands still for a part of it."""
+        if not self.late:
+            return Stages(tuple(self.agents))
+        return Stages(
+            tuple(self.agents),
+            self.late,
+            tuple(each for each, is_late in self.filesystems if not is_late),
+            tuple(each for each, is_late in self.filesystems if is_late),
+        )
+
+    def close(self) -> None:
+        """Close everything."""
+        for each in self.quiescers():
+            each.close()
+
+    def _look_at_applications(self, placement: Placement) -> None:
+        from blocksnap.quiesce.libvirt import guests_on
+        from blocksnap.quiesce.mariadb import MariadbAgent
+        from blocksnap.quiesce.postgresql import PostgresqlAgent
+
+        frozen = [str(freezer.folder) for freezer in self.freezers]
+        whole = self.settings.filesystems == "auto"
+        for each in self.settings.postgresql:
+            self.agents.append(PostgresqlAgent(each, placement, frozen=frozen, whole=whole))
+        for server in self.settings.mariadb:
+            self.agents.append(MariadbAgent(server, placement, frozen=frozen, whole=whole))
+        if self.settings.guests == "auto":
+            self.guests += guests_on(placement, self.settings.libvirt_uri)
 
 
-def _of_filesystems(devices: Iterable[int], protected_paths: Iterable[str]) -> Iterator[Quiescer]:
+def _stop(layer: Layer, protected: Collection[int]) -> Iterator[Quiescer]:
+    decision = decide(layer, protected)
+    if decision.action == "freeze":
+        yield FilesystemFreeze(layer)
+    elif decision.action == "flush":
+        yield FilesystemFlush(layer)
+
+
+def _layers(devices: Iterable[int]) -> list[tuple[Layer, Devices]]:
+    """Return the filesystems above volumes, the deepest first, each with the volumes under it."""
     layers: dict[int, Layer] = {}
+    under: dict[int, set[int]] = {}
     for device in devices:
         for layer in layers_above(device):
-            known = layers.get(layer.mount.device)
+            number = layer.mount.device
+            known = layers.get(number)
             # Where several volumes carry one: what a snapshot freezes itself we may not freeze before.
             if known is None or known.depth > layer.depth:
-                layers[layer.mount.device] = layer
-    if not layers:
-        return
-    protected = protected_filesystems(protected_paths)
-    for layer in sorted(layers.values(), key=lambda layer: -layer.depth):
-        decision = decide(layer, protected)
-        if decision.action == "freeze":
-            yield FilesystemFreeze(layer)
-        elif decision.action == "flush":
-            yield FilesystemFlush(layer)
+                layers[number] = layer
+            under.setdefault(number, set()).add(device)
+    ordered = sorted(layers.values(), key=lambda layer: -layer.depth)
+    return [(layer, frozenset(under[layer.mount.device])) for layer in ordered]

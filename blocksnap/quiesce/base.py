@@ -9,7 +9,8 @@ before ``begin``, for the run after one that died together with its watchdog.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from blocksnap.system.watchdog import Safeguard, Watchdog
@@ -18,6 +19,15 @@ Trace = dict[str, object]
 """What may be left standing, enough to let it go after a crash."""
 Strength = Literal["application", "frozen"]
 """``application``: it knows that it is backed up, and its data is whole. ``frozen``: it just does not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What an application said of itself that has to be kept with its snapshots."""
+
+    kind: Literal["postgresql", "mariadb"]
+    name: str
+    facts: Mapping[str, str]
 
 
 class Guard:
@@ -93,4 +103,34 @@ class Quiescer(Protocol):
 
     def close(self) -> None:
         """Give back what was opened, after ``end`` and after the watchdog."""
+        ...
+
+
+class Agent(Quiescer, Protocol):
+    """A quiescer that talks with its application, and may have a say in the order of the snapshots."""
+
+    @property
+    def late(self) -> frozenset[int]:
+        """The devices whose snapshots are to be taken after ``advance``; none where all are one stage."""
+        ...
+
+    @property
+    def early(self) -> frozenset[int]:
+        """The devices whose snapshots have to be taken before it."""
+        ...
+
+    @property
+    def last(self) -> frozenset[int]:
+        """Those of the early ones that have to come after the others."""
+        ...
+
+    def advance(self, deadline: float) -> None:
+        """Do what is between the early snapshots and the late ones; raises QuiesceError.
+
+        No filesystem is frozen by us meanwhile.
+        """
+        ...
+
+    def record(self) -> Record | None:
+        """Return what is to be kept, after ``end``; None when there is nothing."""
         ...

@@ -65,3 +65,34 @@ class DeadlineError(QuiesceError):
             details=f"applications and filesystems go on since second {took_seconds:.1f}",
             resolution="raise deadline_seconds if the application may wait so long, or find what was slow",
         )
+
+
+class AgentError(QuiesceError):
+    """A database refused, failed, or did not answer (exit code 15)."""
+
+    def __init__(self, server: str, problem: str, said: str = "", *, advice: str | None = None) -> None:
+        self.server = server
+        self.problem = problem
+        super().__init__(
+            f"{server} {problem}", details=said[-_SHOWN_BYTES:].strip() or None, resolution=advice
+        )
+
+
+class MisplacedError(QuiesceError):
+    """Files of a server are not where the run takes its snapshots (exit code 15)."""
+
+    def __init__(self, server: str, problem: str, advice: str) -> None:
+        self.server = server
+        self.problem = problem
+        super().__init__(f"{server}: {problem}", resolution=advice)
+
+
+class MissingDriverError(QuiesceError):
+    """The library that talks with a database is not installed (exit code 15)."""
+
+    def __init__(self, library: str, extra: str, package: str) -> None:
+        self.library = library
+        super().__init__(
+            f"{library} is not installed",
+            resolution=f"install it: pip install 'blocksnap[{extra}]', or apt install {package}",
+        )

@@ -74,6 +74,11 @@ class CgroupFreezer:
         return cls(f"control group {folder}", Path(os.path.realpath(folder)))
 
     @property
+    def folder(self) -> Path:
+        """Its directory."""
+        return self._folder
+
+    @property
     def name(self) -> str:
         """What was configured."""
         return self._name

@@ -19,6 +19,8 @@ FailurePolicy = Literal["fail", "crash-consistent"]
 """What becomes of a backup whose quiescing was refused, failed, or took longer than its deadline."""
 FilesystemPolicy = Literal["auto", "never"]
 """Whether filesystems are frozen that the snapshot itself would not freeze."""
+GuestPolicy = Literal["auto", "never"]
+"""Whether guests of libvirt that run freeze their filesystems when a disk of theirs is backed up."""
 
 DEFAULT_DEADLINE_SECONDS = 10.0
 MOST_OF_A_KIND = 16
@@ -46,9 +48,22 @@ def _unit(name: str) -> str:
     return name
 
 
+def _account(name: str) -> str:
+    if not name.isprintable() or any(letter in name for letter in " :/"):
+        raise ValueError("is no name of a user of this host")
+    return name
+
+
+def _uri(text: str) -> str:
+    if not text.isprintable() or ":" not in text or " " in text or text.startswith("-"):
+        raise ValueError("is no URI of libvirt, such as qemu:///system")
+    return text
+
+
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_command)]
 """The words of a command, the first an absolute path; no shell reads them."""
+AccountName = Annotated[str, Field(min_length=1, max_length=32), AfterValidator(_account)]
 UnitName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_unit)]
 
 
@@ -77,11 +92,49 @@ class HookSettings(_Model):
         return self
 
 
+class LoginSettings(_Model):
+    """How a database server on this host is reached: through a Unix socket, never over a network.
+
+    Its volumes are here, so it is here; and whoever listens on the socket is a process of this host, whose
+    view of the filesystems tells where the server's files are.
+    """
+
+    user: Annotated[str, Field(min_length=1, max_length=63)]
+    """The user of the database."""
+    account: AccountName | None = None
+    """The user of this host as whom root connects, for servers that ask the kernel who it is (peer)."""
+    password_file: AbsolutePath | None = None
+    """Its first line is the password, where the server wants one."""
+
+
+class PostgresqlSettings(LoginSettings):
+    """A PostgreSQL server, 9.6 or newer."""
+
+    socket: AbsolutePath = "/var/run/postgresql"
+    """The directory of its socket."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 5432
+    """The number in the socket's name."""
+    user: Annotated[str, Field(min_length=1, max_length=63)] = "postgres"
+    database: Annotated[str, Field(min_length=1, max_length=63)] = "postgres"
+    """Any one to connect to; what is backed up is the whole server."""
+    checkpoint_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    """How long its checkpoint may take, before anything stands still."""
+
+
+class MariadbSettings(LoginSettings):
+    """A server of MariaDB or MySQL."""
+
+    socket: AbsolutePath = "/run/mysqld/mysqld.sock"
+    user: Annotated[str, Field(min_length=1, max_length=80)] = "root"
+    lock_wait_seconds: Annotated[int, Field(ge=1, le=600)] = 3
+    """How long it may wait for statements in its way, while those that come after wait for it."""
+
+
 class QuiesceSettings(_Model):
     """How the applications that use the volumes of a job stand still for its snapshots.
 
-    Everything is begun in the order hooks, units and cgroups, filesystems, and ended in the opposite one. The
-    deadline counts from the first of them to the end of the last.
+    Everything is begun in the order hooks, databases, guests, units and cgroups, filesystems, and ended in
+    the opposite one. The deadline counts from the first of them to the end of the last.
     """
 
     deadline_seconds: Annotated[float, Field(gt=0, le=600)] = DEFAULT_DEADLINE_SECONDS
@@ -92,8 +145,20 @@ class QuiesceSettings(_Model):
     cgroups: Annotated[tuple[AbsolutePath, ...], Field(max_length=MOST_OF_A_KIND)] = ()
     """The same for control groups (version 2) that no unit made: their directories."""
     filesystems: FilesystemPolicy = "auto"
+    postgresql: Annotated[tuple[PostgresqlSettings, ...], Field(max_length=MOST_OF_A_KIND)] = ()
+    mariadb: Annotated[tuple[MariadbSettings, ...], Field(max_length=MOST_OF_A_KIND)] = ()
+    guests: GuestPolicy = "never"
+    libvirt_uri: Annotated[str, AfterValidator(_uri)] = "qemu:///system"
+    """Whose guests: what virsh calls a connection."""
 
     @property
     def asks_for_nothing(self) -> bool:
         """Whether no application is concerned; filesystems may be."""
-        return not (self.hooks or self.units or self.cgroups)
+        return not (
+            self.hooks
+            or self.units
+            or self.cgroups
+            or self.postgresql
+            or self.mariadb
+            or self.guests == "auto"
+        )

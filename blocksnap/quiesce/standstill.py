@@ -1,8 +1,9 @@
 """Everything that stands still for one run's snapshots, begun in order, ended in the opposite one.
 
-The order is hooks, control groups, filesystems: an application is asked while it can still answer, what does
-not run any more cannot write, and what it had written then goes to the volume. Whatever happens, all that was
-begun is ended, here or by the watchdog, which keeps the deadline. Nothing of this forks between begin
+The order is hooks, databases, guests, control groups, filesystems: an application is asked while it can still
+answer, what does not run any more cannot write, and what it had written then goes to the volume. A database
+may ask for two stages: some snapshots, ``advance``, the others. Whatever happens, all that was begun is
+ended, here or by the watchdog, which keeps the deadline. Nothing of this forks between begin
 and end, writes to a filesystem that may be frozen, or imports what was not imported before.
 """
 
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blocksnap.errors import BlocksnapError
-from blocksnap.quiesce.base import Guard, Quiescer, Trace
+from blocksnap.quiesce.base import Agent, Guard, Quiescer, Record, Trace
 from blocksnap.quiesce.errors import DeadlineError, HookReleaseError
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.system.watchdog import Watchdog, WatchdogError
 
 State = Literal["application", "frozen", "failed"]
+LATE = 2
 _CLOSE_SECONDS = 2.0
 
 
@@ -29,13 +31,28 @@ class Outcome:
 
     ``application``: an application was asked and stood still until the last snapshot was taken; ``frozen``:
     processes or filesystems did; ``failed``: something was to and did not, and ``reason`` says why.
-    ``seconds`` is from the first begin to the last end.
+    ``seconds`` is from the first begin to the last end, ``records`` what has to be kept with the snapshots.
     """
 
     state: State
     by: tuple[str, ...] = ()
     reason: str | None = None
     seconds: float = 0.0
+    records: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Who talks with applications, and what is done for a part of the snapshots only.
+
+    ``late`` are the devices whose snapshots come after ``advance``; ``only_early`` and ``only_late`` are the
+    quiescers, filesystems all, that stand still for one stage.
+    """
+
+    agents: tuple[Agent, ...] = ()
+    late: frozenset[int] = frozenset()
+    only_early: tuple[Quiescer, ...] = ()
+    only_late: tuple[Quiescer, ...] = ()
 
 
 class Standstill:
@@ -50,8 +67,11 @@ class Standstill:
         quiescers: Sequence[Quiescer],
         settings: QuiesceSettings,
         failure: BlocksnapError | None = None,
+        *,
+        stages: Stages = Stages(),
     ) -> None:
         self._quiescers = tuple(quiescers)
+        self._stages = stages
         self._settings = settings
         self._failure = failure
         self._watchdog: Watchdog | None = None
@@ -99,9 +119,37 @@ class Standstill:
         deadline = self._began_at + self._settings.deadline_seconds
         try:
             for quiescer in self._quiescers:
-                quiescer.begin(deadline)
+                if quiescer not in self._stages.only_late:
+                    quiescer.begin(deadline)
         except BlocksnapError as err:
             self._failure = err
+            self.end()
+        self._fail_by_policy()
+
+    def rank(self, device: int | None) -> int:
+        """Return when the snapshot of a device is to be taken: in this order, LATE after ``advance``."""
+        if device in self._stages.late:
+            return LATE
+        return 1 if any(device in agent.last for agent in self._stages.agents) else 0
+
+    def advance(self) -> None:
+        """Let go of what the early snapshots needed, and go on to the late ones; fails as ``begin`` does.
+
+        Filesystems go on before an application is asked: it may have to write before it can answer.
+        """
+        if self._began_at is None or self._failure is not None:
+            return
+        deadline = self._began_at + self._settings.deadline_seconds
+        try:
+            for quiescer in reversed(self._stages.only_early):
+                quiescer.end(deadline)
+            for agent in self._stages.agents:
+                agent.advance(deadline)
+            for quiescer in self._stages.only_late:
+                quiescer.begin(deadline)
+        except BlocksnapError as err:
+            self._note_expiry()
+            self._failure = self._failure or err
             self.end()
         self._fail_by_policy()
 
@@ -139,7 +187,8 @@ class Standstill:
         if self._failure is not None:
             return Outcome("failed", names, self._failure.brief, self._seconds)
         application = any(each.strength == "application" for each in self._quiescers)
-        return Outcome("application" if application else "frozen", names, None, self._seconds)
+        records = tuple(record for agent in self._stages.agents if (record := agent.record()) is not None)
+        return Outcome("application" if application else "frozen", names, None, self._seconds, records)
 
     def close(self) -> None:
         """End the watchdog and close everything; it lets go of what was not let go yet."""

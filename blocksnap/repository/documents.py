@@ -181,17 +181,26 @@ class Statistics(Document):
     seconds: Annotated[float, Field(ge=0)]
 
 
+class ApplicationRecord(Document):
+    """What an application said of itself when its snapshots were taken, of which a restore may need some."""
+
+    kind: str
+    name: str
+    facts: dict[str, str]
+
+
 class Quiesced(Document):
     """What stood still while the snapshots of a run were taken, for how long, and how that ended.
 
-    ``application``: hooks held it until the last snapshot; ``frozen``: processes or filesystems stood still;
-    ``failed``: something was to, and ``reason`` says why it did not.
+    ``application``: hooks or databases held it until the last snapshot; ``frozen``: processes or filesystems
+    stood still; ``failed``: something was to, and ``reason`` says why it did not.
     """
 
     state: Literal["application", "frozen", "failed"]
     by: tuple[str, ...] = ()
     reason: str | None = None
     ms: Annotated[float, Field(ge=0)] = 0.0
+    records: tuple[ApplicationRecord, ...] = ()
 
 
 class Backup(Document):
@@ -224,6 +233,9 @@ class Backup(Document):
         for name in ("quiesced", "inodes"):
             if document.get(name, False) is None:
                 del document[name]
+        quiesced = document.get("quiesced")
+        if isinstance(quiesced, dict) and not quiesced.get("records", True):
+            del quiesced["records"]
         return document
 
 

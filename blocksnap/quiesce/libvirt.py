@@ -1,0 +1,110 @@
+"""Guests of libvirt whose disk is a volume of the run: their own agent freezes and thaws their filesystems.
+
+Which they are is asked through ``virsh`` while everything runs. Freezing and thawing are commands of the
+watchdog, as a pair of hooks is, so a guest is thawed whatever becomes of us: when the freeze fails or takes
+too long, when the controller is killed, and by the next run when the watchdog was killed too. libvirt itself
+lets the thaw wait for a freeze that is still under way.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from blocksnap.quiesce.errors import AgentError, HookError, HookReleaseError
+from blocksnap.quiesce.hook import PairHook
+from blocksnap.quiesce.places import Placement
+from blocksnap.system import command
+
+_LOOK_SECONDS = 30.0
+_VIRSH = "virsh"
+
+
+class Guest(PairHook):
+    """One guest that runs."""
+
+    def __init__(self, path: str, uri: str, uuid: str, called: str, disks: tuple[str, ...]) -> None:
+        asked = (path, "--connect", uri)
+        super().__init__((*asked, "domfsfreeze", uuid), (*asked, "domfsthaw", uuid))
+        self._called = called
+        self._disks = disks
+
+    @property
+    def name(self) -> str:
+        """``guest NAME (DISK, ...)``."""
+        return f"guest {self._called} ({', '.join(self._disks)})"
+
+    def begin(self, deadline: float) -> None:
+        """Have its agent freeze what is mounted in it; raises AgentError."""
+        try:
+            super().begin(deadline)
+        except HookError as err:
+            raise AgentError(
+                f"guest {self._called}",
+                f"does not freeze its filesystems: virsh domfsfreeze {err.problem}",
+                err.details or "",
+                advice=f"see whether its agent answers: virsh domfsinfo {shlex.quote(self._called)}",
+            ) from err
+
+    def end(self, deadline: float) -> None:
+        """Have it thaw them; raises HookReleaseError."""
+        try:
+            super().end(deadline)
+        except HookReleaseError as err:
+            raise HookReleaseError(
+                f"that thaws guest {self._called} (run: virsh domfsthaw {shlex.quote(self._called)})",
+                err.problem,
+                err.details or "",
+                was_run=err.was_run,
+            ) from err
+
+
+def guests_on(placement: Placement, uri: str) -> Iterator[Guest]:
+    """Yield the guests that run and have a disk on a volume of the run.
+
+    Raises AgentError, UnsafeHookError.
+    """
+    try:
+        path = command.path_of(_VIRSH)
+        running = _ask(uri, "list", "--state-running", "--uuid", "--name")
+        for line in running.splitlines():
+            uuid, _, called = line.strip().partition(" ")
+            if not uuid:
+                continue
+            disks = [
+                (target, source)
+                for target, source in parse_disks(_ask(uri, "domblklist", uuid, "--details"))
+                if _is_on(placement, source)
+            ]
+            if disks:
+                yield Guest(path, uri, uuid, called.strip(), tuple(target for target, _ in disks))
+    except (command.CommandError, command.CommandTimeoutError, command.MissingProgramError) as err:
+        raise AgentError(
+            f"libvirt ({uri})", f"does not say which guests run: {err.brief}", advice=err.resolution
+        ) from err
+
+
+def parse_disks(text: str) -> list[tuple[str, str]]:
+    """Return target and source of the disks that ``virsh domblklist --details`` lists.
+
+    The columns are type, device, target and source, the last one with whatever is in a path. Disks on another
+    host (network) and without a medium (``-``) are none of ours.
+    """
+    found = []
+    for line in text.splitlines():
+        columns = line.strip().split(None, 3)
+        if len(columns) == 4 and columns[0] in ("block", "file") and columns[1] in ("disk", "lun"):
+            found += [(columns[2], columns[3])] if columns[3].startswith("/") else []
+    return found
+
+
+def _is_on(placement: Placement, source: str) -> bool:
+    try:
+        return bool(placement.of_disk(source))
+    except OSError:
+        # The guest has it open, and somebody has removed the name: then it is no volume that has one.
+        return False
+
+
+def _ask(uri: str, *words: str) -> str:
+    return command.run(_VIRSH, "--connect", uri, *words, timeout_seconds=_LOOK_SECONDS)

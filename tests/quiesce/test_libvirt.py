@@ -1,0 +1,152 @@
+"""Guests whose disk is backed up, told by the real virsh about the guests of libvirt's own test driver.
+
+The driver keeps a guest's state for one connection only, so that one is frozen and thawed is told by what
+virsh was asked; a script in front of it writes that down, and fails or hangs where the test says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from blocksnap.controller.quiescing import QuiesceRequest
+from blocksnap.controller.session import SnapshotSession
+from blocksnap.errors import QuiesceError
+from blocksnap.quiesce.libvirt import parse_disks
+from blocksnap.quiesce.settings import QuiesceSettings
+from support.copied_volume import CopiedVolume
+from support.require import require
+from support.standing import read_log, write_hook
+
+VIRSH = shutil.which("virsh")
+NAMES = ("on it", "in it", "off", "away")
+UUIDS = {name: f"{number}695eb01-f6a4-8304-79aa-97f2502e193f" for number, name in enumerate(NAMES)}
+SHUT_OFF = 5
+
+
+def domain(name: str, disks: list[tuple[str, str]], state: int = 1) -> str:
+    """A guest, as the driver's file has it."""
+    listed = "".join(
+        f"<disk type='{kind}'><source {'dev' if kind == 'block' else 'file'}='{source}'/>"
+        f"<target dev='vd{letter}'/></disk>"
+        for letter, (kind, source) in zip("abc", disks, strict=False)
+    )
+    return (
+        "<domain type='test' xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>"
+        f"<name>{name}</name><uuid>{UUIDS[name]}</uuid><memory>8192</memory><vcpu>1</vcpu>"
+        f"<os><type>hvm</type></os><devices>{listed}</devices>"
+        f"<test:runstate>{state}</test:runstate></domain>"
+    )
+
+
+class World:
+    """Two volumes, a file on one, four guests."""
+
+    def __init__(self, folder: Path, hooks: Path, stack: ExitStack) -> None:
+        self.folder, self.hooks = folder, hooks
+        self.raw, self.files = (CopiedVolume(folder, name, 16 << 20, stack) for name in ("raw", "files"))
+        image = self.files.folder / "disk with words.img"
+        image.touch()
+        elsewhere = folder / "elsewhere.img"
+        elsewhere.touch()
+        guests = [
+            domain("on it", [("file", str(elsewhere)), ("block", self.raw.device)]),
+            domain("in it", [("file", str(image))]),
+            domain("off", [("block", self.raw.device)], SHUT_OFF),
+            domain("away", [("file", str(elsewhere)), ("file", str(folder / "gone.img"))]),
+        ]
+        (folder / "node.xml").write_text(f"<node>{''.join(guests)}</node>")
+        self.behave("")
+
+    def behave(self, words: str) -> None:
+        (self.hooks / "log").unlink(missing_ok=True)
+        write_hook(
+            self.hooks, "virsh", f'case "$3" in domfs*) log "$3 $4";; esac\n{words}\nexec {VIRSH} "$@"'
+        )
+
+    def back_up(self, *volumes: CopiedVolume, **policy: object) -> tuple[SnapshotSession, str]:
+        asked = {"guests": "auto", "libvirt_uri": f"test://{self.folder}/node.xml", "deadline_seconds": 30}
+        request = QuiesceRequest(QuiesceSettings.model_validate({**asked, **policy}))
+        with SnapshotSession(volumes, "run", self.folder / "state", request) as session:  # type: ignore[arg-type]
+            pass
+        return session, session.quiesced.state if session.quiesced else "none"
+
+
+@pytest.fixture
+def world(tmp_path: Path, hooks: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    require("libvirt", VIRSH is not None, "libvirt-clients is not installed")
+    monkeypatch.setenv("PATH", f"{hooks}:{os.environ['PATH']}")
+    with ExitStack() as stack:
+        yield World(tmp_path, hooks, stack)
+
+
+def asked(*names: str, word: str) -> list[str]:
+    return [f"domfs{word} {UUIDS[name]}" for name in names]
+
+
+def test_guests_that_run_and_have_a_disk_here_are_frozen_and_thawed(world: World) -> None:
+    session, state = world.back_up(world.raw, world.files)
+    assert (state, session.warnings) == ("application", [])
+    assert session.quiesced is not None
+    assert session.quiesced.by == ("guest on it (vdb)", "guest in it (vda)")
+    assert read_log(world.hooks) == [
+        *asked("on it", "in it", word="freeze"),
+        *asked("in it", "on it", word="thaw"),
+    ]
+
+    world.behave("")
+    session, state = world.back_up(world.files)
+    assert session.quiesced is not None
+    assert session.quiesced.by == ("guest in it (vda)",)
+
+
+def test_a_guest_that_does_not_freeze_is_thawed_nevertheless(world: World) -> None:
+    silent = "error: Guest agent is not responding: QEMU guest agent is not connected"
+    world.behave(f'[ "$3" != domfsfreeze ] || {{ echo "{silent}" >&2; exit 1; }}')
+    with pytest.raises(QuiesceError, match="guest on it does not freeze its filesystems") as refused:
+        world.back_up(world.raw)
+    assert silent in str(refused.value.details)
+    assert read_log(world.hooks) == [*asked("on it", word="freeze"), *asked("on it", word="thaw")]
+
+    world.behave('[ "$3" != domfsfreeze ] || sleep 100')
+    session, state = world.back_up(world.raw, deadline_seconds=1, on_failure="crash-consistent")
+    assert state == "failed"
+    assert "only crash-consistent" in session.warnings[0]
+    assert read_log(world.hooks) == [*asked("on it", word="freeze"), *asked("on it", word="thaw")]
+
+
+def test_a_guest_that_is_not_thawed_is_told_with_what_to_do(world: World) -> None:
+    world.behave('[ "$3" != domfsthaw ] || exit 1')
+    session, state = world.back_up(world.raw)
+    assert state == "application"
+    assert len(session.warnings) == 1
+    assert "that thaws guest on it (run: virsh domfsthaw 'on it') failed" in session.warnings[0]
+
+
+def test_libvirt_that_does_not_answer(world: World) -> None:
+    with pytest.raises(QuiesceError, match="does not say which guests run"):
+        world.back_up(world.raw, libvirt_uri="test:///nowhere.xml")
+
+
+def test_disks_are_read_as_virsh_writes_them() -> None:
+    listed = """\
+ Type      Device   Target   Source
+-----------------------------------------------------
+ block     disk     vda      /dev/vg0/vm1
+ file      disk     vdb      /srv/with  two spaces.img
+ file      cdrom    sda      /srv/installer.iso
+ file      disk     vdc      -
+ network   disk     vdd      rbd/pool
+ block     lun      sdb      /dev/vg0/vm1-data
+
+"""
+    assert parse_disks(listed) == [
+        ("vda", "/dev/vg0/vm1"),
+        ("vdb", "/srv/with  two spaces.img"),
+        ("sdb", "/dev/vg0/vm1-data"),
+    ]

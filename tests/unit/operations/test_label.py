@@ -1,0 +1,129 @@
+"""The label of a restored server goes into its own data directory, and into no other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocksnap.errors import UsageError
+from blocksnap.operations.describing import describe_records
+from blocksnap.operations.label import Label, NotItsDirectoryError, find_label, needs_label, write_label
+from blocksnap.repository.documents import Backup
+
+IDENTIFIER = 7234567890123456789
+LABEL = Label(
+    "server",
+    "START WAL LOCATION: 0/2000028\n",
+    "16384 /far away\n16385 /two\\\nlines\n",
+    "15.8",
+    str(IDENTIFIER),
+)
+
+
+def data_directory(folder: Path, identifier: int = IDENTIFIER) -> Path:
+    """As much of one as is looked at."""
+    data = folder / "data"
+    (data / "global").mkdir(parents=True)
+    (data / "pg_tblspc").mkdir()
+    (data / "PG_VERSION").write_text("15\n")
+    (data / "global/pg_control").write_bytes(identifier.to_bytes(8, "little") + bytes(8184))
+    return data
+
+
+def backup_of(*records: dict[str, Any]) -> Backup:
+    return Backup.model_validate(
+        {
+            "id": "ab" * 16,
+            "volume": {"name": "vg/data", "key": "key", "kind": "thin"},
+            "time": datetime.now(UTC),
+            "kind": "full",
+            "parent": None,
+            "method": "compare",
+            "reason": "there is no backup of it yet",
+            "size": 4096,
+            "chunk_size": 131072,
+            "map": {"levels": 1, "root": "hole"},
+            "source": {},
+            "quiesced": {"state": "application", "records": list(records)},
+            "statistics": dict.fromkeys(
+                (
+                    "changed_bytes",
+                    "read_bytes",
+                    "new_bytes",
+                    "stored_bytes",
+                    "metadata_bytes",
+                    "new_chunks",
+                    "freeze_ms",
+                    "skew_ms",
+                    "seconds",
+                ),
+                0,
+            ),
+        }
+    )
+
+
+def record(name: str, **facts: str) -> dict[str, Any]:
+    return {"kind": "postgresql", "name": name, "facts": {"version": "15.8", **facts}}
+
+
+def test_both_files_are_written_with_the_links_that_are_there(tmp_path: Path) -> None:
+    data = data_directory(tmp_path)
+    (data / "pg_tblspc/16385").symlink_to("/some\\where\nelse")
+    written = write_label(LABEL, str(data))
+    assert written == [str(data / name) for name in ("tablespace_map", "backup_label")]
+    assert (data / "backup_label").read_text() == LABEL.text
+    assert (data / "tablespace_map").read_text() == "16384 /far away\n16385 /some\\\\where\\\nelse\n"
+    assert (data / "backup_label").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_directory_that_is_not_its_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotItsDirectoryError, match="is no data directory: it has no global/pg_control"):
+        write_label(LABEL, str(tmp_path))
+    with pytest.raises(NotItsDirectoryError, match="cannot be opened"):
+        write_label(LABEL, str(tmp_path / "none"))
+    data = data_directory(tmp_path, IDENTIFIER + 1)
+    with pytest.raises(NotItsDirectoryError, match="is of another server than server"):
+        write_label(LABEL, str(data))
+    shutil.rmtree(data)
+    data = data_directory(tmp_path)
+    (data / "PG_VERSION").write_text("1\n")
+    with pytest.raises(NotItsDirectoryError, match="is of another server"):
+        write_label(LABEL, str(data))
+    (data / "PG_VERSION").write_text("15\n")
+    (data / "backup_label").write_text("of another backup\n")
+    with pytest.raises(NotItsDirectoryError, match="has a backup_label already"):
+        write_label(LABEL, str(data))
+    (data / "backup_label").unlink()
+    (data / "backup_label").symlink_to("nowhere")
+    with pytest.raises(NotItsDirectoryError, match="has a backup_label already"):
+        write_label(LABEL, str(data))
+    assert sorted(os.listdir(data)) == ["PG_VERSION", "backup_label", "global", "pg_tblspc"]
+
+
+def test_the_server_is_named_where_there_are_several() -> None:
+    none = backup_of(record("a"), {"kind": "mariadb", "name": "b", "facts": {"gtid": "0-1-2"}})
+    assert needs_label(none) == []
+    with pytest.raises(UsageError, match="has no label"):
+        find_label(none, None)
+    one = backup_of(record("a"), record("b", label="L\n", system_identifier="1"))
+    assert needs_label(one) == ["b"]
+    assert find_label(one, None) == Label("b", "L\n", "", "15.8", "1")
+    assert ("postgresql", "version 15.8, system_identifier 1") in describe_records(one)
+    two = backup_of(record("a", label="A\n"), record("b", label="B\n"))
+    with pytest.raises(UsageError, match="is of several servers"):
+        find_label(two, None)
+    assert find_label(two, "b").text == "B\n"
+    with pytest.raises(UsageError, match="has no label of c"):
+        find_label(two, "c")
+
+
+def test_a_manifest_without_records_is_what_it_was_before_there_were_any() -> None:
+    assert "records" not in backup_of().model_dump_json()
+    kept = backup_of(record("a", label="A\n"))
+    assert Backup.model_validate_json(kept.model_dump_json()) == kept
