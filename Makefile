@@ -133,7 +133,7 @@ host-test:
 LAB_SOAKED := tests/lvm/test_quiesce.py
 # Two labs at once, one for each core; the second one's output follows the first one's.
 LAB_SECOND := $(addprefix tests/lvm/test_,thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
-	guard.py power_cut.py quiesce_commands.py quiesce_postgres.py \
+	guard.py power_cut.py quiesce_commands.py quiesce_databases.py \
 	restore_failures.py restore_in_place.py)
 lab-test:
 	@mkdir -p build

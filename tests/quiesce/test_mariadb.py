@@ -19,6 +19,7 @@ import pytest
 from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import QuiesceError
+from blocksnap.quiesce import mariadb as mariadb_agent
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Outcome
 from support.copied_volume import CopiedVolume, restored
@@ -109,7 +110,9 @@ def test_what_was_committed_before_is_there_and_the_position_is_that_of_the_snap
             assert row[3] == "OK"
 
 
-def test_a_statement_in_the_way_is_not_waited_for_longer_than_others_may_wait(world: World) -> None:
+def test_a_statement_in_the_way_is_not_waited_for_longer_than_others_may_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = world.volume("data")
     root = world.start(data.folder)
     ask(root, "CREATE DATABASE shop")
@@ -129,8 +132,18 @@ def test_a_statement_in_the_way_is_not_waited_for_longer_than_others_may_wait(wo
         assert "SLEEP" not in f"{refused.value}{refused.value.details}"
         before = ledger.committed
         assert wait_until(lambda: ledger.committed > before + 10)
+        # Servers before 10.4.1, and MySQL, have another lock, which this one has too.
+        old = mariadb_agent.words_of("10.3.39-MariaDB")
+        monkeypatch.setattr(mariadb_agent, "words_of", lambda version: old)
         outcome = world.back_up(data, lock_wait_seconds=1, on_failure="crash-consistent")
         assert (outcome.state, outcome.records) == ("failed", ())
+        assert "within 1 s (FLUSH TABLES WITH READ LOCK): others are at work" in str(outcome.reason)
+        slow.join()
+        ask(root, "UNLOCK TABLES")
+        before = ledger.committed
+        assert wait_until(lambda: ledger.committed > before)
+        outcome = world.back_up(data, lock_wait_seconds=1)
+        assert outcome.records[0].facts["way"] == "FLUSH TABLES WITH READ LOCK"
     finally:
         ledger.stop()
         slow.join()

@@ -20,11 +20,12 @@ from blocksnap.errors import QuiesceError
 from blocksnap.operations.label import Label, NotItsDirectoryError, write_label
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Outcome
+from blocksnap.system import freeze
 from support.copied_volume import CopiedVolume, restored
 from support.databases import PROGRAMS, Postgres, as_postgres, is_root, make_cluster, public_folder
-from support.loops import call
+from support.loops import call, loop_device
 from support.require import require
-from support.standing import wait_until
+from support.standing import holding, wait_until
 
 SIZE = 112 << 20
 
@@ -198,6 +199,39 @@ def test_what_is_not_in_the_run_and_what_is_frozen(group: Path, world: World) ->
         "checkpoint",
         "its processes are frozen for the instant of all snapshots",
     )
+
+
+def test_what_we_freeze_ourselves_is_not_frozen_while_the_server_is_asked(world: World) -> None:
+    volumes = [world.volume(name) for name in ("data", "wal")]
+    inner = []
+    for volume in volumes:
+        device = world.stack.enter_context(loop_device(volume.folder / "inner.img", size=80 << 20))
+        call("mkfs.ext4", "-q", device)
+        inner.append(world.stack.enter_context(holding(device, world.folder / f"in {volume.name}")))
+    data, wal = inner
+    make_cluster(data / "pg", wal / "pg")
+    world.start(data / "pg")
+    frozen: list[str] = []
+
+    def look() -> None:
+        # What can be frozen was not, and is thawed again.
+        for folder in inner:
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                freeze.freeze(fd)
+                freeze.thaw(fd)
+            except OSError:
+                frozen.append(folder.name)
+            finally:
+                os.close(fd)
+
+    for volume in volumes:
+        volume.meanwhile = look
+    outcome = world.back_up(*volumes)
+    assert outcome.by[1:] == (f"filesystem on {data}", f"filesystem on {wal}")
+    assert outcome.records[0].facts["way"] == "backup"
+    # Each for its own stage, since a server whose log is frozen could not have ended its backup.
+    assert frozen == ["in data", "in wal"]
 
 
 @pytest.mark.parametrize(
