@@ -42,6 +42,11 @@ EXIT_WARNINGS = 3
     "--resume", is_flag=True, help="With --instant and no BACKUP: go on with TARGET where it was interrupted."
 )
 @click.option(
+    "--abandon",
+    is_flag=True,
+    help="With --instant and no BACKUP: remove TARGET, with what was written to it.",
+)
+@click.option(
     "--write-room",
     metavar="SIZE",
     help="With --instant: how much may be written before all is there; else all of the volume.",
@@ -75,6 +80,7 @@ def restore_command(
     in_place: bool,
     instant: bool,
     resume: bool,
+    abandon: bool,
     write_room: str | None,
     rate: str | None,
     image: ImageFormat,
@@ -97,10 +103,13 @@ def restore_command(
     if instant:
         if create or in_place or image != "raw" or verify or missing != "fail":
             raise UsageError("--instant makes a volume, and goes with --pool, --classic, --size only")
+        if abandon:
+            _abandon(settings, backup, target)
+            return
         _restore_instantly(settings, backup, target, (pool, classic, size), write_room, rate, resume=resume)
         return
-    if resume or write_room or rate:
-        raise UsageError("--resume, --write-room and --rate go with --instant")
+    if resume or abandon or write_room or rate:
+        raise UsageError("--resume, --abandon, --write-room and --rate go with --instant")
     if not target:
         raise UsageError("no TARGET was named")
     from blocksnap.extents import memory
@@ -128,6 +137,18 @@ def restore_command(
     _show(settings, stored.backup, result)
     if result.missing:
         click.get_current_context().exit(EXIT_WARNINGS)
+
+
+def _abandon(settings: Settings, volume: str, rest: str) -> None:
+    from blocksnap.operations.instant import abandon_instant
+
+    if rest:
+        raise UsageError("write it as: blocksnap restore --instant --abandon VG/NAME")
+    abandon_instant(volume, settings.state_directory)
+    if settings.json:
+        print_json_line({"event": "done", "abandoned": volume})
+    elif settings.verbosity >= 0:
+        click.echo(f"removed {volume}, which was not whole")
 
 
 def _restore_instantly(

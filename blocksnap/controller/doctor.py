@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 
 from blocksnap.controller.examine_host import (
     examine_archive,
+    examine_arrivals,
     examine_block_devices,
     examine_journals,
     examine_standing,
@@ -51,6 +52,7 @@ def examine(state_directory: str, limits: LimitSettings | None = None) -> list[F
         ("tool", "programs", lambda: examine_tools(lvm_in_use=devmapper.has_lvm_devices())),
         ("journal", state_directory, lambda: examine_journals(entries, time.time())),
         ("leftover", state_directory, lambda: examine_standing(entries)),
+        ("leftover", state_directory, lambda: examine_arrivals(state_directory)),
         ("device", "device-mapper", lambda: examine_suspended(entries)),
         ("leftover", "LVM", lvm_findings),
         ("device", "block devices", examine_block_devices),

@@ -10,7 +10,8 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from blocksnap.controller.findings import Finding
+from blocksnap.controller.arriving import Stage, read_arrivals
+from blocksnap.controller.findings import Finding, Severity
 from blocksnap.controller.journal import Entry
 from blocksnap.system import devmapper, host, lvm
 from blocksnap.system.command import has_program, package_of
@@ -19,6 +20,14 @@ LONG_RUN_SECONDS = 48 * 3600.0
 ARCHIVE_FILES = 1000
 """Files of LVM's archive from which on each LVM command takes noticeably longer."""
 _SYS_BLOCK = Path("/sys/block")
+_INTERRUPTED: dict[Stage, tuple[Severity, str]] = {
+    "making": (
+        "warning",
+        "an instant restore was interrupted before anything could be used, and left volumes",
+    ),
+    "arriving": ("error", "an instant restore was interrupted: reads of what has not arrived wait"),
+    "whole": ("warning", "an instant restore was interrupted: all is there, but not yet one volume again"),
+}
 _SECOND_LOOK_SECONDS = 1.0
 _TOOLS = {
     "dmsetup": "asks pools how full they are",
@@ -84,6 +93,22 @@ def examine_standing(entries: Collection[Entry]) -> Iterator[Finding]:
                 "blocksnap doctor --fix lets it go; so does the next backup of any volume",
                 ours=True,
             )
+
+
+def examine_arrivals(state_directory: str) -> Iterator[Finding]:
+    """Tell of instant restores that were interrupted."""
+    for arrival, held in read_arrivals(state_directory):
+        if held:
+            continue
+        severity, message = _INTERRUPTED[arrival.stage]
+        yield Finding(
+            severity,
+            "leftover",
+            arrival.volume,
+            message,
+            f"blocksnap restore --instant --resume {arrival.volume}",
+            ours=True,
+        )
 
 
 def examine_suspended(entries: Collection[Entry]) -> Iterator[Finding]:

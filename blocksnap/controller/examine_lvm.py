@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blocksnap.controller.arriving import read_arrivals
 from blocksnap.controller.findings import Finding
 from blocksnap.controller.history import History
 from blocksnap.controller.journal import Entry
@@ -42,17 +43,15 @@ def examine_lvm(host: Host) -> Iterator[Finding]:
     for leftover in find_leftovers(host.report, host.entries):
         if leftover.run_state != "alive":
             yield _leftover(leftover, host)
+    arriving = {
+        f"{arrival.group}/{name}"
+        for arrival, _ in read_arrivals(host.state_directory)
+        for name in (arrival.arriving, arrival.meanwhile, arrival.name)
+    }
     for lv in host.report:
         if lvm.base_of(lv.lv_tags) is not None:
             yield from _base(lv, host)
-        if lvm.RESTORING_TAG in lv.lv_tags and not lv.lv_device_open:
-            yield Finding(
-                "warning",
-                "leftover",
-                lv.full_name,
-                "a restore makes this volume, or was interrupted while it did",
-                f"if no restore is running: lvremove {lv.full_name}",
-            )
+        yield from _of_a_restore(lv, arriving)
         if lv.segtype == "thin-pool":
             yield from _pool(lv, host)
         if "thicksnapshot" in lv.lv_role:
@@ -106,6 +105,43 @@ def _base(lv: LvRecord, host: Host) -> Iterator[Finding]:
         "the base snapshot of a volume that is gone",
         "blocksnap doctor --fix removes it" if ours else f"lvremove {lv.full_name}",
         ours=ours,
+    )
+
+
+def _of_a_restore(lv: LvRecord, arriving: set[str]) -> Iterator[Finding]:
+    """Tell of a volume that a restore made or keeps; those of the instant restores that are known are not."""
+    if lvm.RESTORING_TAG in lv.lv_tags and not lv.lv_device_open:
+        yield Finding(
+            "warning",
+            "leftover",
+            lv.full_name,
+            "a restore makes this volume, or was interrupted while it did",
+            f"if no restore is running: lvremove {lv.full_name}",
+        )
+    if lvm.INSTANT_TAG in lv.lv_tags and lv.full_name not in arriving:
+        yield Finding(
+            "warning",
+            "leftover",
+            lv.full_name,
+            "a part of an instant restore of which this state directory knows nothing",
+            f"if no other one does (of a container, say): lvremove {lv.full_name}",
+        )
+    if lvm.WAY_BACK_TAG in lv.lv_tags:
+        yield _way_back(lv)
+
+
+def _way_back(lv: LvRecord) -> Finding:
+    """Tell of what a volume held before a restore in place; nobody but the administrator ever removes it."""
+    of = f"{lv.vg_name}/{lv.origin}" if lv.origin else "a volume that is gone"
+    return Finding(
+        "warning",
+        "snapshot",
+        lv.full_name,
+        f"what {of} held before a restore in place, at {lv.lv_time}; it takes space",
+        f"when all is well: lvremove {lv.full_name}; to go back: lvchange -an {of}; "
+        f"lvconvert --merge {lv.full_name}"
+        if lv.origin
+        else f"if nobody needs it: lvremove {lv.full_name}",
     )
 
 

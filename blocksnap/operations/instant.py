@@ -151,6 +151,23 @@ def resume_instant(
         return _Run(repository, backup, arrival, file, report, keeper, rate, began).bring()
 
 
+def abandon_instant(target: str, state_directory: str) -> None:
+    """Give up a restore and remove the volume with all that was written to it.
+
+    What waits for the repository fails first, so that whoever uses the volume can be ended. Raises
+    DeviceBusyError while it is used, and NothingArrivesError when it is whole or was never begun.
+    """
+    group, volume = _parse(target)
+    file = ArrivalFile(state_directory, group, volume)
+    with file.held():
+        arrival = file.read()
+        if arrival is None:
+            raise NothingArrivesError(target)
+        if arrival.stage == "whole":
+            raise NothingArrivesError(target, "all of it has arrived: go on with --resume, then remove it")
+        _discard(arrival, file)
+
+
 @contextmanager
 def _prepared(state_directory: str, group: str, volume: str) -> Iterator[tuple[Keeper, ArrivalFile]]:
     """Fork what has to be forked first, and hold the restore of this volume."""
@@ -224,11 +241,12 @@ def _names(arrival: Arrival) -> Names:
 
 
 def _discard(arrival: Arrival, file: ArrivalFile) -> None:
-    """Remove what nobody could use yet."""
+    """Remove everything."""
     index = nbd.find(arrival.token)
-    ArrivalDevices(_names(arrival)).discard()
     if index is not None:
+        # Nothing could be removed while something waits for it.
         nbd.disconnect(index)
+    ArrivalDevices(_names(arrival)).discard()
     file.remove()
 
 

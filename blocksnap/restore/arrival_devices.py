@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from blocksnap.errors import BlocksnapError, TargetError
 from blocksnap.system import devmapper, dm_tables, lvm
-from blocksnap.system.blockdev import number_text, sysfs_folder
+from blocksnap.system.blockdev import DeviceBusyError, number_text, sysfs_folder
 from blocksnap.system.dm_status import lvm_uuid
+from blocksnap.system.mounts import users_of_device
 
 _SECTOR = 512
 _CHUNK_SECTORS = 8
@@ -204,8 +205,16 @@ class ArrivalDevices:
             lvm.delete_tag(names.group, names.name, lvm.INSTANT_TAG)
 
     def discard(self) -> None:
-        """Remove everything of a restore that nobody has used yet."""
+        """Remove everything, with what was written; raises DeviceBusyError where it is in use."""
         names = self._names
+        number = dm_tables.number_of(names.device)
+        if number is not None:
+            if users := users_of_device(number):
+                raise DeviceBusyError(names.volume, users)
+            dm_tables.remove(names.device)
+        path = f"/dev/{names.volume}"
+        if os.path.islink(path) and not os.path.exists(path):
+            os.unlink(path)
         dm_tables.remove(names.below)
         for volume in (names.arriving, names.meanwhile):
             lvm.remove_volume(names.group, volume, tag=lvm.INSTANT_TAG)

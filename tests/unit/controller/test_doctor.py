@@ -186,11 +186,15 @@ def test_classic_snapshots_groups_and_restores(look: Look) -> None:
         row("invalid", **snapshot, data_percent="100.00", lv_attr="swi-I-s---"),
         row("restoring", lv_tags="blocksnap.restoring,blocksnap.restoring.1"),
         row("being-restored", lv_tags="blocksnap.restoring", lv_device_open="1"),
+        row("data-before-1", lv_tags="blocksnap.way-back", origin="data"),
+        row("other-arriving", lv_tags="blocksnap.instant"),
         row("partial", vg_name="vg1", vg_partial="1"),
     )
     assert [(one.subject, one.severity) for one in found] == [
+        ("vg0/data-before-1", "warning"),
         ("vg0/full", "warning"),
         ("vg0/invalid", "warning"),
+        ("vg0/other-arriving", "warning"),
         ("vg0/restoring", "warning"),
         ("vg1", "error"),
     ]

@@ -1,0 +1,59 @@
+"""What is written down of instant restores: one holder, whole or not at all, and what doctor makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blocksnap.controller.arriving import Arrival, ArrivalFile, InstantBusyError, Stage, read_arrivals
+from blocksnap.controller.examine_host import examine_arrivals
+
+ARRIVAL = Arrival(
+    stage="making",
+    repository="r" * 32,
+    backup="b" * 32,
+    size=4096,
+    group="vg-1",
+    name="data",
+    arriving="data-arriving",
+    meanwhile="data-meanwhile",
+    token="blocksnap-1",
+)
+
+
+def test_one_holds_it_and_others_see_that(tmp_path: Path) -> None:
+    state = str(tmp_path)
+    file = ArrivalFile(state, "vg-1", "data")
+    with file.held():
+        file.write(ARRIVAL)
+        assert read_arrivals(state) == [(ARRIVAL, True)]
+        assert list(examine_arrivals(state)) == []
+        with pytest.raises(InstantBusyError, match="vg-1/data"), ArrivalFile(state, "vg-1", "data").held():
+            pass
+        with ArrivalFile(state, "vg", "1-data").held():
+            pass
+    assert read_arrivals(state) == [(ARRIVAL, False)]
+    with file.held():
+        file.remove()
+    assert read_arrivals(state) == []
+    assert file.read() is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "severity"), [("making", "warning"), ("arriving", "error"), ("whole", "warning")]
+)
+def test_an_interrupted_one_is_told_with_what_to_do(tmp_path: Path, stage: Stage, severity: str) -> None:
+    file = ArrivalFile(str(tmp_path), "vg-1", "data")
+    with file.held():
+        file.write(ARRIVAL.model_copy(update={"stage": stage}))
+    (found,) = examine_arrivals(str(tmp_path))
+    assert (found.severity, found.subject, found.ours) == (severity, "vg-1/data", True)
+    assert found.advice == "blocksnap restore --instant --resume vg-1/data"
+
+
+def test_what_cannot_be_understood_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "instant").mkdir()
+    (tmp_path / "instant" / "x.json").write_text('{"stage": "whole"}')
+    (tmp_path / "instant" / "y.json").write_text("")
+    assert read_arrivals(str(tmp_path)) == []
