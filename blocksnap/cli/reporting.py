@@ -31,12 +31,16 @@ class TextReporter(Quiet):
         if self._verbosity < 0:
             return
         if name == "plan":
-            read, size = facts["read_bytes"], facts["volume_bytes"]
+            # What there is to read of a subvolume is known when it was read.
+            read, size = facts.get("read_bytes"), facts.get("volume_bytes")
+            what = f"{facts['kind']}, {facts['method']}"
             if isinstance(read, int) and isinstance(size, int):
-                what = (
-                    f"{facts['kind']}, {facts['method']}: {format_size(read)} of {format_size(size)} to read"
-                )
-                click.echo(f"{facts['volume']}: {what} ({facts['reason']})", err=True)
+                what += f": {format_size(read)} of {format_size(size)} to read"
+            click.echo(f"{facts['volume']}: {what} ({facts['reason']})", err=True)
+        elif name == "left_out":
+            found = facts["subvolumes"]
+            names = ", ".join(map(str, found)) if isinstance(found, list) else ""
+            click.echo(f"left out: {names}: {facts['reason']}", err=True)
         elif name == "in-place":
             how, why, much = facts["method"], facts["reason"], facts["differing_bytes"]
             if isinstance(much, int):

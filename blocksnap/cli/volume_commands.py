@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from blocksnap.config import Job
     from blocksnap.controller.settings import LimitSettings
     from blocksnap.extents.changes import BasePolicy
-    from blocksnap.operations.storing import BackupOptions
+    from blocksnap.operations.draft import BackupOptions
     from blocksnap.repository.repository import Repository, StoredBackup
     from blocksnap.volumes.base import Volume
 
@@ -115,7 +115,8 @@ def backup_command(
     from blocksnap.cli.trust import require_same_encryption
     from blocksnap.extents import memory
     from blocksnap.operations.backup import plan_backups
-    from blocksnap.operations.storing import BackupOptions
+    from blocksnap.operations.draft import BackupOptions
+    from blocksnap.operations.grouping import with_nested
 
     memory.retain()
     settings, job_settings, job_tags = _job_of(settings, volumes, job)
@@ -134,6 +135,7 @@ def backup_command(
         wait_seconds=wait,
     )
     groups = [resolved] if job_settings.group else [[volume] for volume in resolved]
+    groups = [with_nested(group, settings.reporter) for group in groups]
     if dry_run:
         plans = [
             plan
@@ -141,7 +143,7 @@ def backup_command(
             for plan in plan_backups(repository, group, settings.state_directory, options, settings.reporter)
         ]
         if settings.json:
-            print_json_line({"event": "done", "backups": [], "plans": [plan.facts() for plan in plans]})
+            print_json_line({"event": "done", "backups": [], "plans": plans})
         return
     results, failed = _back_up_groups(settings, repository, groups, options)
     _show_backups(settings, results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,16 +17,18 @@ from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import newest_of
+from blocksnap.operations.draft import BackupOptions, Draft
+from blocksnap.operations.grouping import tell_of_skew
 from blocksnap.operations.guarding import guarded, require_room
 from blocksnap.operations.reporting import Reporter
 from blocksnap.operations.runs import is_gone, this_author
-from blocksnap.operations.storing import BackupOptions, BackupPlan, Draft, plan_backup, store_volume
+from blocksnap.operations.storing import plan_backup, store_volume
 from blocksnap.repository.documents import Backup, Manifest
 from blocksnap.repository.errors import FencedError
 from blocksnap.repository.repository import Repository, StoredBackup
 from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.system.host import host_id, host_name
-from blocksnap.volumes.base import Snapshot, Volume
+from blocksnap.volumes.base import Snapshot, Volume, as_image, is_tree
 
 _OWNER_DIGITS = 16
 """Of a repository's id, in the tag of a base: enough to tell the repositories of one host apart."""
@@ -67,6 +69,7 @@ def back_up(
             ) as guard,
         ):
             began = time.monotonic()
+            tell_of_skew(session, report)
             try:
                 return _store(repository, writer, session, guard, known, options, report, began)
             except FencedError as err:
@@ -125,15 +128,15 @@ def plan_backups(
     state_directory: str,
     options: BackupOptions,
     report: Reporter,
-) -> list[BackupPlan]:
-    """Take the snapshots, say what a backup would read and why, remove them, and store nothing."""
+) -> list[dict[str, object]]:
+    """Take the snapshots, return what a backup would read and why, remove them, and store nothing."""
     known = repository.backups()
     with (
         open_session(volumes, secrets.token_hex(16), state_directory, report) as session,
         guarded(session, options.limits, report, of_volumes=options.volume_limits),
     ):
         plans = [
-            plan_backup(
+            _plan_one(
                 repository,
                 volume,
                 snapshot,
@@ -144,8 +147,25 @@ def plan_backups(
             for volume, snapshot in zip(volumes, session.snapshots, strict=True)
         ]
     for plan in plans:
-        report.event("plan", **plan.facts())
+        report.event("plan", **plan)
     return plans
+
+
+def _plan_one(
+    repository: Repository,
+    volume: Volume,
+    snapshot: Snapshot,
+    parent: Backup | None,
+    knows: Callable[[Volume, str], bool],
+    *,
+    full: bool,
+) -> dict[str, object]:
+    if is_tree(snapshot):
+        from blocksnap.operations.tree_storing import measure, plan_tree
+
+        return measure(plan_tree(repository, volume, snapshot, parent, knows, full=full))
+    image = as_image(snapshot)
+    return plan_backup(repository, volume, image, parent, knows, full=full).facts()
 
 
 def _store(
@@ -215,9 +235,9 @@ def _store_one(
 ) -> Draft:
     """Store one volume; a parent that turns out to be damaged is done without."""
     try:
-        plan = plan_backup(repository, volume, snapshot, parent, session.remembers, full=options.full)
-        report.event("plan", **plan.facts())
-        return store_volume(repository, writer, plan, before, options, report)
+        return _store_plan(
+            repository, writer, session, volume, snapshot, parent, before, options, report, full=options.full
+        )
     except DamageError as err:
         if parent is None:
             raise
@@ -225,8 +245,38 @@ def _store_one(
             f"backup {parent.id[:8]}, the parent, is damaged: {err.brief}",
             resolution="everything is read instead; run: blocksnap check --read-data",
         )
-    plan = plan_backup(repository, volume, snapshot, None, session.remembers, full=True)
-    plan = replace(plan, changes=replace(plan.changes, reason="the parent backup is damaged"))
+    return _store_plan(
+        repository, writer, session, volume, snapshot, None, before, options, report, full=True,
+        reason="the parent backup is damaged",
+    )  # fmt: skip
+
+
+def _store_plan(
+    repository: Repository,
+    writer: RepositoryWriter,
+    session: SnapshotSession,
+    volume: Volume,
+    snapshot: Snapshot,
+    parent: Backup | None,
+    before: Stored,
+    options: BackupOptions,
+    report: Reporter,
+    *,
+    full: bool,
+    reason: str = "",
+) -> Draft:
+    """Plan and store one volume; ``reason`` is why, where that is not the source's."""
+    if is_tree(snapshot):
+        from blocksnap.operations.tree_storing import plan_tree, store_tree
+
+        tree = plan_tree(repository, volume, snapshot, parent, session.remembers, full=full)
+        if reason:
+            tree = replace(tree, changes=replace(tree.changes, reason=reason))
+        report.event("plan", **tree.facts())
+        return store_tree(repository, writer, tree, before, options, report)
+    plan = plan_backup(repository, volume, as_image(snapshot), parent, session.remembers, full=full)
+    if reason:
+        plan = replace(plan, changes=replace(plan.changes, reason=reason))
     report.event("plan", **plan.facts())
     return store_volume(repository, writer, plan, before, options, report)
 

@@ -27,6 +27,15 @@ def root_document(root: MapRoot) -> Root:
     return Root(levels=root.levels, root=names.get(root.entry) or root.entry.hex())
 
 
+def require_image(backup: Backup) -> None:
+    """Raise UsageError for the backup of a subvolume, which is a tree of files and no image."""
+    if backup.inodes is not None:
+        raise UsageError(
+            f"backup {backup.id[:8]} of {backup.volume.name} is a tree of files and no image",
+            resolution=f"restore it to a new directory: blocksnap restore {backup.id[:8]} DIRECTORY",
+        )
+
+
 def of_volume(backups: list[StoredBackup], volume: str) -> list[StoredBackup]:
     """Return the backups of the volume that has this name or key."""
     short = volume.removeprefix("/dev/")

@@ -30,7 +30,7 @@ from blocksnap.repository.repair_plan import Planner, RepairPlan
 from blocksnap.repository.repairing import settle
 from blocksnap.repository.repository import Repository, StoredBackup
 from blocksnap.repository.writer import RepositoryWriter
-from blocksnap.volumes.base import Volume
+from blocksnap.volumes.base import Volume, as_image
 
 _ROUNDS = 12
 """Each brings back a level of lost nodes, and maps have at most ten."""
@@ -145,7 +145,7 @@ def heal_from(
             waiting = _waiting(repository, plan)
             if plan.losses:
                 with open_session([volume], writer.id.hex(), state_directory, report) as session:
-                    snapshot = session.snapshots[0]
+                    snapshot = as_image(session.snapshots[0])
                     allocated = snapshot.find_changes(None).allocated
                     for _ in range(_ROUNDS):
                         before = healer.chunks + healer.nodes
@@ -186,7 +186,8 @@ def _targets(
     """Return what to read: the lost ranges, by the size of the backups, on which the last chunk depends."""
     backups = {stored.backup.id: stored for stored in repository.backups()}
     own = {id_ for id_, stored in backups.items() if stored.backup.volume.key == volume.key}
-    losses = [loss for loss in plan.losses if loss.backup in own] or list(plan.losses)
+    of_images = [loss for loss in plan.losses if not loss.inode]
+    losses = [loss for loss in of_images if loss.backup in own] or of_images
     by_size: dict[int, list[Loss]] = {}
     for loss in losses:
         by_size.setdefault(min(_size_of(backups, loss), size), []).append(loss)

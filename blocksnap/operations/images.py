@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from blocksnap.errors import BlocksnapError
-from blocksnap.operations.catalogue import find_backup, map_root, of_volume
+from blocksnap.operations.catalogue import find_backup, map_root, of_volume, require_image
 from blocksnap.operations.reporting import Reporter
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.documents import Backup
@@ -163,6 +163,9 @@ def served_images(
     from blocksnap.restore.serving import ServedImages
 
     repository.keys.require(Right.READ)
+    backups = list(backups)
+    for backup in backups:
+        require_image(backup)
     described = {
         backup.id: (Geometry(backup.size, backup.chunk_size), map_root(backup.map), backup.time.timestamp())
         for backup in backups

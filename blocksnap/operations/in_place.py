@@ -32,7 +32,7 @@ from blocksnap.restore.engine import restore_to_target
 from blocksnap.restore.file_target import ExistingFileTarget
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.system import lvm
-from blocksnap.volumes.base import Volume
+from blocksnap.volumes.base import Volume, as_image
 from blocksnap.volumes.resolve import resolve_volume
 
 _MOST_NAME = 100
@@ -139,9 +139,9 @@ def _find_tracked(
     newest = newest_of(repository.backups(), volume.key)
     with open_session([volume], secrets.token_hex(16), state_directory, report) as session:
         snapshot = session.snapshots[0]
-        plan = plan_backup(repository, volume, snapshot, newest, session.remembers, full=False)
+        plan = plan_backup(repository, volume, as_image(snapshot), newest, session.remembers, full=False)
         if newest is None or not plan.changes.inherits or newest.chunk_size != backup.chunk_size:
-            allocated = snapshot.find_changes(None).allocated.clip(backup.size)
+            allocated = as_image(snapshot).find_changes(None).allocated.clip(backup.size)
             snapshot.check()
             reason = plan.changes.reason if newest else "there is no backup of it to start from"
             found = find_differences(repository, backup, target.comparable(), allocated.pairs(), report)

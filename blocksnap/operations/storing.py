@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from blocksnap.controller.pacing import Pace
-from blocksnap.controller.settings import LimitSettings, PaceSettings
-from blocksnap.extents.changes import BaseDecision, BasePolicy, Changes, Parent
+from blocksnap.extents.changes import Changes, Parent
 from blocksnap.extents.model import ExtentList
 from blocksnap.operations.catalogue import map_root, root_document
+from blocksnap.operations.draft import BackupOptions, Draft
 from blocksnap.operations.losses import current_losses
 from blocksnap.operations.mapped import load_mapped, store_mapped
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.sink import DataSink
 from blocksnap.pipeline.flow import Flow, Geometry
 from blocksnap.pipeline.selection import Selection, select_all, select_changed
-from blocksnap.quiesce.settings import QuiesceSettings
-from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapRoot, MapWriter
-from blocksnap.repository.documents import (
-    ApplicationRecord,
-    Backup,
-    Mapped,
-    Quiesced,
-    Statistics,
-    VolumeRecord,
-)
+from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapWriter
+from blocksnap.repository.documents import Backup
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter, Stored
-from blocksnap.volumes.base import Snapshot, Volume
-
-if TYPE_CHECKING:
-    from blocksnap.quiesce.standstill import Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class BackupOptions:
-    """How a backup is to be taken."""
-
-    full: bool = False
-    tags: Mapping[str, str] | None = None
-    base: BasePolicy = "none"
-    quiesce: QuiesceSettings = field(default_factory=QuiesceSettings)
-    job: str = ""
-    limits: LimitSettings = field(default_factory=LimitSettings)
-    volume_limits: Mapping[str, LimitSettings] = field(default_factory=dict)
-    """Of volumes that have others than the job, by their keys."""
-    pace: PaceSettings = field(default_factory=PaceSettings)
-    wait_seconds: float = 0.0
-    """How long to wait for another run that has a volume."""
-    level: int = 1
-    workers: int = 2
+from blocksnap.volumes.base import ImageSnapshot, Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +29,7 @@ class BackupPlan:
     """What will be read of one volume, and why."""
 
     volume: Volume
-    snapshot: Snapshot
+    snapshot: ImageSnapshot
     parent: Backup | None
     changes: Changes
     selection: Selection
@@ -88,64 +57,10 @@ class BackupPlan:
         }
 
 
-@dataclass(slots=True)
-class Draft:
-    """A backup whose chunks are stored but which is not committed yet."""
-
-    plan: BackupPlan
-    map: MapRoot
-    mapped: Mapped | None
-    changed_bytes: int
-    read_bytes: int
-    before: Stored
-    stored: Stored
-
-    def finish(
-        self,
-        id_: str,
-        base: BaseDecision | None,
-        *,
-        quiesced: Outcome | None,
-        skew_seconds: float,
-        seconds: float,
-    ) -> Backup:
-        """Return the record for the manifest; ``base`` is None for what has no use for one."""
-        plan, snapshot, volume = self.plan, self.plan.snapshot, self.plan.volume
-        return Backup(
-            id=id_,
-            volume=VolumeRecord(name=volume.name, key=volume.key, kind=volume.kind),
-            time=datetime.fromtimestamp(snapshot.timing.taken_at, UTC),
-            kind=plan.kind,
-            parent=plan.parent.id if plan.parent else None,
-            method=plan.changes.method,
-            reason=plan.changes.reason,
-            size=snapshot.size,
-            chunk_size=plan.geometry.chunk_size,
-            map=root_document(self.map),
-            mapped=self.mapped,
-            source={**snapshot.binding, **(base.to_binding() if base else {})},
-            consistency=_consistency(volume, quiesced),
-            quiesced=_quiesced_document(quiesced),
-            statistics=Statistics(
-                changed_bytes=self.changed_bytes,
-                read_bytes=self.read_bytes,
-                new_bytes=self.stored.new_bytes,
-                stored_bytes=self.stored.total_bytes,
-                metadata_bytes=self.stored.metadata_bytes,
-                new_chunks=self.stored.new_chunks,
-                freeze_ms=_milliseconds(
-                    max(snapshot.timing.freeze_seconds, quiesced.seconds if quiesced else 0.0)
-                ),
-                skew_ms=round(skew_seconds * 1000, 3),
-                seconds=round(seconds, 3),
-            ),
-        )
-
-
 def plan_backup(
     repository: Repository,
     volume: Volume,
-    snapshot: Snapshot,
+    snapshot: ImageSnapshot,
     parent: Backup | None,
     knows: Callable[[Volume, str], bool],
     *,
@@ -156,7 +71,7 @@ def plan_backup(
     ``knows`` tells whether this host has a record of a run of a volume.
     """
     geometry = Geometry(snapshot.size, repository.chunk_size)
-    if full or (parent is not None and parent.chunk_size != repository.chunk_size):
+    if full or (parent is not None and (parent.inodes or parent.chunk_size != repository.chunk_size)):
         parent = None
     remembered = None
     if parent is not None:
@@ -234,32 +149,22 @@ def store_volume(
             mapped = store_mapped(
                 repository, writer, plan.changes.mapped, plan.parent.mapped if plan.parent else None
             )
-    return Draft(plan, root, mapped, changed, read, before, writer.stored.since(before))
-
-
-def _consistency(volume: Volume, quiesced: Outcome | None) -> Literal["crash", "application", "cold"]:
-    if volume.snapshot_device is None:
-        return "cold"
-    return "application" if quiesced is not None and quiesced.state == "application" else "crash"
-
-
-def _quiesced_document(outcome: Outcome | None) -> Quiesced | None:
-    if outcome is None:
-        return None
-    return Quiesced(
-        state=outcome.state,
-        by=outcome.by,
-        reason=outcome.reason,
-        ms=_milliseconds(outcome.seconds),
-        records=tuple(
-            ApplicationRecord(kind=each.kind, name=each.name, facts=dict(each.facts))
-            for each in outcome.records
-        ),
+    return Draft(
+        volume=plan.volume,
+        snapshot=plan.snapshot,
+        parent=plan.parent,
+        method=plan.changes.method,
+        reason=plan.changes.reason,
+        size=plan.snapshot.size,
+        chunk_size=plan.geometry.chunk_size,
+        map=root_document(root),
+        mapped=mapped,
+        inodes=None,
+        changed_bytes=changed,
+        read_bytes=read,
+        before=before,
+        stored=writer.stored.since(before),
     )
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 3)
 
 
 class _HoleFiller:

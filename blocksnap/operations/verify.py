@@ -8,7 +8,7 @@ from itertools import islice
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.operations.backup import open_session
-from blocksnap.operations.catalogue import map_root
+from blocksnap.operations.catalogue import map_root, require_image
 from blocksnap.operations.compare import find_differences
 from blocksnap.operations.guarding import guarded
 from blocksnap.operations.reporting import Reporter, phase
@@ -18,7 +18,7 @@ from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import UnreadableRangeError, verify_chunks
-from blocksnap.volumes.base import Volume
+from blocksnap.volumes.base import Volume, as_image
 
 _MOST_TOLD = 1000
 
@@ -68,11 +68,12 @@ def verify_volume(
     Raises MissingRightError before it is taken. It needs no right to read: content is compared by its id.
     """
     repository.keys.require(Right.IDENTIFY)
+    require_image(backup)
     with (
         open_session([volume], secrets.token_hex(16), state_directory, report) as session,
         guarded(session, limits, report),
     ):
-        snapshot = session.snapshots[0]
+        snapshot = as_image(session.snapshots[0])
         changes = snapshot.find_changes(None)
         problems: list[BlocksnapError] = []
         if snapshot.size != backup.size:

@@ -64,7 +64,9 @@ class _Sealed:
 
 
 @dataclass(slots=True)
-class _Slot:
+class Slot:
+    """Buffers for about a MiB of chunks and their frames."""
+
     data: memoryview
     frames: memoryview
     sequence: int = 0
@@ -97,6 +99,9 @@ class Geometry:
 class Flow:
     """One pass over the chunks of some extents; a context manager that ends its threads."""
 
+    _chunks_per_slot = 1
+    """At least so many have to fit."""
+
     def __init__(
         self,
         fd: int,
@@ -119,14 +124,14 @@ class Flow:
         self._sink = sink
         self._zeros = _zero_ids(geometry, sink)
         capacity = max(SLOT_BYTES, geometry.chunk_size)
-        per_slot = capacity // geometry.chunk_size
-        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
-        self._work: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[_Slot | BaseException | int] = queue.SimpleQueue()
+        per_slot = max(capacity // geometry.chunk_size, self._chunks_per_slot)
+        self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Slot | BaseException | int] = queue.SimpleQueue()
         for _ in range(workers * 2 + 2):
             # A map of its own is aligned for O_DIRECT.
             data = memoryview(mmap.mmap(-1, capacity))
-            self._free.put(_Slot(data, memoryview(bytearray(capacity + per_slot * sink.overhead))))
+            self._free.put(Slot(data, memoryview(bytearray(capacity + per_slot * sink.overhead))))
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._guard, args=(self._read,), daemon=True)]
         self._threads += [
@@ -152,7 +157,7 @@ class Flow:
 
     def results(self) -> Iterator[ChunkResult]:
         """Store what is new, and yield every chunk in ascending order."""
-        waiting: dict[int, _Slot] = {}
+        waiting: dict[int, Slot] = {}
         expected, last = 0, None
         while last is None or expected < last:
             item = self._done.get()
@@ -212,13 +217,13 @@ class Flow:
         if batch:
             yield batch
 
-    def _fill_at_pace(self, slot: _Slot, pace: Pace) -> None:
+    def _fill_at_pace(self, slot: Slot, pace: Pace) -> None:
         pace.before_read(sum(length for _, _, length in slot.chunks), self._stopping.wait)
         began = time.monotonic()
         self._fill(slot)
         pace.after_read(time.monotonic() - began)
 
-    def _fill(self, slot: _Slot) -> None:
+    def _fill(self, slot: Slot) -> None:
         """Read the slot's chunks, neighbours in one call."""
         size = self._geometry.chunk_size
         begin = 0
@@ -252,7 +257,7 @@ class Flow:
                 plain = slot.data[at : at + length]
                 id_ = self._sink.identify(plain)
                 frame = None
-                if id_ == self._zeros.get(length):
+                if self._is_zeros(id_, plain):
                     slot.sealed.append(_Sealed(ChunkResult(number, None, length), None))
                     continue
                 if self._sink.claim(id_):
@@ -260,6 +265,9 @@ class Flow:
                     frame, position = slot.frames[position:end], end
                 slot.sealed.append(_Sealed(ChunkResult(number, id_, length), frame))
             self._done.put(slot)
+
+    def _is_zeros(self, id_: bytes, plain: memoryview) -> bool:
+        return id_ == self._zeros.get(len(plain))
 
 
 def _zero_ids(geometry: Geometry, sink: ChunkSink) -> dict[int, bytes]:

@@ -33,7 +33,8 @@ _SUBVOLUME_INFO = struct.Struct("<Q256sQQQQ16s16s16sQQQQ64s64s")
 _INO_LOOKUP_ARGUMENTS = struct.Struct("<QQ4080s")
 _FILESYSTEM_INFO = struct.Struct("<QQ16sIII")
 _LONGEST_NAME = 255
-_TOP_DIRECTORY = 256
+TOP_DIRECTORY: Final = 256
+"""Inode number of the top directory of every subvolume."""
 _SYSFS = Path("/sys/fs/btrfs")
 _FOREIGN = frozenset({errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -96,7 +97,7 @@ def open_subvolume(path: str) -> int:
     except OSError as err:
         raise NoSubvolumeError(path) from err
     try:
-        if os.fstat(fd).st_ino != _TOP_DIRECTORY:
+        if os.fstat(fd).st_ino != TOP_DIRECTORY:
             raise NoSubvolumeError(path)
         filesystem_info(fd, path)
     except BaseException:

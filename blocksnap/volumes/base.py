@@ -11,11 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, cast
 
 from blocksnap.extents.changes import BaseDecision, BasePolicy, Binding, Changes, Parent
+from blocksnap.volumes.errors import NoImageError
 
-VolumeKind = Literal["thin", "device", "file"]
+if TYPE_CHECKING:
+    from blocksnap.extents.btrfs import SubvolumeParent
+    from blocksnap.extents.btrfs_changes import SubvolumeChanges
+
+VolumeKind = Literal["thin", "device", "file", "subvolume"]
 Trace = dict[str, str]
 """What a snapshot will be called on the host, enough to find and remove it after a crash."""
 
@@ -61,11 +66,6 @@ class Snapshot(Protocol):
     """A point-in-time view of one volume."""
 
     @property
-    def size(self) -> int:
-        """Size in bytes."""
-        ...
-
-    @property
     def timing(self) -> SnapshotTiming:
         """When it was taken."""
         ...
@@ -73,19 +73,6 @@ class Snapshot(Protocol):
     @property
     def binding(self) -> Binding:
         """Identity of the source at this instant, for the manifest."""
-        ...
-
-    def find_changes(self, parent: Parent | None) -> Changes:
-        """Say what to read; ``parent`` None asks for everything allocated."""
-        ...
-
-    def open_reader(self) -> AbstractContextManager[int]:
-        """Make the content readable and yield a descriptor, opened read-only.
-
-        The descriptor bypasses the page cache (O_DIRECT) when it is a block device: offsets, lengths and
-        buffers are to be multiples of 4096 (the tail of a device that is no such multiple is read buffered).
-        The snapshot is active only inside the ``with`` block.
-        """
         ...
 
     def check(self) -> None:
@@ -125,6 +112,61 @@ class Snapshot(Protocol):
         ...
 
 
+class ImageSnapshot(Snapshot, Protocol):
+    """A snapshot that is a row of bytes."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        ...
+
+    def find_changes(self, parent: Parent | None) -> Changes:
+        """Say what to read; ``parent`` None asks for everything allocated."""
+        ...
+
+    def open_reader(self) -> AbstractContextManager[int]:
+        """Make the content readable and yield a descriptor, opened read-only.
+
+        The descriptor bypasses the page cache (O_DIRECT) when it is a block device: offsets, lengths and
+        buffers are to be multiples of 4096 (the tail of a device that is no such multiple is read buffered).
+        The snapshot is active only inside the ``with`` block.
+        """
+        ...
+
+
+class TreeSnapshot(Snapshot, Protocol):
+    """A snapshot that is a tree of files."""
+
+    @property
+    def transaction(self) -> int:
+        """The transaction of the filesystem that it is part of: equal ones are of one instant."""
+        ...
+
+    def find_tree_changes(self, parent: SubvolumeParent | None) -> SubvolumeChanges:
+        """Say which inodes to read, and what of them; ``parent`` None asks for everything."""
+        ...
+
+    def open_file(self, inode: int) -> int:
+        """Open a regular file by its inode number; raises OSError."""
+        ...
+
+    def source_is_as_it_was(self) -> bool:
+        """Tell whether nothing was written to the volume since the snapshot."""
+        ...
+
+
+def as_image(snapshot: Snapshot) -> ImageSnapshot:
+    """Return a snapshot that is a row of bytes; raises NoImageError for any other."""
+    if is_tree(snapshot):
+        raise NoImageError
+    return cast("ImageSnapshot", snapshot)
+
+
+def is_tree(snapshot: Snapshot) -> TypeGuard[TreeSnapshot]:
+    """Tell whether a snapshot is a tree of files."""
+    return hasattr(snapshot, "find_tree_changes")
+
+
 class Volume(Protocol):
     """Something that can be backed up."""
 
@@ -137,7 +179,7 @@ class Volume(Protocol):
     def key(self) -> str:
         """What stays the same from backup to backup and belongs to no other volume.
 
-        ``lvm:VGUUID/LVUUID`` or ``HOSTID:path``; parents are looked up by it.
+        ``lvm:VGUUID/LVUUID``, ``btrfs:FSUUID/UUID`` or ``HOSTID:path``; parents are looked up by it.
         """
         ...
 

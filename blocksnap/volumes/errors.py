@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from blocksnap.errors import VolumeError
+from blocksnap.errors import UsageError, VolumeError
 
-SUPPORTED = "supported are LVM thin volumes, unused block devices, and files"
+SUPPORTED = "supported are LVM thin volumes, btrfs subvolumes, unused block devices, and files"
 
 
 class NoSuchVolumeError(VolumeError):
@@ -24,6 +24,16 @@ class UnsupportedVolumeError(VolumeError):
         self.name = name
         self.what = what
         super().__init__(f"{name} cannot be backed up: it is {what}", resolution=advice or SUPPORTED)
+
+
+class NoImageError(UsageError):
+    """A subvolume is a tree of files, and something else was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a subvolume is a tree of files, and this is for volumes, devices and files that are images",
+            resolution="it can be backed up, restored, verified and checked",
+        )
 
 
 class VolumeInUseError(VolumeError):

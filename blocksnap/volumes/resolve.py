@@ -119,7 +119,7 @@ def _directory(path: str, device: int, limits: PoolLimits | None = None) -> Volu
     mount = mount_under(path)
     filesystem = mount.filesystem if mount else "unknown"
     if filesystem == "btrfs":
-        raise UnsupportedVolumeError(path, "on btrfs", f"subvolumes are not supported yet; {SUPPORTED}")
+        return _subvolume(path)
     if not os.major(device) or not blockdev.sysfs_folder(device).exists():
         raise UnsupportedVolumeError(path, f"on a file system without a block device ({filesystem})")
     from blocksnap.system.devmapper import lvm_identity
@@ -136,6 +136,23 @@ def _directory(path: str, device: int, limits: PoolLimits | None = None) -> Volu
         path,
         f"on {node}, which lies on the logical volume {below}",
         f"name {below} itself: its snapshot does not wait for what {node} holds back",
+    )
+
+
+def _subvolume(path: str) -> Volume:
+    """Return the subvolume whose top directory a path is."""
+    from blocksnap.system.btrfs import TOP_DIRECTORY
+    from blocksnap.volumes.subvolume import SubvolumeVolume
+
+    if os.stat(path).st_ino == TOP_DIRECTORY:
+        return SubvolumeVolume(path)
+    above = os.path.realpath(path)
+    while above != "/" and os.stat(above).st_ino != TOP_DIRECTORY:
+        above = os.path.dirname(above)
+    raise UnsupportedVolumeError(
+        path,
+        f"a directory in the btrfs subvolume {above}",
+        f"name the subvolume, or make one of it: btrfs subvolume create; {SUPPORTED}",
     )
 
 

@@ -164,9 +164,9 @@ def test_directory_on_a_plain_disk(directory: Directory) -> None:
         directory.resolve()
 
 
-def test_btrfs_is_named(directory: Directory) -> None:
+def test_a_directory_in_a_subvolume(directory: Directory, tmp_path: Path) -> None:
     directory.set(
         mounts, "mount_under", lambda _: mounts.Mount(5, "/", "/srv", "btrfs", "/dev/x", read_only=False)
     )
-    with pytest.raises(VolumeError, match="on btrfs"):
-        directory.resolve()
+    with pytest.raises(VolumeError, match="a directory in the btrfs subvolume"):
+        resolve_volume(str(tmp_path))

@@ -1,0 +1,58 @@
+"""Subvolumes belong together: nested ones are backed up with the one they are in, at one instant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from blocksnap.controller.session import SnapshotSession
+from blocksnap.operations.reporting import Reporter
+from blocksnap.volumes.base import TreeSnapshot, Volume, is_tree
+
+
+def with_nested(volumes: Sequence[Volume], report: Reporter) -> list[Volume]:
+    """Return volumes with the subvolumes that are nested in some of them, each once.
+
+    A snapshot holds an empty directory in the place of each. Read-only ones are snapshots, which somebody
+    else keeps; they are told of and left out.
+    """
+    found, keys = list(volumes), {volume.key for volume in volumes}
+    left_out: list[str] = []
+    for volume in volumes:
+        if volume.kind != "subvolume":
+            continue
+        from blocksnap.volumes.subvolume import SubvolumeVolume
+
+        for nested in volume.nested() if isinstance(volume, SubvolumeVolume) else ():
+            if nested.key in keys:
+                continue
+            if nested.read_only:
+                left_out.append(nested.name)
+            else:
+                keys.add(nested.key)
+                found.append(nested)
+    if left_out:
+        report.event("left_out", reason="read-only snapshots are not backed up", subvolumes=left_out)
+    return found
+
+
+def tell_of_skew(session: SnapshotSession, report: Reporter) -> None:
+    """Warn when snapshots of subvolumes of one filesystem are not of one instant.
+
+    They are when their transactions are equal, or when nothing was written to the earlier ones since.
+    """
+    by_filesystem: dict[object, list[tuple[Volume, TreeSnapshot]]] = {}
+    for volume, snapshot in zip(session.volumes, session.snapshots, strict=True):
+        if is_tree(snapshot):
+            by_filesystem.setdefault(snapshot.binding.get("filesystem"), []).append((volume, snapshot))
+    for group in by_filesystem.values():
+        newest = max(snapshot.transaction for _, snapshot in group)
+        torn = [
+            volume.name
+            for volume, snapshot in group
+            if snapshot.transaction != newest and not snapshot.source_is_as_it_was()
+        ]
+        if torn:
+            report.warn(
+                f"not of the same instant as the others: the snapshot of {', '.join(sorted(torn))}",
+                resolution="let the applications stand still for it: quiesce in the job",
+            )
