@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +16,43 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _JSON_PROGRESS_SECONDS = 1.0
+
+
+_Facts = Mapping[str, object]
+
+
+def _say_plan(facts: _Facts) -> str:
+    # What there is to read of a subvolume is known when it was read.
+    read, size = facts.get("read_bytes"), facts.get("volume_bytes")
+    what = f"{facts['kind']}, {facts['method']}"
+    if isinstance(read, int) and isinstance(size, int):
+        what += f": {format_size(read)} of {format_size(size)} to read"
+    return f"{facts['volume']}: {what} ({facts['reason']})"
+
+
+def _say_left_out(facts: _Facts) -> str:
+    found = facts["subvolumes"]
+    names = ", ".join(map(str, found)) if isinstance(found, list) else ""
+    return f"left out: {names}: {facts['reason']}"
+
+
+def _say_in_place(facts: _Facts) -> str | None:
+    how, why, much = facts["method"], facts["reason"], facts["differing_bytes"]
+    if not isinstance(much, int):
+        return None
+    return f"{facts['target']}: {how}: {format_size(much)} may differ ({why})"
+
+
+_SENTENCES: dict[str, Callable[[_Facts], str | None]] = {
+    "plan": _say_plan,
+    "left_out": _say_left_out,
+    "in-place": _say_in_place,
+    "usable": lambda facts: f"{facts['device']} can be used: mount it; what is missing arrives meanwhile",
+    "arrived": lambda facts: f"all of {facts['volume']} is there; what was written meanwhile is merged",
+    "recovered": lambda facts: f"cleaned up: {facts['message']}",
+    "finding": lambda facts: f"{facts['severity']}: {facts['object']}: {facts['message']}",
+}
+"""What matters enough to be said without being asked; other events are for --verbose."""
 
 
 class TextReporter(Quiet):
@@ -30,32 +68,11 @@ class TextReporter(Quiet):
         """Say what matters."""
         if self._verbosity < 0:
             return
-        if name == "plan":
-            # What there is to read of a subvolume is known when it was read.
-            read, size = facts.get("read_bytes"), facts.get("volume_bytes")
-            what = f"{facts['kind']}, {facts['method']}"
-            if isinstance(read, int) and isinstance(size, int):
-                what += f": {format_size(read)} of {format_size(size)} to read"
-            click.echo(f"{facts['volume']}: {what} ({facts['reason']})", err=True)
-        elif name == "left_out":
-            found = facts["subvolumes"]
-            names = ", ".join(map(str, found)) if isinstance(found, list) else ""
-            click.echo(f"left out: {names}: {facts['reason']}", err=True)
-        elif name == "in-place":
-            how, why, much = facts["method"], facts["reason"], facts["differing_bytes"]
-            if isinstance(much, int):
-                click.echo(f"{facts['target']}: {how}: {format_size(much)} may differ ({why})", err=True)
-        elif name == "usable":
-            click.echo(
-                f"{facts['device']} can be used: mount it; what is missing arrives meanwhile", err=True
-            )
-        elif name == "arrived":
-            click.echo(f"all of {facts['volume']} is there; what was written meanwhile is merged", err=True)
-        elif name in ("recovered", "finding"):
-            where = f"{facts['severity']}: {facts['object']}: " if name == "finding" else "cleaned up: "
-            click.echo(f"{where}{facts['message']}", err=True)
-        elif self._verbosity > 0:
-            click.echo(f"{name}: " + ", ".join(f"{key}={value}" for key, value in facts.items()), err=True)
+        sentence = _SENTENCES[name](facts) if name in _SENTENCES else None
+        if name not in _SENTENCES and self._verbosity > 0:
+            sentence = f"{name}: " + ", ".join(f"{key}={value}" for key, value in facts.items())
+        if sentence:
+            click.echo(sentence, err=True)
 
     def warn(self, message: str, *, resolution: str | None = None) -> None:
         """Say it, whatever the verbosity."""
