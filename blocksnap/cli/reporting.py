@@ -31,9 +31,7 @@ def _say_plan(facts: _Facts) -> str:
 
 
 def _say_left_out(facts: _Facts) -> str:
-    found = facts["subvolumes"]
-    names = ", ".join(map(str, found)) if isinstance(found, list) else ""
-    return f"left out: {names}: {facts['reason']}"
+    return f"left out: {facts['subvolumes']}: {facts['reason']}"
 
 
 def _say_in_place(facts: _Facts) -> str | None:
@@ -45,7 +43,7 @@ def _say_in_place(facts: _Facts) -> str | None:
 
 _SENTENCES: dict[str, Callable[[_Facts], str | None]] = {
     "plan": _say_plan,
-    "left_out": _say_left_out,
+    "left-out": _say_left_out,
     "in-place": _say_in_place,
     "usable": lambda facts: f"{facts['device']} can be used: mount it; what is missing arrives meanwhile",
     "arrived": lambda facts: f"all of {facts['volume']} is there; what was written meanwhile is merged",

@@ -90,7 +90,8 @@ def restore_command(
     """Restore BACKUP to TARGET.
 
     TARGET is a new file, a block device, a new volume VG/NAME (--create), or - for standard output. A restore
-    that was interrupted goes on where it was when the same command is run again.
+    that was interrupted goes on where it was when the same command is run again. A subvolume goes to a new
+    directory, on btrfs to a new subvolume; what another filesystem cannot keep is told.
 
     With --in-place a thin volume is not even read: what differs is told by the maps of the backups and by the
     pool, and a snapshot of what was there stays beside it.
@@ -124,6 +125,14 @@ def restore_command(
     new = _new_volume(pool, classic=classic, size=size)
     repository = settings.open_repository()
     stored = find_backup(repository, backup)
+    if stored.backup.inodes is not None:
+        from blocksnap.cli.restore_tree import restore_tree_command
+
+        as_image = create or in_place or image != "raw" or new is not None
+        restore_tree_command(
+            settings, repository, stored.backup, target, verify=verify, missing=missing, as_image=as_image
+        )
+        return
     plan = plan_restore(stored.backup, target, create=create, in_place=in_place, image=image, new=new)
     result = execute_restore(
         repository,

@@ -31,7 +31,9 @@ def with_nested(volumes: Sequence[Volume], report: Reporter) -> list[Volume]:
                 keys.add(nested.key)
                 found.append(nested)
     if left_out:
-        report.event("left_out", reason="read-only snapshots are not backed up", subvolumes=left_out)
+        report.event(
+            "left-out", reason="read-only snapshots are not backed up", subvolumes=", ".join(left_out)
+        )
     return found
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from blocksnap.controller.arriving import Arrival, ArrivalFile, NothingArrivesError
 from blocksnap.controller.pacing import TokenBucket
 from blocksnap.errors import BlocksnapError, StorageError, TargetError, UsageError
-from blocksnap.operations.catalogue import find_backup
+from blocksnap.operations.catalogue import find_backup, require_image
 from blocksnap.operations.images import IMAGES_FOLDER, OpenRepository, require_fuse, served_images
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.restore import LostRangeError, NewVolumeOptions
@@ -107,6 +107,7 @@ def begin_instant(
         repository = open_repository()
         repository.keys.require(Right.READ)
         backup = find_backup(repository, name).backup
+        require_image(backup)
         if backup.size % _SECTOR or not backup.size:
             raise UnevenSizeError(backup.size)
         before = file.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from itertools import islice
 
 from blocksnap.controller.settings import LimitSettings
@@ -39,9 +40,13 @@ class MoreDifferencesError(BlocksnapError):
         super().__init__(f"{volume} differs from the backup in {places} more places")
 
 
-def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> list[UnreadableRangeError]:
+def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> Sequence[DamageError]:
     """Read every chunk of a backup; return the ranges that cannot be read. Raises MissingRightError."""
     repository.keys.require(Right.READ)
+    if backup.inodes is not None:
+        from blocksnap.operations.verify_tree import verify_tree_backup
+
+        return verify_tree_backup(repository, backup, report)
     geometry = Geometry(backup.size, backup.chunk_size)
     damage: list[UnreadableRangeError] = []
 

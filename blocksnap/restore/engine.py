@@ -24,7 +24,7 @@ from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.lookup import Location
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.plan import FrameFetch, RangeFetch, Window, plan_windows
+from blocksnap.restore.plan import WINDOW_CHUNKS, FrameFetch, RangeFetch, Window, plan_windows
 from blocksnap.restore.record import HEAD_BYTES
 from blocksnap.restore.targets import Target, write_stream
 
@@ -264,11 +264,11 @@ class _Restoring:
         self._pending: dict[Future[int], _Outstanding] = {}
         self._windows: deque[_Outstanding] = deque()
 
-    def bring(self, runs: Iterator[tuple[int, int, Entry]]) -> None:
+    def bring(self, runs: Iterator[tuple[int, int, Entry]], window_chunks: int = WINDOW_CHUNKS) -> None:
         """Write these runs."""
         with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
             try:
-                for window in plan_windows(runs, _locator(self._repository)):
+                for window in plan_windows(runs, _locator(self._repository), window=window_chunks):
                     self._begin_window(window)
                     outstanding = _Outstanding(window.end, len(window.ranges))
                     self._windows.append(outstanding)
@@ -357,6 +357,20 @@ def restore_to_target(
     restoring.bring(read_map(reached, geometry.count))
     target.flush()
     restoring.bring(read_map(0, head))
+
+
+def restore_runs(
+    repository: Repository,
+    geometry: Geometry,
+    runs: Iterator[tuple[int, int, Entry]],
+    target: Target,
+    progress: Progress,
+    losses: Losses | None = None,
+    *,
+    window_chunks: int = WINDOW_CHUNKS,
+) -> None:
+    """Write runs to a target in their order, no more than so many chunks on their way in each window."""
+    _Restoring(repository, geometry, target, progress, losses).bring(runs, window_chunks)
 
 
 def restore_to_stream(

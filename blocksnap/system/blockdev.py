@@ -264,6 +264,17 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
     return True
 
 
+def preallocate(fd: int, offset: int, length: int) -> bool:
+    """Give a range of a file its room, also beyond its end, which stays where it is; or return False."""
+    try:
+        _fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length)
+    except OSError as err:
+        if err.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
 def _unmap_thin(fd: int, offset: int, length: int) -> tuple[int, int]:
     """Discard the whole chunks of a range of a thin volume and return which part that was.
 

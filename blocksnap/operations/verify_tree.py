@@ -1,0 +1,112 @@
+"""Read everything that a backup of a subvolume needs: records, what they refer to, and every chunk."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from blocksnap.errors import DamageError
+from blocksnap.operations.reporting import Reporter, phase
+from blocksnap.operations.tree_storing import inode_map
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.blockmap import Entry
+from blocksnap.repository.documents import Backup
+from blocksnap.repository.inode_map import InodeReader
+from blocksnap.repository.inodes import InodeRecord, decode_xattrs, levels_of
+from blocksnap.repository.keys import Right
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.engine import verify_chunks
+
+_ID = 32
+
+
+class UnreadableInodeError(DamageError):
+    """Something of an inode cannot be read from the repository."""
+
+    def __init__(self, inode: int, what: str, err: DamageError) -> None:
+        self.inode = inode
+        super().__init__(
+            f"{what} of inode {inode} cannot be restored: {err.brief}",
+            resolution="run: blocksnap check --read-data, and repair; find -inum tells its path",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbered(Geometry):
+    """Chunks of many files, numbered one file after the other."""
+
+    firsts: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("Q"))
+    inodes: array[int] = field(default_factory=lambda: array("Q"))
+
+    def length(self, number: int) -> int:
+        _, offset, size = self.place(number)
+        return min(self.chunk_size, size - offset)
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Return the inode, the offset in it, and its size."""
+        at = bisect_right(self.firsts, number) - 1
+        return self.inodes[at], (number - self.firsts[at]) * self.chunk_size, self.sizes[at]
+
+
+def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter) -> list[DamageError]:
+    """Return what cannot be read, in order of inode numbers. Raises MissingRightError."""
+    repository.keys.require(Right.READ)
+    found = inode_map(backup)
+    reader = InodeReader(repository, found)
+    problems: list[DamageError] = []
+    geometry = _Numbered(1 << 62, backup.chunk_size)
+
+    def runs() -> Iterator[tuple[int, int, Entry]]:
+        first = 0
+        for page in range(found.pages):
+            for record in _page(reader, page, problems):
+                _look_at(reader, record, backup.chunk_size, problems)
+                if not record.is_file or not record.size:
+                    continue
+                places = -(-record.size // backup.chunk_size)
+                geometry.firsts.append(first)
+                geometry.sizes.append(record.size)
+                geometry.inodes.append(record.number)
+                for number, count, entry in reader.maps.runs(record.content, 0, places, lambda *_: None):
+                    if len(entry) == _ID:
+                        yield first + number, count, entry
+                first += places
+
+    with phase(report, f"verifying {backup.volume.name}", backup.size):
+        for err in verify_chunks(repository, geometry, runs(), report.advance):
+            inode, offset, _ = geometry.place(err.offset // backup.chunk_size)
+            problems.append(UnreadableInodeError(inode, f"bytes {offset} to {offset + err.length}", err))
+    return problems
+
+
+def _page(reader: InodeReader, number: int, problems: list[DamageError]) -> list[InodeRecord]:
+    try:
+        return list(reader.page(number).values())
+    except DamageError as err:
+        problems.append(UnreadableInodeError(number * 16, "records from that", err))
+        return []
+
+
+def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems: list[DamageError]) -> None:
+    """Read all of an inode but its chunks."""
+    try:
+        decode_xattrs(reader.value(record.xattrs), f"inode {record.number}")
+        if record.is_directory:
+            for entry in reader.listing(record):
+                if entry.kind != 8 and reader.find(entry.inode) is None:
+                    problem = DamageError(f"{entry.name!r} leads to inode {entry.inode}, which is not there")
+                    problems.append(UnreadableInodeError(record.number, "a name", problem))
+        else:
+            reader.value(record.detail)
+        places = -(-record.size // chunk_size)
+        if record.is_file and record.content.levels != levels_of(places):
+            raise DamageError("its content does not fit its size")
+        for begin, end in reader.maps.losses(record.content, places, frozenset()):
+            lost = DamageError("a map node is lost")
+            where = f"bytes {begin * chunk_size} to {min(end * chunk_size, record.size)}"
+            problems.append(UnreadableInodeError(record.number, where, lost))
+    except DamageError as err:
+        problems.append(UnreadableInodeError(record.number, "the record", err))

@@ -1,0 +1,176 @@
+"""Where a tree is restored: a hidden directory that gets its name when it is complete.
+
+On btrfs it is a subvolume of its own. It is ours alone until then, and locked; what an interrupted restore
+of the same backup left there is removed by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from types import TracebackType
+from typing import Self
+
+from blocksnap.errors import TargetError
+from blocksnap.restore.naming import flush_folder, give_name, hidden_name
+from blocksnap.restore.targets import NameFailedError, NameTakenError, TargetBusyError, TargetFailedError
+from blocksnap.system import btrfs, mounts
+from blocksnap.system.btrfs_places import create_subvolume
+from blocksnap.system.file_attributes import APPEND, IMMUTABLE, clear_flags
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class TreeExistsError(TargetError):
+    """Something stands where the restored tree would go."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"{path} exists already", resolution="name a directory that does not exist; it will be made"
+        )
+
+
+class NewTree:
+    """A context with a new, empty directory; leaving it without ``finish`` removes it."""
+
+    def __init__(self, path: str, token: str) -> None:
+        self._path = os.path.abspath(path)
+        self._hidden = hidden_name(self._path, token)
+        self._fd = -1
+        self._finished = False
+        self.is_subvolume = False
+
+    def __enter__(self) -> Self:
+        """Make it; raises TreeExistsError, TargetBusyError, TargetFailedError."""
+        if os.path.lexists(self._path):
+            raise TreeExistsError(self._path)
+        folder, name = os.path.split(self._hidden)
+        try:
+            parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as err:
+            raise TargetFailedError(self._path, err) from err
+        try:
+            self._remove_leftover(parent, name)
+            self.is_subvolume = _make(parent, name)
+            self._fd = os.open(name, _FOLDER, dir_fd=parent)
+            os.fchmod(self._fd, 0o700)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            raise TargetFailedError(self._hidden, err) from err
+        finally:
+            os.close(parent)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            folder, name = os.path.split(self._hidden)
+            with contextlib.suppress(OSError, TargetError):
+                parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    _remove(parent, name)
+                finally:
+                    os.close(parent)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        """The directory."""
+        return self._fd
+
+    @property
+    def hidden(self) -> str:
+        """Its path as long as it is not complete."""
+        return self._hidden
+
+    def flush(self) -> None:
+        """Make everything durable."""
+        mounts.flush(self._hidden)
+
+    def finish(self) -> None:
+        """Give it its name, durably; raises NameTakenError, NameFailedError: then it stays, complete."""
+        self._finished = True
+        try:
+            give_name(self._hidden, self._path)
+        except FileExistsError as err:
+            raise NameTakenError(self._path, self._hidden) from err
+        except OSError as err:
+            raise NameFailedError(self._path, self._hidden, err) from err
+        flush_folder(os.path.dirname(self._path))
+
+    def _remove_leftover(self, parent: int, name: str) -> None:
+        try:
+            fd = os.open(name, _FOLDER, dir_fd=parent)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_uid != os.geteuid():
+                raise TreeExistsError(self._hidden)
+            _remove(parent, name)
+        except BlockingIOError as err:
+            raise TargetBusyError(self._hidden, "another restore") from err
+        finally:
+            os.close(fd)
+
+
+def _make(parent: int, name: str) -> bool:
+    """Make a subvolume where that is possible, else a directory; tell which."""
+    try:
+        btrfs.filesystem_info(parent)
+        create_subvolume(parent, name)
+    except (btrfs.NoSubvolumeError, btrfs.BtrfsError):
+        os.mkdir(name, 0o700, dir_fd=parent)
+        return False
+    return True
+
+
+def _remove(parent: int, name: str) -> None:
+    """Remove a subvolume whole, or a directory with all that is in it."""
+    fd = os.open(name, _FOLDER, dir_fd=parent)
+    try:
+        clear_flags_of(fd)
+        if os.fstat(fd).st_ino == btrfs.TOP_DIRECTORY:
+            try:
+                btrfs.filesystem_info(fd)
+                btrfs.delete_snapshot(parent, name)
+            except (btrfs.NoSubvolumeError, btrfs.BtrfsError):
+                pass
+            else:
+                return
+        for folder, folders, files, inner in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
+            del folder
+            clear_flags_of(inner)
+            for each in (*folders, *files):
+                _allow_removal(inner, each)
+    finally:
+        os.close(fd)
+    shutil.rmtree(name, dir_fd=parent)
+
+
+def _allow_removal(folder: int, name: str) -> None:
+    """Take from a file or directory what forbids its removal."""
+    mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    if mode & 0o170000 not in (0o100000, 0o040000):
+        return
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        clear_flags_of(fd)
+    finally:
+        os.close(fd)
+
+
+def clear_flags_of(fd: int) -> None:
+    """Take from an inode what forbids its removal, where its filesystem knows of such things."""
+    try:
+        clear_flags(fd, IMMUTABLE | APPEND)
+    except OSError as err:
+        if err.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL):
+            raise

@@ -1,0 +1,88 @@
+"""Read a restored tree back and compare every file with the ids of its chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from blocksnap.errors import TargetError
+from blocksnap.repository.blockmap import Entry
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.inode_map import InodeReader
+from blocksnap.repository.inodes import InodeRecord
+from blocksnap.repository.keys import KeyRing
+from blocksnap.repository.listings import SUBVOLUME
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_ID = 32
+_TOP = 256
+
+
+class FileDiffersError(TargetError):
+    """A restored file is not what was stored."""
+
+    def __init__(self, path: str, offset: int) -> None:
+        self.path, self.offset = path, offset
+        super().__init__(
+            f"{path} differs from the backup at byte {offset}: the storage does not hold what was written",
+            resolution="look in the kernel log (dmesg), and restore to other storage",
+        )
+
+
+def verify_tree(
+    reader: InodeReader, keys: KeyRing, top_fd: int, chunk_size: int, progress: Callable[[int], None]
+) -> None:
+    """Compare the content of every file; raises FileDiffersError, DamageError, OSError."""
+    stack = [(os.dup(top_fd), "", _TOP)]
+    try:
+        while stack:
+            folder, path, number = stack.pop()
+            try:
+                record = reader.find(number)
+                for entry in reader.listing(record) if record is not None else ():
+                    found = reader.find(entry.inode) if entry.kind != SUBVOLUME else None
+                    name = os.fsdecode(entry.name)
+                    below = f"{path}/{name}" if path else name
+                    if found is not None and found.is_directory:
+                        stack.append((os.open(entry.name, _FOLDER, dir_fd=folder), below, entry.inode))
+                    elif found is not None and found.is_file:
+                        fd = os.open(entry.name, _FILE, dir_fd=folder)
+                        try:
+                            _verify_file(fd, below, found, reader, keys, chunk_size, progress)
+                        finally:
+                            os.close(fd)
+            finally:
+                os.close(folder)
+    finally:
+        for fd, _, _ in stack:
+            os.close(fd)
+
+
+def _verify_file(
+    fd: int,
+    path: str,
+    record: InodeRecord,
+    reader: InodeReader,
+    keys: KeyRing,
+    chunk_size: int,
+    progress: Callable[[int], None],
+) -> None:
+    # What is durable is read from the storage and not from memory.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if os.fstat(fd).st_size != record.size:
+        raise FileDiffersError(path, min(os.fstat(fd).st_size, record.size))
+    for number, entry in _chunks(reader, record, chunk_size):
+        offset = number * chunk_size
+        length = min(chunk_size, record.size - offset)
+        data = os.pread(fd, length, offset)
+        same = keys.identify(FrameType.DATA, data) == entry if len(entry) == _ID else not any(data)
+        if len(data) != length or not same:
+            raise FileDiffersError(path, offset)
+        progress(length)
+
+
+def _chunks(reader: InodeReader, record: InodeRecord, chunk_size: int) -> Iterator[tuple[int, Entry]]:
+    for number, count, entry in reader.maps.runs(record.content, 0, -(-record.size // chunk_size)):
+        for each in range(number, number + count):
+            yield each, entry
