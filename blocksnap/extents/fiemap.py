@@ -18,40 +18,14 @@ The same looks at both files before and after make sure that they are what was c
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
 
 from blocksnap.errors import VolumeError
-from blocksnap.extents.changes import Binding, Changes, JsonValue, Parent, read_fields
+from blocksnap.extents.changes import Changes, Parent
+from blocksnap.extents.clone_identity import doubt_about_base
 from blocksnap.extents.model import ExtentList
 from blocksnap.extents.scan import data_near, data_of, read_all
-from blocksnap.system.xfs import NotXfsError, XfsFile, look_at
-
-
-@dataclass(frozen=True, slots=True)
-class CloneIdentity:
-    """What a backup remembers of the clone it read, which stays on the host as the base of the next."""
-
-    filesystem: str
-    inode: int
-    generation: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-
-    @classmethod
-    def of(cls, file: XfsFile) -> CloneIdentity:
-        """Return what there is to remember of a clone in its last state."""
-        return cls(**{each.name: getattr(file, each.name) for each in fields(cls)})
-
-    def to_binding(self) -> dict[str, JsonValue]:
-        """Return the form that is stored in the manifest."""
-        return {"source": "xfs-clone", **asdict(self)}
-
-    @classmethod
-    def from_binding(cls, binding: Binding) -> CloneIdentity | None:
-        """Return the identity in a manifest; None when it is not one, or not whole."""
-        values = read_fields(cls, binding, lowest=None)
-        return cls(**values) if values and binding.get("source") == "xfs-clone" else None
+from blocksnap.system.clones import ClonedFile
+from blocksnap.system.xfs import NotXfsError, look_at
 
 
 def find_fiemap_changes(base_fd: int | None, clone_fd: int, parent: Parent | None) -> Changes:
@@ -76,7 +50,7 @@ def find_fiemap_changes(base_fd: int | None, clone_fd: int, parent: Parent | Non
     return found
 
 
-def _decide(base_fd: int | None, clone_fd: int, clone: XfsFile, parent: Parent | None) -> Changes | str:
+def _decide(base_fd: int | None, clone_fd: int, clone: ClonedFile, parent: Parent | None) -> Changes | str:
     """Return the answer of the maps, or why there is none."""
     if parent is None:
         return "first backup of this volume"
@@ -86,7 +60,7 @@ def _decide(base_fd: int | None, clone_fd: int, clone: XfsFile, parent: Parent |
         base = look_at(base_fd)
     except NotXfsError as err:
         return f"the base is not the parent's clone: {err}"
-    doubt = doubt_about_base(base, clone, parent)
+    doubt = doubt_about_base(base, clone, parent, "xfs-clone")
     if doubt:
         return doubt
     try:
@@ -116,27 +90,3 @@ def compare_maps(base_fd: int, clone_fd: int) -> tuple[ExtentList, ExtentList]:
 
     changed, discarded, _, _ = fiemap_diff(base_fd, clone_fd)
     return ExtentList(changed), ExtentList(discarded)
-
-
-def doubt_about_base(base: XfsFile, clone: XfsFile, parent: Parent) -> str | None:
-    """Return why a file may not be the clone that the parent backup read, as it was then; None when it is."""
-    known = CloneIdentity.from_binding(parent.binding)
-    if known is None:
-        return "the parent backup does not say which clone it was taken of"
-    doubts = (
-        (
-            (base.filesystem, base.inode, base.generation)
-            != (known.filesystem, known.inode, known.generation),
-            "the base is another file than the parent's clone",
-        ),
-        (base.size != known.size or base.size != parent.size, "the base has another size than the parent"),
-        (base.modified_ns != known.modified_ns, "the base was written to since the parent backup"),
-        (base.changed_ns != known.changed_ns, "the base's attributes changed since the parent backup"),
-        (not base.immutable, "the base is not immutable, so it may have been written to"),
-        (base.filesystem != clone.filesystem, "the clone is on another filesystem than the base"),
-        (
-            (base.inode, base.generation) == (clone.inode, clone.generation),
-            "the clone is the base itself",
-        ),
-    )
-    return next((reason for found, reason in doubts if found), None)

@@ -14,8 +14,9 @@ import pytest
 
 from blocksnap import _native
 from blocksnap.extents.changes import Changes, Parent
+from blocksnap.extents.clone_identity import CloneIdentity
 from blocksnap.extents.compare import compare_descriptors
-from blocksnap.extents.fiemap import CloneIdentity, find_fiemap_changes
+from blocksnap.extents.fiemap import find_fiemap_changes
 from blocksnap.extents.scan import data_near
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.pipeline.selection import select_changed
@@ -93,7 +94,9 @@ def test_rounds(tmp_path: Path, options: tuple[str, ...], hint: str | None) -> N
 def remember(clone: Path) -> Parent:
     with opened(clone) as fd:
         file = look_at(fd)
-    return Parent(file.size, CloneIdentity.of(file).to_binding(), known_here=True, load_mapped=lambda: None)
+    return Parent(
+        file.size, CloneIdentity.of(file, "xfs-clone").to_binding(), known_here=True, load_mapped=lambda: None
+    )
 
 
 def compare(base: Path, clone: Path, parent: Parent, tally: Tally) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from blocksnap import _native
 from blocksnap.extents.changes import Parent
-from blocksnap.extents.fiemap import CloneIdentity, find_fiemap_changes
+from blocksnap.extents.clone_identity import CloneIdentity
+from blocksnap.extents.fiemap import find_fiemap_changes
 from blocksnap.extents.model import ExtentList
 from blocksnap.system.xfs import look_at
 from support.commands import CommandLine
@@ -89,7 +90,9 @@ def pages(*numbers: int) -> ExtentList:
 def parent_of(clone: Path) -> Parent:
     with opened(clone) as fd:
         file = look_at(fd)
-    return Parent(file.size, CloneIdentity.of(file).to_binding(), known_here=True, load_mapped=lambda: None)
+    return Parent(
+        file.size, CloneIdentity.of(file, "xfs-clone").to_binding(), known_here=True, load_mapped=lambda: None
+    )
 
 
 def test_a_saved_map_of_a_removed_clone_would_be_wrong(image: Image) -> None:

@@ -12,13 +12,15 @@ import pytest
 from blocksnap.errors import VolumeError
 from blocksnap.extents import fiemap
 from blocksnap.extents.changes import Binding, Parent
-from blocksnap.extents.fiemap import CloneIdentity, doubt_about_base, find_fiemap_changes
+from blocksnap.extents.clone_identity import CloneIdentity, doubt_about_base
+from blocksnap.extents.fiemap import find_fiemap_changes
 from blocksnap.extents.mapped_set import MappedSet
 from blocksnap.extents.model import ExtentList
-from blocksnap.system.xfs import NotXfsError, XfsFile, look_at
+from blocksnap.system.clones import ClonedFile
+from blocksnap.system.xfs import NotXfsError, look_at
 
 PAGE = 4096
-BASE = XfsFile(
+BASE = ClonedFile(
     filesystem="5802be21-8766-4a43-93fa-0f7bd06ad088",
     inode=131,
     generation=77,
@@ -30,8 +32,8 @@ BASE = XfsFile(
 CLONE = replace(BASE, inode=132, generation=5, size=120 * PAGE)
 
 
-def parent_of(base: XfsFile, **changes: object) -> Parent:
-    binding: Binding = {**CloneIdentity.of(base).to_binding(), **changes}  # type: ignore[dict-item]
+def parent_of(base: ClonedFile, **changes: object) -> Parent:
+    binding: Binding = {**CloneIdentity.of(base, "xfs-clone").to_binding(), **changes}  # type: ignore[dict-item]
 
     def none_is_asked_for() -> MappedSet | None:
         pytest.fail("no mapped set is needed")
@@ -40,7 +42,7 @@ def parent_of(base: XfsFile, **changes: object) -> Parent:
 
 
 def test_the_binding_is_read_back() -> None:
-    identity = CloneIdentity.of(BASE)
+    identity = CloneIdentity.of(BASE, "xfs-clone")
     assert CloneIdentity.from_binding(identity.to_binding()) == identity
     for each in fields(CloneIdentity):
         for value in (None, True, "", 1.5):
@@ -50,7 +52,7 @@ def test_the_binding_is_read_back() -> None:
 
 
 def test_an_untouched_base_is_believed() -> None:
-    assert doubt_about_base(BASE, CLONE, parent_of(BASE)) is None
+    assert doubt_about_base(BASE, CLONE, parent_of(BASE), "xfs-clone") is None
 
 
 @pytest.mark.parametrize(
@@ -68,14 +70,16 @@ def test_an_untouched_base_is_believed() -> None:
         (BASE, BASE, "the base itself"),
     ],
 )
-def test_every_doubt(base: XfsFile, clone: XfsFile, reason: str) -> None:
-    assert reason in (doubt_about_base(base, clone, parent_of(BASE)) or "")
+def test_every_doubt(base: ClonedFile, clone: ClonedFile, reason: str) -> None:
+    assert reason in (doubt_about_base(base, clone, parent_of(BASE), "xfs-clone") or "")
 
 
 def test_a_parent_of_something_else_is_no_parent() -> None:
-    assert "does not say" in (doubt_about_base(BASE, CLONE, parent_of(BASE, source="file")) or "")
+    assert "does not say" in (
+        doubt_about_base(BASE, CLONE, parent_of(BASE, source="file"), "xfs-clone") or ""
+    )
     parent = replace(parent_of(BASE), size=1)
-    assert "another size" in (doubt_about_base(BASE, CLONE, parent) or "")
+    assert "another size" in (doubt_about_base(BASE, CLONE, parent, "xfs-clone") or "")
 
 
 @pytest.fixture
@@ -93,16 +97,16 @@ def descriptors(tmp_path: Path) -> Iterator[tuple[int, int]]:
 class Looks:
     """Answers for ``look_at``, by descriptor; the last one stays."""
 
-    def __init__(self, **answers: list[XfsFile]) -> None:
+    def __init__(self, **answers: list[ClonedFile]) -> None:
         self.base, self.clone = answers["base"], answers["clone"]
         self.base_fd = -1
 
-    def __call__(self, fd: int) -> XfsFile:
+    def __call__(self, fd: int) -> ClonedFile:
         left = self.base if fd == self.base_fd else self.clone
         return left.pop(0) if len(left) > 1 else left[0]
 
 
-def look(monkeypatch: pytest.MonkeyPatch, base_fd: int, **answers: list[XfsFile]) -> None:
+def look(monkeypatch: pytest.MonkeyPatch, base_fd: int, **answers: list[ClonedFile]) -> None:
     looks = Looks(**{"base": [BASE], "clone": [CLONE], **answers})
     looks.base_fd = base_fd
     monkeypatch.setattr(fiemap, "look_at", looks)
