@@ -13,8 +13,15 @@ from blocksnap.errors import UsageError
 from blocksnap.quantities import parse_size
 
 if TYPE_CHECKING:
-    from blocksnap.operations.restore import ImageFormat, Missing, NewVolumeOptions, RestoreResult
+    from blocksnap.operations.restore import (
+        ImageFormat,
+        Missing,
+        NewVolumeOptions,
+        RestorePlan,
+        RestoreResult,
+    )
     from blocksnap.repository.documents import Backup
+    from blocksnap.repository.repository import Repository
 
 EXIT_WARNINGS = 3
 
@@ -111,17 +118,12 @@ def restore_command(
         return
     if resume or abandon or write_room or rate:
         raise UsageError("--resume, --abandon, --write-room and --rate go with --instant")
-    if not target:
-        raise UsageError("no TARGET was named")
+    _require_target(settings, target, verify=verify)
     from blocksnap.extents import memory
     from blocksnap.operations.catalogue import find_backup
-    from blocksnap.operations.restore import execute_restore, plan_restore
+    from blocksnap.operations.restore import plan_restore
 
     memory.retain()
-    if target == "-" and verify:
-        raise UsageError("standard output cannot be read back", resolution="leave out --verify")
-    if target == "-" and settings.json:
-        raise UsageError("standard output cannot take the volume and JSON at once")
     new = _new_volume(pool, classic=classic, size=size)
     repository = settings.open_repository()
     stored = find_backup(repository, backup)
@@ -134,6 +136,23 @@ def restore_command(
         )
         return
     plan = plan_restore(stored.backup, target, create=create, in_place=in_place, image=image, new=new)
+    _restore(settings, repository, plan, verify=verify, missing=missing)
+
+
+def _require_target(settings: Settings, target: str, *, verify: bool) -> None:
+    if not target:
+        raise UsageError("no TARGET was named")
+    if target == "-" and verify:
+        raise UsageError("standard output cannot be read back", resolution="leave out --verify")
+    if target == "-" and settings.json:
+        raise UsageError("standard output cannot take the volume and JSON at once")
+
+
+def _restore(
+    settings: Settings, repository: Repository, plan: RestorePlan, *, verify: bool, missing: Missing
+) -> None:
+    from blocksnap.operations.restore import execute_restore
+
     result = execute_restore(
         repository,
         plan,
@@ -143,7 +162,7 @@ def restore_command(
         missing=missing,
         state_directory=settings.state_directory,
     )
-    _show(settings, stored.backup, result)
+    _show(settings, plan.backup, result)
     if result.missing:
         click.get_current_context().exit(EXIT_WARNINGS)
 

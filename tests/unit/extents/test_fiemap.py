@@ -43,12 +43,14 @@ def parent_of(base: ClonedFile, **changes: object) -> Parent:
 
 def test_the_binding_is_read_back() -> None:
     identity = CloneIdentity.of(BASE, "xfs-clone")
-    assert CloneIdentity.from_binding(identity.to_binding()) == identity
+    assert CloneIdentity.from_binding(identity.to_binding(), "xfs-clone") == identity
     for each in fields(CloneIdentity):
         for value in (None, True, "", 1.5):
-            assert CloneIdentity.from_binding({**identity.to_binding(), each.name: value}) is None
-    assert CloneIdentity.from_binding({**identity.to_binding(), "source": "file"}) is None
-    assert CloneIdentity.from_binding({}) is None
+            assert (
+                CloneIdentity.from_binding({**identity.to_binding(), each.name: value}, "xfs-clone") is None
+            )
+    assert CloneIdentity.from_binding({**identity.to_binding(), "source": "file"}, "xfs-clone") is None
+    assert CloneIdentity.from_binding({}, "xfs-clone") is None
 
 
 def test_an_untouched_base_is_believed() -> None:
