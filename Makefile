@@ -5,6 +5,8 @@
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 PACKAGES := vagrant/packages.txt
+# What the time of a long run went into.
+SLOWEST := --durations 20 --durations-min 4
 
 # Folders that run on this machine's own kernel. A new folder under tests/ is one of them, unless
 # it is named here: it would be worse to leave it out unnoticed.
@@ -127,7 +129,7 @@ native-test:
 	ctest --test-dir build/native-test --output-on-failure
 
 host-test:
-	$(PYTEST) -n 2 $(HOST_TESTS)
+	$(PYTEST) $(SLOWEST) -n 2 $(HOST_TESTS)
 
 # It hung once in a full run, and has its own target until it is known why.
 LAB_SOAKED := tests/lvm/test_quiesce.py
@@ -137,8 +139,8 @@ LAB_SECOND := $(addprefix tests/lvm/test_,thin_histories.py thin_metadata.py thi
 	restore_failures.py restore_in_place.py)
 lab-test:
 	@mkdir -p build
-	@vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
+	@vagrant/lab --timeout 2700 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
 	second=$$!; \
-	vagrant/lab --timeout 2700 -- $(PYTEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND) $(LAB_SOAKED)) tests/lvm; \
+	vagrant/lab --timeout 2700 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND) $(LAB_SOAKED)) tests/lvm; \
 	rest=$$?; wait $$second; code=$$?; cat build/lab-second.log; \
 	test $$rest -eq 0 && test $$code -eq 0
