@@ -41,11 +41,19 @@ def _say_in_place(facts: _Facts) -> str | None:
     return f"{facts['target']}: {how}: {format_size(much)} may differ ({why})"
 
 
+def _say_label(facts: _Facts) -> str:
+    backup = str(facts["backup"])[:8]
+    return (
+        f"before {facts['server']} is started on what was restored: blocksnap label {backup} DATA-DIRECTORY"
+    )
+
+
 _SENTENCES: dict[str, Callable[[_Facts], str | None]] = {
     "plan": _say_plan,
     "left-out": _say_left_out,
     "in-place": _say_in_place,
     "usable": lambda facts: f"{facts['device']} can be used: mount it; what is missing arrives meanwhile",
+    "needs_label": _say_label,
     "arrived": lambda facts: f"all of {facts['volume']} is there; what was written meanwhile is merged",
     "recovered": lambda facts: f"cleaned up: {facts['message']}",
     "finding": lambda facts: f"{facts['severity']}: {facts['object']}: {facts['message']}",

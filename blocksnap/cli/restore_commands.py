@@ -151,6 +151,7 @@ def _require_target(settings: Settings, target: str, *, verify: bool) -> None:
 def _restore(
     settings: Settings, repository: Repository, plan: RestorePlan, *, verify: bool, missing: Missing
 ) -> None:
+    from blocksnap.operations.label import tell_of_labels
     from blocksnap.operations.restore import execute_restore
 
     result = execute_restore(
@@ -162,6 +163,7 @@ def _restore(
         missing=missing,
         state_directory=settings.state_directory,
     )
+    tell_of_labels(plan.backup, settings.reporter)
     _show(settings, plan.backup, result)
     if result.missing:
         click.get_current_context().exit(EXIT_WARNINGS)
@@ -227,10 +229,7 @@ def _new_volume(pool: str | None, *, classic: bool, size: str | None) -> NewVolu
 
 
 def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
-    from blocksnap.operations.label import needs_label
-
     plan, found = result.plan, result.in_place
-    labels = needs_label(backup)
     for offset, length in () if settings.json else result.missing:
         click.echo(f"missing: bytes {offset} to {offset + length} are zeros", err=True)
     if settings.json:
@@ -244,8 +243,6 @@ def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
             "missing": [{"offset": offset, "length": length} for offset, length in result.missing],
             "seconds": round(result.seconds, 3),
         }
-        if labels:
-            facts["needs_label"] = labels
         if found is not None:
             facts |= {
                 "written_bytes": found.written_bytes,
@@ -277,8 +274,4 @@ def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
         click.echo(
             f"restored over it; what it held before is {found.way_back}: "
             f"lvremove it, or go back with lvconvert --merge"
-        )
-    for server in labels:
-        click.echo(
-            f"before {server} is started on what was restored: blocksnap label {backup.id[:8]} DATA-DIRECTORY"
         )

@@ -29,6 +29,7 @@ def restore_tree_command(
     as_image: bool,
 ) -> None:
     """Restore a subvolume, and say what could not be kept; refuse what only an image can do."""
+    from blocksnap.operations.label import tell_of_labels
     from blocksnap.operations.restore_tree import restore_tree
 
     if as_image:
@@ -39,6 +40,7 @@ def restore_tree_command(
     done = restore_tree(
         repository, backup, target, settings.reporter, verify=verify, zero_missing=missing == "zero"
     )
+    tell_of_labels(backup, settings.reporter)
     if settings.json:
         print_json_line(
             {

@@ -19,6 +19,7 @@ from blocksnap.controller.pacing import TokenBucket
 from blocksnap.errors import BlocksnapError, StorageError, TargetError, UsageError
 from blocksnap.operations.catalogue import find_backup, require_image
 from blocksnap.operations.images import IMAGES_FOLDER, OpenRepository, require_fuse, served_images
+from blocksnap.operations.label import tell_of_labels
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.restore import LostRangeError, NewVolumeOptions
 from blocksnap.operations.targets import read_runs
@@ -339,6 +340,7 @@ class _Run:
             self._reach("arriving")
         device = self._devices.open_top(lv_bytes)
         self._usable_seconds = time.monotonic() - self._began
+        tell_of_labels(self._backup, self._report)
         self._report.event(
             "usable",
             device=device,

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from blocksnap.errors import TargetError, UsageError
+from blocksnap.operations.reporting import Reporter
 from blocksnap.repository.documents import ApplicationRecord, Backup
 
 _ROOM = 1 << 20
@@ -40,6 +41,12 @@ class NotItsDirectoryError(TargetError):
 def needs_label(backup: Backup) -> list[str]:
     """Return the servers that do not start rightly from a backup without their label."""
     return [record.name for record in _labelled(backup)]
+
+
+def tell_of_labels(backup: Backup, report: Reporter) -> None:
+    """Tell whoever has restored a backup what has to be done before a server is started on it."""
+    for server in needs_label(backup):
+        report.event("needs_label", backup=backup.id, server=server)
 
 
 def find_label(backup: Backup, server: str | None) -> Label:

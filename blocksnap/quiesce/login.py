@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pwd
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from blocksnap.quiesce.errors import AgentError
 from blocksnap.quiesce.settings import LoginSettings
+from blocksnap.system import peers
 
 
 def account_of(settings: LoginSettings) -> str | None:
@@ -22,6 +25,28 @@ def account_of(settings: LoginSettings) -> str | None:
     except KeyError:
         return None
     return settings.user
+
+
+def process_behind(server: str, fd: int) -> int:
+    """Return the process of the server at the other end of a socket; raises AgentError."""
+    try:
+        pid = peers.process_behind(fd)
+    except OSError as err:
+        raise AgentError(server, f"does not tell who it is: {err.strerror}") from err
+    if not pid:
+        raise AgentError(server, "is no process that can be seen from here")
+    return pid
+
+
+@contextmanager
+def looking_up_files(server: str) -> Iterator[None]:
+    """Tell what is not where the server says that it is; raises AgentError."""
+    try:
+        yield
+    except OSError as err:
+        raise AgentError(
+            server, f"tells of {err.filename or 'a file'}, which is not to be found: {err.strerror}"
+        ) from err
 
 
 def password_of(server: str, settings: LoginSettings) -> str | None:

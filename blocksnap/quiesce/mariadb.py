@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blocksnap.quiesce.base import Guard, Record, Strength, Trace
-from blocksnap.quiesce.errors import AgentError, MisplacedError
+from blocksnap.quiesce.errors import MisplacedError
+from blocksnap.quiesce.login import looking_up_files
 from blocksnap.quiesce.places import Devices, Placement
 from blocksnap.quiesce.settings import MariadbSettings
 from blocksnap.system import peers
@@ -176,17 +177,13 @@ class MariadbAgent:
         self._logs = variables.get("log_bin", "OFF") == "ON"
         pid = self._link.process()
         base = variables["datadir"].rstrip("/")
-        try:
+        with looking_up_files(self._name):
             folders = [base, *(os.path.join(base, variables.get(name) or "") for name in _FOLDERS)]
             folders += _elsewhere(pid, base)
             places = {
                 path: placement.of_directory(pid, path)
                 for path in dict.fromkeys(peers.real_path(pid, folder) for folder in folders)
             }
-        except OSError as err:
-            raise AgentError(
-                self._name, f"tells of {err.filename or base}, which is not to be found: {err.strerror}"
-            ) from err
         reason = decide(self._name, places, frozen=peers.is_in_group(pid, frozen), whole=whole)
         self._facts = {
             "version": version,

@@ -6,7 +6,7 @@ import contextlib
 import socket
 
 from blocksnap.quiesce.errors import AgentError, MissingDriverError
-from blocksnap.quiesce.login import account_of, password_of
+from blocksnap.quiesce.login import account_of, password_of, process_behind
 from blocksnap.quiesce.settings import MariadbSettings
 from blocksnap.system import peers
 
@@ -70,13 +70,7 @@ class MariadbLink:
 
     def process(self) -> int:
         """Return the server's process; raises AgentError."""
-        try:
-            pid = peers.process_behind(self.fileno())
-        except OSError as err:
-            raise AgentError(self._server, f"does not tell who it is: {err.strerror}") from err
-        if not pid:
-            raise AgentError(self._server, "is no process that can be seen from here")
-        return pid
+        return process_behind(self._server, self.fileno())
 
     def ask(self, statement: str) -> list[Row]:
         """Return what the server answers, as text; raises AgentError."""

@@ -29,8 +29,8 @@ class Placement:
         """Return the volumes of a device, or of the filesystem that a file lies on; raises OSError."""
         status = os.stat(path)
         if stat.S_ISBLK(status.st_mode):
-            return self._holding(status.st_rdev)
+            return self._holding(frozenset({status.st_rdev}))
         return self._holding(peers.filesystem_at(os.getpid(), path))
 
-    def _holding(self, number: int | None) -> Devices:
-        return frozenset(device for device, above in self._above.items() if number in above)
+    def _holding(self, numbers: frozenset[int]) -> Devices:
+        return frozenset(device for device, above in self._above.items() if numbers & above)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from blocksnap.quiesce.base import Guard, Record, Strength, Trace
 from blocksnap.quiesce.errors import AgentError, MisplacedError
+from blocksnap.quiesce.login import looking_up_files
 from blocksnap.quiesce.places import Devices, Placement
 from blocksnap.quiesce.settings import PostgresqlSettings
 from blocksnap.system import peers
@@ -262,14 +263,10 @@ class PostgresqlAgent:
         folders = [space for (space,) in spaces if space.startswith("/")]
         log = f"{folder}/{words.log_folder}"
         pid = self._link.process()
-        try:
+        with looking_up_files(self._name):
             data = (folder, placement.of_directory(pid, folder))
             elsewhere = {path: placement.of_directory(pid, path) for path in folders}
             log_place = (peers.real_path(pid, log), placement.of_directory(pid, log))
-        except OSError as err:
-            raise AgentError(
-                self._name, f"tells of {err.filename or folder}, which is not to be found: {err.strerror}"
-            ) from err
         in_frozen = peers.is_in_group(pid, frozen)
         self._plan = decide(self._name, data, elsewhere, log_place, frozen=in_frozen, whole=whole)
         self._facts = {

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from blocksnap.quiesce.errors import AgentError, MissingDriverError
-from blocksnap.quiesce.login import account_of, password_of
+from blocksnap.quiesce.login import account_of, password_of, process_behind
 from blocksnap.quiesce.settings import PostgresqlSettings
 from blocksnap.system import peers
 
@@ -63,13 +63,7 @@ class PostgresqlLink:
 
     def process(self) -> int:
         """Return the server's process; raises AgentError."""
-        try:
-            pid = peers.process_behind(self.fileno())
-        except OSError as err:
-            raise AgentError(self._server, f"does not tell who it is: {err.strerror}") from err
-        if not pid:
-            raise AgentError(self._server, "is no process that can be seen from here")
-        return pid
+        return process_behind(self._server, self.fileno())
 
     def limit(self, deadline: float, *, while_: str = "") -> None:
         """Have the server itself give up what is asked from now on at ``deadline``; raises AgentError."""

@@ -91,11 +91,16 @@ def real_path(pid: int, path: str) -> str:
     return here or "/"
 
 
-def filesystem_at(pid: int, path: str) -> int | None:
-    """Return the filesystem that process ``pid`` sees at a path, as mountinfo numbers it; raises OSError."""
+def filesystem_at(pid: int, path: str) -> frozenset[int]:
+    """Return by which numbers the filesystem is known that process ``pid`` sees at a path; raises OSError.
+
+    They are that of mountinfo and that of stat, which is another one in each subvolume of a btrfs.
+    """
+    place = real_path(pid, path)
     text = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")
-    mount = mounts.mount_at(real_path(pid, path), mounts.parse_mountinfo(text))
-    return None if mount is None else mount.device
+    mount = mounts.mount_at(place, mounts.parse_mountinfo(text))
+    inside = os.stat(f"/proc/{pid}/root{place}").st_dev
+    return frozenset({inside} if mount is None else {inside, mount.device})
 
 
 def is_in_group(pid: int, folders: Iterable[str]) -> bool:

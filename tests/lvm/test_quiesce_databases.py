@@ -69,7 +69,9 @@ class Volumes:
         restored, said = {}, ""
         for name, id_ in ids.items():
             image = self.folder / f"{id_}.img"
-            said += self.blocksnap.done("restore", id_, str(image)).decode()
+            code, _, err = self.blocksnap("restore", id_, str(image))
+            assert code == 0, err
+            said += err
             device = stack.enter_context(loop_device(image))
             restored[name] = stack.enter_context(holding(device, self.folder / f"restored {id_}"))
         return restored, said

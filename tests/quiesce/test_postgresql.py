@@ -21,6 +21,8 @@ from blocksnap.operations.label import Label, NotItsDirectoryError, write_label
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Outcome
 from blocksnap.system import freeze
+from blocksnap.volumes.subvolume import SubvolumeVolume
+from support.btrfs_lab import require_btrfs
 from support.copied_volume import CopiedVolume, restored
 from support.databases import PROGRAMS, Postgres, as_postgres, is_root, make_cluster, public_folder
 from support.loops import call, loop_device
@@ -199,6 +201,36 @@ def test_what_is_not_in_the_run_and_what_is_frozen(group: Path, world: World) ->
         "checkpoint",
         "its processes are frozen for the instant of all snapshots",
     )
+
+
+def test_subvolumes_are_snapshotted_one_by_one(world: World) -> None:
+    require_btrfs()
+    device = world.stack.enter_context(loop_device(world.folder / "btrfs.img", size=300 << 20))
+    call("mkfs.btrfs", "-q", device)
+    top = world.stack.enter_context(holding(device, world.folder / "top"))
+    for name in ("data", "wal"):
+        call("btrfs", "subvolume", "create", top / name)
+    make_cluster(top / "data/pg", top / "wal/pg")
+    server = world.start(top / "data/pg")
+    server.query("CREATE TABLE ledger AS SELECT generate_series(1, 1000) AS number")
+    wal, data = (SubvolumeVolume(str(top / name)) for name in ("wal", "data"))
+    quiesce = QuiesceSettings.model_validate({"postgresql": [{"socket": str(world.run)}]})
+    with SnapshotSession([wal, data], "run", world.folder / "state", QuiesceRequest(quiesce)) as session:
+        later, earlier = session.snapshots
+        assert later.timing.taken_at > earlier.timing.taken_at
+        for path in top.glob(".blocksnap-*"):
+            name = "data" if (path / "pg/PG_VERSION").exists() else "wal"
+            call("cp", "-a", "--reflink=always", path, top / f"restored {name}")
+    assert session.quiesced is not None
+    assert session.quiesced.records[0].facts["way"] == "backup"
+    server.stop()
+    folder = top / "restored data/pg"
+    (folder / "pg_wal").unlink()
+    (folder / "pg_wal").symlink_to(top / "restored wal/pg")
+    (folder / "postmaster.pid").unlink()
+    write_label(label_in(session.quiesced), str(folder))
+    again = world.start(folder, run=world.folder / "again")
+    assert again.query("SELECT count(*) FROM ledger") == "1000"
 
 
 def test_what_we_freeze_ourselves_is_not_frozen_while_the_server_is_asked(world: World) -> None:

@@ -92,4 +92,4 @@ def test_the_filesystem_at_a_path(tmp_path: Path) -> None:
     for path in (str(tmp_path), "/proc/self", "/sys"):
         mount = mounts.mount_under(path)
         assert mount is not None
-        assert peers.filesystem_at(os.getpid(), path) == mount.device
+        assert peers.filesystem_at(os.getpid(), path) == {mount.device, os.stat(path).st_dev}
