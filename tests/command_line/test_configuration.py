@@ -131,6 +131,12 @@ def test_config_check_and_show(blocksnap: Configured, tmp_path: Path) -> None:
     assert f"blocksnap.toml:25: jobs.apart.volumes.0: there is no volume {tmp_path}/gone.img" in warned.stderr
     assert "can be read by others (mode 0644)" in warned.stderr
     assert len(blocksnap("config", "check", "--json").document["warnings"]) == 2
+    (tmp_path / "shop.toml").write_text(
+        f"repository = '{tmp_path}'\n[jobs.a]\nvolumes = ['{tmp_path}/two.img']\n"
+        f"[[jobs.a.quiesce.mariadb]]\npassword_file = '{tmp_path}/secret'\n"
+    )
+    warned = blocksnap("config", "check", "--config", tmp_path / "shop.toml")
+    assert f"shop.toml:5: jobs.a.quiesce.mariadb.0.password_file: {tmp_path}/secret can be" in warned.stderr
     (tmp_path / "wrong.toml").write_text("[jobs.a]\nvolumes = ['v/a']\nvolums = 1\n")
     wrong = blocksnap("config", "check", "--config", tmp_path / "wrong.toml")
     assert wrong.code == 2
