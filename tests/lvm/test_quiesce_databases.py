@@ -89,7 +89,7 @@ def group() -> Iterator[Path]:
         yield made
 
 
-def check_restored(server: Postgres) -> None:
+def check_restored(server: Postgres, *, every_row: bool) -> None:
     """All that was committed is there, what pgbench does is done to all tables or none, all can be read."""
     assert server.query("SELECT count(*) FROM ledger") == str(ENOUGH)
     balances = {"accounts": "abalance", "branches": "bbalance", "tellers": "tbalance"}
@@ -99,7 +99,7 @@ def check_restored(server: Postgres) -> None:
     }
     assert len(sums) == 1
     call(*server.argv("pg_dump", "-f", os.devnull, "postgres"))
-    if (PROGRAMS / "pg_amcheck").exists():
+    if every_row and (PROGRAMS / "pg_amcheck").exists():
         call(*server.argv("pg_amcheck", "--install-missing", "--heapallindexed", "postgres"))
 
 
@@ -149,7 +149,7 @@ def test_postgresql_with_its_log_on_another_volume(
             stack.callback(server.stop)
             server.wait()
             assert ("consistent recovery state reached" in server.log()) == needs_label
-            check_restored(server)
+            check_restored(server, every_row=needs_label)
     assert blocksnap("label", frozen["data"])[0] == 2
 
 
