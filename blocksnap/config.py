@@ -114,6 +114,19 @@ class RetentionSettings(_Model):
         return Keep.parse(self.model_dump(exclude={"zone"}, exclude_none=True))
 
 
+class DrillSettings(_Model):
+    """How it is proven that the backups of a job restore."""
+
+    schedule: Calendar | None = None
+    """When a timer drills the newest backup of each volume."""
+    command: Command | None = None
+    """What looks at the data itself; it finds where that is in its environment."""
+    seconds: Annotated[float, Field(gt=0)] = 3600.0
+    """How long the command may take."""
+    sample: Annotated[int, Field(ge=0, le=1_000_000)] = 256
+    """Chunks that are read again, chosen by chance."""
+
+
 class JobSettings(_Model):
     """What a job may say, and [defaults] for all of them."""
 
@@ -128,6 +141,7 @@ class JobSettings(_Model):
     pace: PaceSettings = Field(default_factory=PaceSettings)
     retention: RetentionSettings | None = None
     schedule: Calendar | None = None
+    drill: DrillSettings | None = None
 
 
 class Job(JobSettings):

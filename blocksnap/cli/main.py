@@ -29,6 +29,8 @@ _COMMANDS = {
     "mount": "image_commands",
     "files": "image_commands",
     "serve": "serve_commands",
+    "drill": "drill_commands",
+    "report": "drill_commands",
     "verify": "volume_commands",
     "check": "check_commands",
     "repair": "repair_commands",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from blocksnap.cli.context import Settings, common_options
 from blocksnap.cli.output import format_size, format_time, print_facts, print_json, print_table
 from blocksnap.errors import PassphraseError, UsageError
 from blocksnap.quantities import parse_size
+
+if TYPE_CHECKING:
+    from blocksnap.repository.documents import Drilled
 
 
 @click.command("init")
@@ -63,12 +68,18 @@ def list_command(settings: Settings, volume: str | None) -> None:
     """List backups, oldest first; those of VOLUME, or all."""
     from blocksnap.operations.catalogue import of_volume
     from blocksnap.operations.describing import describe_brief, stored_bytes
+    from blocksnap.operations.report import describe_drill, last_drills_of_backups
 
-    backups = settings.open_repository().backups()
+    repository = settings.open_repository()
+    backups, drilled = repository.backups(), last_drills_of_backups(repository)
     if volume:
         backups = of_volume(backups, volume)
     if settings.json:
-        print_json({"backups": [describe_brief(stored) for stored in backups]})
+        documents = [
+            {**describe_brief(stored), "drill": describe_drill(drilled.get(stored.backup.id))}
+            for stored in backups
+        ]
+        print_json({"backups": documents})
         return
     if not backups:
         click.echo("no backups" + (f" of {volume}" if volume else ""), err=True)
@@ -82,11 +93,22 @@ def list_command(settings: Settings, volume: str | None) -> None:
             format_size(stored.backup.size),
             format_size(stored.backup.statistics.changed_bytes),
             format_size(stored_bytes(stored)),
+            _drilled(drilled.get(stored.backup.id)),
             " ".join(f"{key}={value}" for key, value in stored.manifest.tags.items()),
         )
         for stored in backups
     ]
-    print_table(("ID", "VOLUME", "TIME", "KIND", "SIZE", "CHANGED", "STORED", "TAGS"), rows, right=(4, 5, 6))
+    print_table(
+        ("ID", "VOLUME", "TIME", "KIND", "SIZE", "CHANGED", "STORED", "DRILLED", "TAGS"),
+        rows,
+        right=(4, 5, 6),
+    )
+
+
+def _drilled(drill: Drilled | None) -> str:
+    if drill is None:
+        return "-"
+    return format_time(drill.time) if drill.good else "FAILED"
 
 
 @click.command("show")

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def timers_command(settings: Settings, *, install: bool, directory: str) -> None:
     """Print systemd units for the configured schedules, or install them.
 
-    A job with a `schedule` is backed up by a timer of its own; a repository with a `prune_schedule` has the
-    retention of its jobs applied and is pruned.
+    A job with a `schedule` is backed up by a timer of its own, and with a schedule in `drill` its backups are
+    drilled; a repository with a `prune_schedule` has the retention of its jobs applied and is pruned.
     """
     from blocksnap.operations.timers import plan_units
 
@@ -74,6 +74,7 @@ def _require_calendars(configuration: Configuration) -> None:
     from blocksnap.operations.check_configuration import check_calendar
 
     schedules = [job.schedule for job in configuration.jobs.values()]
+    schedules += [job.drill.schedule for job in configuration.jobs.values() if job.drill]
     schedules += [each.prune_schedule for each in configuration.repositories.values()]
     for text in dict.fromkeys(filter(None, schedules)):
         if trouble := check_calendar(text):

@@ -58,6 +58,11 @@ def _schedules(configuration: Configuration) -> Iterator[Surprise]:
         (("jobs", name, "schedule"), job.schedule) for name, job in configuration.jobs.items()
     ]
     named += [
+        (("jobs", name, "drill", "schedule"), job.drill.schedule)
+        for name, job in configuration.jobs.items()
+        if job.drill
+    ]
+    named += [
         (("repositories", name, "prune_schedule"), repository.prune_schedule)
         for name, repository in configuration.repositories.items()
     ]

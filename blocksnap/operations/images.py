@@ -154,11 +154,13 @@ def served_images(
     *,
     end_users: Callable[[], object],
     patient: bool = False,
+    writable: bool = False,
 ) -> Iterator[None]:
     """Serve backups as files of the folder ``IMAGES_FOLDER``, for other processes, never this one.
 
     ``end_users`` is called at the end: what is made of an image goes before the image, and not by the hand
-    that serves it. With ``patient`` their reads wait for a repository that is away.
+    that serves it. With ``patient`` their reads wait for a repository that is away; with
+    ``writable`` each image has an overlay that is thrown away.
     """
     from blocksnap.restore.serving import ServedImages
 
@@ -180,7 +182,9 @@ def served_images(
     # Loaded now, so that the threads that read find it.
     _ = repository.index
     os.mkdir(IMAGES_FOLDER)
-    with ServedImages(repository, described, IMAGES_FOLDER, tell, patient=patient) as images:
+    with ServedImages(
+        repository, described, IMAGES_FOLDER, tell, patient=patient, writable=writable
+    ) as images:
         try:
             yield
         finally:

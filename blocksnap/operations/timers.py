@@ -1,8 +1,8 @@
 """Units of systemd for the configured jobs: plan them, print them, or put them in place.
 
-Each job with a ``schedule`` gets ``blocksnap-backup-JOB``, a service and a timer; each repository with a
-``prune_schedule`` gets ``blocksnap-prune-REPOSITORY``. Only files that begin with our line are ever replaced
-or removed.
+Each job with a ``schedule`` gets ``blocksnap-backup-JOB``, a service and a timer, and with one in ``drill``
+``blocksnap-drill-JOB``; each repository with a ``prune_schedule`` gets ``blocksnap-prune-REPOSITORY``. Only
+files that begin with our line are ever replaced or removed.
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ def plan_units(configuration: Configuration, program: str, configuration_path: s
             what = f"blocksnap: back up job {name}"
             commands = [[*base, "backup", "--job", name, *tail]]
             units += _pair(f"blocksnap-backup-{name}", what, commands, job.schedule)
+        if job.drill and job.drill.schedule:
+            what = f"blocksnap: drill the backups of job {name}"
+            commands = [[*base, "drill", "--job", name, *tail]]
+            units += _pair(f"blocksnap-drill-{name}", what, commands, job.drill.schedule)
     for name, repository in configuration.repositories.items():
         if repository.prune_schedule:
             kept = [

@@ -16,6 +16,7 @@ from blocksnap.repository.blockmap import MapReader, MapRoot
 from blocksnap.repository.checked import CHECKS, read_checked
 from blocksnap.repository.checked_index import CheckedIndex
 from blocksnap.repository.documents import Root, WriterRecord
+from blocksnap.repository.drills import DRILLS, read_drilled
 from blocksnap.repository.epochs import read_object
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.findings import CheckResult
@@ -180,7 +181,9 @@ class Checker:
             self._try(info.name, partial(read_object, self._repository, info.name))
         for info in backend.list(CHECKS):
             self._try(info.name, partial(read_checked, self._repository, info.name))
-        known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/", CHECKS)
+        for info in backend.list(DRILLS):
+            self._try(info.name, partial(read_drilled, self._repository, info.name))
+        known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/", CHECKS, DRILLS)
         for info in backend.list(""):
             if info.name != "config" and not info.name.startswith(known):
                 self.result.garbage(info.name, "it is no part of a repository that this version knows")

@@ -354,6 +354,34 @@ class Checked(Document):
     bad: tuple[str, ...] = ()
 
 
+class DrillStep(Document):
+    """One thing that was tried, how long it took, and the last of what it said."""
+
+    step: str
+    seconds: Annotated[float, Field(ge=0)]
+    ok: bool
+    said: str = ""
+
+
+class Drilled(Document):
+    """An object ``drills/<time>-<run>``: what came of a drill of a backup.
+
+    ``chunks`` and ``sampled_bytes`` are those of the sample that was read again.
+    """
+
+    format: int = FORMAT_VERSION
+    run: Hex16
+    time: datetime
+    hostname: str
+    backup: Hex16
+    volume: VolumeRecord
+    good: bool
+    seconds: Annotated[float, Field(ge=0)]
+    chunks: Count
+    sampled_bytes: Count
+    steps: tuple[DrillStep, ...] = ()
+
+
 class Done(Document):
     """An object ``gc/<epoch>/done``: all that the sweep names is gone."""
 

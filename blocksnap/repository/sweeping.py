@@ -10,6 +10,7 @@ from itertools import islice
 from blocksnap.backends.errors import ObjectMissingError
 from blocksnap.repository.checked import superseded
 from blocksnap.repository.documents import Done, Sweep
+from blocksnap.repository.drills import superseded_drills
 from blocksnap.repository.epochs import create_part, epoch_numbers, part_names, read_done
 from blocksnap.repository.fencing import fence, settled_runs
 from blocksnap.repository.index import ROW, encode_sorted, segment_name
@@ -51,6 +52,7 @@ def tidy(repository: Repository, epoch: int, now: datetime) -> None:
                 _delete(repository, name)
     packs = {info.name for info in repository.backend.list("packs/")}
     _delete_all(repository, superseded(repository, packs))
+    _delete_all(repository, superseded_drills(repository))
     _tidy_aside(repository, packs, known)
     _forget_history(repository, epoch, settled, now)
 

@@ -13,16 +13,22 @@ HEAD_BYTES = 0x10000 + 4096
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """A filesystem and the options to mount it by."""
+    """A filesystem, the options to mount it with, without and with a replay, and what finds fault with it."""
 
     filesystem: str
     options: str
+    replaying: str
+    check: tuple[str, ...]
 
 
 _MAGICS = (
-    (1024 + 0x38, b"\x53\xef", Inside("ext4", "noload")),
-    (0, b"XFSB", Inside("xfs", "norecovery,nouuid")),
-    (0x10000 + 0x40, b"_BHRfS_M", Inside("btrfs", "rescue=nologreplay")),
+    (1024 + 0x38, b"\x53\xef", Inside("ext4", "noload", "", ("e2fsck", "-f", "-n"))),
+    (0, b"XFSB", Inside("xfs", "norecovery,nouuid", "nouuid", ("xfs_repair", "-n"))),
+    (
+        0x10000 + 0x40,
+        b"_BHRfS_M",
+        Inside("btrfs", "rescue=nologreplay", "", ("btrfs", "check", "--readonly")),
+    ),
 )
 
 

@@ -11,7 +11,9 @@ _TEXT_BYTES = 1000
 _LOG_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
-def serve(operations: mfusepy.Operations, folder: str, *, direct_io: bool = False) -> str:
+def serve(
+    operations: mfusepy.Operations, folder: str, *, direct_io: bool = False, writable: bool = False
+) -> str:
     """Mount and serve until it is unmounted; return what libfuse said if it could not.
 
     Not in the main thread, whose handler for SIGINT mfusepy would take away.
@@ -33,7 +35,7 @@ def serve(operations: mfusepy.Operations, folder: str, *, direct_io: bool = Fals
             operations,
             folder,
             foreground=True,
-            ro=True,
+            ro=not writable,
             fsname="blocksnap",
             subtype="blocksnap",
             direct_io=direct_io,

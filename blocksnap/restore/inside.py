@@ -64,6 +64,12 @@ class Inner:
     def __init__(self, root: str) -> None:
         self._root = root
         self._mounted: dict[str, str] = {}
+        self.is_apart = False
+        """Whether its mounts are no other process's."""
+
+    def image(self, backup: str) -> str:
+        """Return where the image of a backup is."""
+        return f"{self._root}/images/{backup}"
 
     def folder(self, backup: str) -> str:
         """Return where the filesystem of an image is mounted, now at the latest; raises BlocksnapError."""
@@ -78,9 +84,9 @@ class Inner:
             namespace.unmount(folder)
 
     def _mount(self, backup: str) -> str:
-        image = f"{self._root}/images/{backup}"
+        image = self.image(backup)
         folder = f"{self._root}/files/{backup}"
-        inside = _look(image)
+        inside = look_inside(image)
         os.makedirs(folder, exist_ok=True)
         namespace.mount_image(image, folder, inside.filesystem, inside.options)
         return folder
@@ -93,10 +99,10 @@ class InnerProcess:
         self._pid = pid
         self.questions = questions
 
-    def end(self) -> None:
-        """Wait for it to take its mounts away; a second call does nothing."""
+    def end(self, seconds: float = _END_SECONDS) -> None:
+        """Wait so long for it to take its mounts away, then kill it; a second call does nothing."""
         self.questions.close()
-        deadline = time.monotonic() + _END_SECONDS
+        deadline = time.monotonic() + seconds
         while self._pid and not os.waitpid(self._pid, os.WNOHANG)[0]:
             if time.monotonic() > deadline:
                 os.kill(self._pid, signal.SIGKILL)
@@ -151,7 +157,8 @@ def _answer_all(answers: dict[str, Answering], root: str, questions: socket.sock
     return True
 
 
-def _look(image: str) -> Inside:
+def look_inside(image: str) -> Inside:
+    """Tell which filesystem is in an image; raises NoFilesystemError, OSError."""
     fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
     try:
         inside = recognise(os.pread(fd, HEAD_BYTES, 0))

@@ -22,6 +22,7 @@ from blocksnap.repository.repository import Repository
 from blocksnap.restore.fuse import serve
 from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.inside import NoFuseError
+from blocksnap.restore.overlay import Overlay
 from blocksnap.system.namespace import unmount
 
 _END_SECONDS = 2.0
@@ -41,11 +42,16 @@ class ServedImages:
         tell: Callable[[BlocksnapError], None],
         *,
         patient: bool = False,
+        writable: bool = False,
     ) -> None:
-        """With ``patient`` reads wait for a repository that is away; else they fail."""
+        """With ``patient`` reads wait for a repository that is away; else they fail.
+
+        With ``writable`` each image has an overlay that is thrown away.
+        """
         self._reader = ImageReader(repository)
         self._folder = folder
-        self._operations = _Images(self._reader, backups, tell, patient=patient)
+        self._writable = writable
+        self._operations = _Images(self._reader, backups, tell, patient=patient, writable=writable)
         self._failure = ""
         self._thread = threading.Thread(target=self._serve, name="blocksnap-fuse", daemon=True)
 
@@ -66,9 +72,10 @@ class ServedImages:
         unmount(self._folder)
         self._thread.join(_END_SECONDS)
         self._reader.close()
+        self._operations.close()
 
     def _serve(self) -> None:
-        self._failure = serve(self._operations, self._folder, direct_io=True)
+        self._failure = serve(self._operations, self._folder, direct_io=True, writable=self._writable)
 
 
 class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
@@ -81,8 +88,12 @@ class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
         tell: Callable[[BlocksnapError], None],
         *,
         patient: bool,
+        writable: bool,
     ) -> None:
         self._patient = patient
+        self._writable = writable
+        self._overlays: dict[str, Overlay] = {}
+        self._overlays_lock = threading.Lock()
         self.is_ending = threading.Event()
         self._reader = reader
         self._backups = backups
@@ -90,6 +101,12 @@ class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
         self._handles: dict[int, Image] = {}
         self._numbers = itertools.count(1)
         self.ready = threading.Event()
+
+    def close(self) -> None:
+        """Throw the overlays away."""
+        with self._overlays_lock:
+            for overlay in self._overlays.values():
+                overlay.close()
 
     def init(self, path: str) -> None:  # noqa: ARG002
         """The kernel has answered: it is mounted."""
@@ -102,7 +119,7 @@ class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
         geometry, _, taken = self._known(path)
         when = int(taken * 1e9)
         return {
-            "st_mode": stat.S_IFREG | 0o400,
+            "st_mode": stat.S_IFREG | (0o600 if self._writable else 0o400),
             "st_nlink": 1,
             "st_size": geometry.size,
             "st_blocks": -(-geometry.size // 512),
@@ -116,9 +133,9 @@ class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
         return iter([".", "..", *self._backups])
 
     def open(self, path: str, flags: int) -> int:
-        """Open an image for reading."""
+        """Open an image, for reading if there is no overlay."""
         geometry, root, _ = self._known(path)
-        if flags & os.O_ACCMODE != os.O_RDONLY:
+        if flags & os.O_ACCMODE != os.O_RDONLY and not self._writable:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         number = next(self._numbers)
         self._handles[number] = Image(geometry, root)
@@ -126,9 +143,28 @@ class _Images(Operations):  # type: ignore[misc] # mfusepy has no types
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         """Read; what cannot be had is an I/O error, and never other bytes."""
+        if self._writable:
+            return self._overlay(path).read(offset, size)
+        return self._read_image(self._handles[fh], path, offset, size)
+
+    def write(self, path: str, data: bytes, offset: int, fh: int) -> int:  # noqa: ARG002
+        """Write to the overlay."""
+        return self._overlay(path).write(offset, data)
+
+    def _overlay(self, path: str) -> Overlay:
+        with self._overlays_lock:
+            if path not in self._overlays:
+                geometry, root, _ = self._known(path)
+                image = Image(geometry, root)
+                self._overlays[path] = Overlay(
+                    geometry.size, lambda offset, size: self._read_image(image, path, offset, size)
+                )
+            return self._overlays[path]
+
+    def _read_image(self, image: Image, path: str, offset: int, size: int) -> bytes:
         while True:
             try:
-                return self._reader.read(self._handles[fh], offset, size)
+                return self._reader.read(image, offset, size)
             except BlocksnapError as err:
                 self._tell(err)
                 waits = self._patient and isinstance(err, StorageError)

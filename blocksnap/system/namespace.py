@@ -46,18 +46,38 @@ class NotMountedError(BlocksnapError):
         )
 
 
-def leave_mounts() -> None:
+def leave_mounts(*, passable: bool = False) -> None:
     """Give this process, which has one thread, mounts of its own; what others unmount goes here too.
 
-    Raises NotMountedError, as without the rights of root.
+    With ``passable`` others than root, of our own processes, can reach what they know to be in the private
+    folder. Raises NotMountedError, as without the rights of root.
     """
     libc = _libc()
     try:
         _check(libc.unshare(_CLONE_NEWNS))
         _check(libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None))
-        _mount("tmpfs", PRIVATE_FOLDER, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0700,size=1m")
+        _mount(
+            "tmpfs",
+            PRIVATE_FOLDER,
+            "tmpfs",
+            _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
+            f"mode={'0711' if passable else '0700'},size=1m",
+        )
     except OSError as err:
         raise NotMountedError("a private folder", err) from err
+
+
+def part_mounts() -> None:
+    """Give this process, which has one thread, a copy of the mounts, whose own die with it and nobody else.
+
+    Whoever mounts something writable of an image has to: when the last process with such a mount dies, that
+    process itself writes out what is dirty, and if it serves the image it waits for itself, for ever. Raises
+    NotMountedError.
+    """
+    try:
+        _check(_libc().unshare(_CLONE_NEWNS))
+    except OSError as err:
+        raise NotMountedError("anything apart from others", err) from err
 
 
 def mount_image(image: str, folder: str, filesystem: str, options: str) -> None:
@@ -76,6 +96,33 @@ def mount_image(image: str, folder: str, filesystem: str, options: str) -> None:
         raise NotMountedError(f"the {filesystem} filesystem", err) from err
 
 
+def attach_image(image: str) -> int:
+    """Return the descriptor of a loop device over an image that can be written to; it goes when it is closed.
+
+    Raises NotMountedError.
+    """
+    try:
+        return _attach(image, writable=True)
+    except OSError as err:
+        raise NotMountedError("a loop device", err) from err
+
+
+def mount_device(node: str, folder: str, filesystem: str, options: str) -> None:
+    """Mount the filesystem on a device, to be written to; raises NotMountedError."""
+    try:
+        _mount(node, folder, filesystem, _MS_NOSUID | _MS_NODEV, options)
+    except OSError as err:
+        raise NotMountedError(f"the {filesystem} filesystem", err) from err
+
+
+def unmount_for_good(folder: str) -> None:
+    """Take a mount away, with everything written; raises NotMountedError while somebody uses it."""
+    try:
+        _check(_libc().umount2(os.fsencode(folder), 0))
+    except OSError as err:
+        raise NotMountedError(f"{folder} away again", err) from err
+
+
 def unmount(folder: str) -> None:
     """Take a mount away: at once for whoever looks, in fact when nobody uses it. Gone already is fine."""
     with contextlib.suppress(OSError):
@@ -87,17 +134,18 @@ def die_with_parent() -> None:
     _check(_libc().prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0))
 
 
-def _attach(image: str) -> int:
-    """Return the descriptor of a read-only loop device that is gone when nobody uses it."""
-    backing = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+def _attach(image: str, *, writable: bool = False) -> int:
+    """Return the descriptor of a loop device that is gone when nobody uses it."""
+    access = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+    backing = os.open(image, access)
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     config = bytearray(_LOOP_CONFIG_BYTES)
     struct.pack_into("<I", config, 0, backing)
-    struct.pack_into("<I", config, _LOOP_FLAGS_AT, _LO_READ_ONLY | _LO_AUTOCLEAR)
+    struct.pack_into("<I", config, _LOOP_FLAGS_AT, (0 if writable else _LO_READ_ONLY) | _LO_AUTOCLEAR)
     try:
         for _ in range(_LOOP_ATTEMPTS):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-            loop = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+            loop = os.open(f"/dev/loop{number}", access)
             try:
                 fcntl.ioctl(loop, _LOOP_CONFIGURE, bytes(config))
             except OSError as err:

@@ -17,8 +17,13 @@ CONFIGURATION = Configuration.model_validate(
         },
         "jobs": {
             "one": {"volumes": ["v/a"], "schedule": "daily", "retention": {"daily": 3}},
-            "two": {"volumes": ["v/b"], "retention": {"daily": 3}, "repository": "other"},
-            "three": {"volumes": ["v/c"], "retention": {"last": 3}, "repository": "/r"},
+            "two": {"volumes": ["v/b"], "retention": {"daily": 3}, "repository": "other", "drill": {}},
+            "three": {
+                "volumes": ["v/c"],
+                "retention": {"last": 3},
+                "repository": "/r",
+                "drill": {"schedule": "weekly"},
+            },
         },
     }
 )
@@ -33,6 +38,8 @@ def test_what_has_a_schedule_gets_a_timer() -> None:
     assert list(planned) == [
         "blocksnap-backup-one.service",
         "blocksnap-backup-one.timer",
+        "blocksnap-drill-three.service",
+        "blocksnap-drill-three.timer",
         "blocksnap-prune-main.service",
         "blocksnap-prune-main.timer",
     ]
@@ -46,6 +53,8 @@ def test_what_has_a_schedule_gets_a_timer() -> None:
     assert commands == [
         f"ExecStart=/usr/bin/blocksnap backup --job one {tail}",
         "OnCalendar=daily",
+        f"ExecStart=/usr/bin/blocksnap drill --job three {tail}",
+        "OnCalendar=weekly",
         f"ExecStart=/usr/bin/blocksnap forget --job one {tail}",
         f"ExecStart=/usr/bin/blocksnap forget --job three {tail}",
         f"ExecStart=/usr/bin/blocksnap prune --repo main --wait 3600 {tail}",
@@ -81,12 +90,12 @@ def test_installing_replaces_and_removes_only_ours(tmp_path: Path) -> None:
     (tmp_path / "blocksnap-mine.service").write_text("[Unit]\n")
     (tmp_path / "blocksnap-backup-old.timer").write_text(MARK)
     done = install_units(planned, str(tmp_path), activate=False)
-    assert (len(done.written), done.removed, done.unchanged) == (4, ("blocksnap-backup-old.timer",), ())
+    assert (len(done.written), done.removed, done.unchanged) == (6, ("blocksnap-backup-old.timer",), ())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["blocksnap-mine.service", *(unit.name for unit in planned)]
     )
     again = install_units(planned, str(tmp_path), activate=False)
-    assert (again.written, again.removed, len(again.unchanged)) == ((), (), 4)
+    assert (again.written, again.removed, len(again.unchanged)) == ((), (), 6)
     (tmp_path / planned[1].name).write_text("[Timer]\n")
     with pytest.raises(ForeignUnitError):
         install_units(planned, str(tmp_path), activate=False)
