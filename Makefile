@@ -17,7 +17,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-restore
 .PHONY: bench-tracked bench-year vagrant-test clean
-.PHONY: soak-btrfs soak-histories soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
+.PHONY: soak-btrfs soak-histories soak-instant soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
 .PHONY: soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
@@ -76,6 +76,10 @@ soak-kill: bootstrap ## a backup of a group, killed at every step, and what doct
 
 soak-quiesce: bootstrap ## twenty groups at one instant, and runs killed at every step they take, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=20 -- $(PYTEST) --timeout 7000 tests/lvm/test_quiesce.py
+
+soak-instant: bootstrap ## instant restores: killed before every program, no repository, damage, in the lab: minutes
+	vagrant/lab --timeout 3600 --env BLOCKSNAP_SOAK=1 -- $(PYTEST) -s --timeout 3000 \
+		tests/lvm/test_instant.py tests/lvm/test_instant_failures.py
 
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed, and repaired: minutes
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering tests/simulation/test_every_call_of_repair.py
@@ -136,7 +140,7 @@ LAB_SOAKED := tests/lvm/test_quiesce.py
 # Two labs at once, one for each core; the second one's output follows the first one's.
 LAB_SECOND := $(addprefix tests/lvm/test_,thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
 	guard.py power_cut.py quiesce_commands.py quiesce_databases.py \
-	restore_failures.py restore_in_place.py)
+	restore_failures.py restore_in_place.py instant.py instant_failures.py)
 lab-test:
 	@mkdir -p build
 	@vagrant/lab --timeout 2700 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \

@@ -94,7 +94,15 @@ def run_drills(
     inner = fork_inner(answers(), namespace.PRIVATE_FOLDER)
     repository = open_repository()
     repository.keys.require(Right.READ)
-    plans = plan(repository)
+    plans = []
+    for each in plan(repository):
+        if each.backup.inodes is None:
+            plans.append(each)
+            continue
+        report.warn(
+            f"backup {each.backup.id[:8]} of {each.backup.volume.name} is a tree: it was not drilled",
+            resolution=f"restore it to a new directory with --verify: blocksnap restore {each.backup.id[:8]}",
+        )
     failed = []
     backups = [each.backup for each in plans]
     # What an interrupted drill is in the middle of is not worth waiting for.

@@ -6,14 +6,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from commands import run
+from commands import DemoError, run
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ class Blocksnap:
         """Restore to a new volume, read it back; return the seconds it took itself."""
         return float(self._call("restore", backup, volume, "--create", "--verify")["seconds"])
 
+    def restore_instantly(self, backup: str, volume: str) -> InstantRestore:
+        """Begin an instant restore at a pace that leaves time to look; return when the volume can be used."""
+        argv = [sys.executable, "-m", "blocksnap", "restore", backup, volume, "--instant", "--rate", "4M"]
+        return InstantRestore([*argv, "--json"], self._environment)
+
     def verify(self, backup: str) -> None:
         """Read a backup back from the repository; raises DemoError when anything is damaged."""
         self._call("verify", backup)
@@ -95,6 +102,48 @@ class Blocksnap:
         except json.JSONDecodeError:
             document = json.loads(printed.splitlines()[-1])
         return document
+
+
+class InstantRestore:
+    """A restore that goes on while its volume is used."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            argv,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.seconds = float(self._until("usable")["seconds"])
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the data is still arriving."""
+        return self._process.poll() is None
+
+    def finish(self) -> float:
+        """Wait until the volume is one like any other; return the seconds it took."""
+        seconds = float(self._until("done")["seconds"])
+        self._process.communicate()
+        if self._process.returncode:
+            raise DemoError(f"the restore ended with {self._process.returncode}")
+        return seconds
+
+    def kill(self) -> None:
+        """End it if it still runs."""
+        self._process.kill()
+        self._process.wait()
+
+    def _until(self, name: str) -> dict[str, Any]:
+        if self._process.stdout is None:
+            raise DemoError("the restore has no pipe")
+        for line in self._process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == name:
+                return event
+        raise DemoError(f"the restore ended without {name}: {self._process.communicate()[1].strip()}")
 
 
 _TOLD = (

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ledger
@@ -165,6 +165,7 @@ class Proof:
     directory: Path
     journal: Path
     sqlite: bool
+    restored: list[str] = field(default_factory=list)
 
     def restore(self, backup: str, taken: Backup, *, not_taken: Backup) -> None:
         """Restore to a new volume and judge its database; raises DemoError if a promise was broken.
@@ -173,6 +174,7 @@ class Proof:
         that finds no fault with anything.
         """
         name = f"restored_{taken.id[:8]}"
+        self.restored.append(name)
         seconds = self.blocksnap.restore(backup, f"{storage.GROUP}/{name}")
         say(f"restored {backup} to a new volume and read it back in {seconds:.1f} s")
         mount_point = self.directory / name
@@ -182,6 +184,38 @@ class Proof:
             database = open_database(mount_point, self.directory, sqlite=self.sqlite)
             stack.callback(database.kill)
             self.judge(database, taken, not_taken)
+
+    def restore_instantly(self, backup: str, taken: Backup, *, not_taken: Backup) -> None:
+        """Restore the destroyed volume under its own name, and use the database before all of it is there."""
+        restore = self.blocksnap.restore_instantly(backup, f"{storage.GROUP}/{VOLUME}")
+        with ExitStack() as stack:
+            stack.callback(restore.kill)
+            say(
+                f"restore {backup} --instant: {storage.GROUP}/{VOLUME} can be used after {restore.seconds:.1f} s"
+            )
+            mount_point = self.directory / "instant"
+            stack.enter_context(storage.mounted(storage.device_of(VOLUME), mount_point))
+            database = open_database(mount_point, self.directory, sqlite=self.sqlite)
+            stack.callback(database.kill)
+            began = time.monotonic()
+            said = database.start()
+            count = len(database.bodies())
+            arrived = storage.arrived_share(VOLUME)
+            if not restore.is_at_work or arrived >= 1:
+                raise DemoError("all of it had arrived before the database was asked: nothing was shown")
+            say(f"    the database: {said}")
+            say(
+                f"    it read {count} rows {time.monotonic() - began:.1f} s after the mount, "
+                f"with {arrived:.0%} of the volume there"
+            )
+            database.kill()
+            self.judge(database, taken, not_taken)
+            seconds = restore.finish()
+            say(f"    all of it was there and merged after {seconds:.1f} s, under the mounted filesystem")
+            if (left := storage.volumes()) != sorted([VOLUME, *self.restored]):
+                raise DemoError(f"the restore left something in the volume group: {left}")
+        storage.check_filesystem(storage.device_of(VOLUME), self.directory / "instant")
+        say("    the filesystem replayed its journal, and e2fsck finds no fault")
 
     def judge(self, database: Database, taken: Backup, not_taken: Backup) -> None:
         """Start a restored database, compare it with the journal, and let it check itself."""
@@ -254,6 +288,7 @@ def tell_story(stack: ExitStack, *, sqlite: bool) -> list[Line]:
     first, last = backups[0], backups[-1]
     proof.restore(f"{storage.GROUP}/{VOLUME}@latest", last, not_taken=first)
     proof.restore(first.id[:8], first, not_taken=last)
+    proof.restore_instantly(last.id[:8], last, not_taken=first)
     return lines
 
 

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instant restores that something goes wrong with: a crash, kills at every command, no repository, damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blocksnap.cli.main import run
+from blocksnap.system import command, nbd
+from support.in_process import InProcess
+from support.instant_restore import (
+    MIB,
+    NAME,
+    clean_up,
+    device_name,
+    judge,
+    lost_volume,
+    mounted,
+    nothing_is_left,
+    restoring,
+    use,
+)
+from support.lvm_lab import ThinPool, tool, write_at
+
+SOAK = bool(os.environ.get("BLOCKSNAP_SOAK"))
+
+
+@pytest.fixture
+def lost(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> Iterator[dict[str, str]]:
+    with lost_volume(pool, blocksnap, tmp_path) as digests:
+        yield digests
+
+
+def crash(pool: ThinPool) -> None:
+    """Take everything away that a crash of the machine takes away."""
+    name = device_name(pool)
+    for device in (name, f"{name}-blocksnap"):
+        subprocess.run(["dmsetup", "remove", "--retry", device], check=False, capture_output=True)
+    for backend in Path("/sys/block").glob("nbd*/backend"):
+        if backend.read_text().startswith("blocksnap"):
+            nbd.disconnect(int(backend.parent.name.removeprefix("nbd")))
+    Path(f"/dev/{pool.group}/{NAME}").unlink(missing_ok=True)
+    for each in pool.names():
+        if each.startswith(f"{NAME}-"):
+            tool("lvchange", "-an", f"{pool.group}/{each}")
+
+
+def test_a_crash_of_the_machine(
+    pool: ThinPool, blocksnap: InProcess, lost: dict[str, str], tmp_path: Path
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    with restoring("latest", volume, "--rate", "4M") as first:
+        device = first.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt") as folder:
+            use(folder, 0, 20)
+        first.until("progress")
+        first.end(signal.SIGKILL)
+    crash(pool)
+    assert blocksnap("restore", "latest", volume, "--instant")[0] == 1
+    code, out, _ = blocksnap("doctor", "--json")
+    findings = json.loads(out)["findings"]
+    (found,) = [each for each in findings if each["subject"] == volume]
+    assert (code, found["advice"]) == (1, f"blocksnap restore --instant --resume {volume}")
+    # What LVM would activate by itself is not taken for a filesystem.
+    tool("lvchange", "-ay", f"{volume}-arriving")
+    kind = subprocess.run(["blkid", "-p", f"/dev/{volume}-arriving"], check=False, capture_output=True)
+    assert b"TYPE" not in kind.stdout
+    with restoring("--resume", volume) as second:
+        second.until("usable")
+        with mounted(device, tmp_path / "mnt") as folder:
+            use(folder, 20, 10)
+            # Ended in between as well, and everything goes on.
+            assert second.end(signal.SIGTERM) == 143
+            assert any("--resume" in str(event.get("resolution")) for event in second.events)
+            with restoring("--resume", volume) as third:
+                assert third.done() == 0
+            judge(folder, lost, 30)
+    nothing_is_left(pool, NAME)
+
+
+def killed_at(number: int, *words: str) -> bool:
+    """Run a command that kills itself before its n-th program; tell whether it got to its end."""
+    pid = os.fork()
+    if not pid:
+        count, locate = 0, command._locate
+
+        def deadly(program: str) -> str:
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return locate(program)
+
+        command._locate = deadly
+        os._exit(run(list(words)))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL), (number, status)
+    return status == 0
+
+
+@pytest.mark.skipif(not SOAK, reason="make soak-instant")
+def test_killed_before_every_program(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> None:
+    volume = pool.create(NAME, "16M")
+    write_at(pool.node(NAME), 0, random.Random(1).randbytes(6 * MIB))
+    expected = Path(pool.node(NAME)).read_bytes()
+    blocksnap.backup(volume)
+    pool.remove(NAME)
+    number = 1
+    while not killed_at(number, "restore", "latest", volume, "--instant"):
+        code, out, err = blocksnap("doctor", "--json")
+        state = list((tmp_path / "state" / "instant").glob("*.json"))
+        if state:
+            assert any(each["subject"] == volume for each in json.loads(out)["findings"]), (number, out, err)
+            stage = json.loads(state[0].read_text())["stage"]
+            if number % 2:
+                crash(pool)
+            pid = os.fork()
+            if not pid:
+                os._exit(run(["restore", "--instant", "--resume", volume]))
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            assert code == (1 if stage == "making" else 0), (number, stage, code)
+            print(f"killed before program {number}, at {stage}")
+            if stage != "making":
+                assert Path(pool.node(NAME)).read_bytes() == expected, number
+                nothing_is_left(pool, NAME)
+                pool.remove(NAME)
+        assert [each for each in pool.names() if each.startswith(NAME)] == [], number
+        number += 1
+    assert Path(pool.node(NAME)).read_bytes() == expected
+    assert number > 15
+    clean_up(pool)
+
+
+def test_refusals_and_giving_up(
+    pool: ThinPool, blocksnap: InProcess, lost: dict[str, str], tmp_path: Path
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    other = pool.create(f"{NAME}-other", "8M")
+    for words, code in (
+        (("latest", other, "--instant"), 1),
+        (("latest", str(tmp_path / "file"), "--instant"), 2),
+        (("latest", volume, "--instant", "--verify"), 2),
+        (("latest", volume, "--instant", "--pool", "nowhere"), 1),
+        (("--instant", "--resume", volume), 1),
+        (("--instant", "--abandon", volume), 1),
+        (("latest", volume, "--resume"), 2),
+    ):
+        with restoring(
+            *(word for word in words if word != "--instant"), instant="--instant" in words
+        ) as run_:
+            assert run_.ended() == code, (words, run_.events)
+    assert [name for name in pool.names() if name.startswith(NAME)] == [f"{NAME}-other"]
+    with restoring("latest", volume, "--rate", "1M") as run_:
+        device = run_.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt"):
+            assert blocksnap("restore", "--instant", "--abandon", volume)[0] == 11
+            run_.end(signal.SIGKILL)
+        blocksnap.done("restore", "--instant", "--abandon", volume)
+    pool.remove(f"{NAME}-other")
+    assert [name for name in pool.names() if name.startswith(NAME)] == []
+    assert "blocksnap" not in tool("dmsetup", "ls")
+
+
+@pytest.mark.skipif(not SOAK, reason="make soak-instant")
+def test_nbdkit_that_dies_is_started_again(pool: ThinPool, lost: dict[str, str], tmp_path: Path) -> None:
+    volume = f"{pool.group}/{NAME}"
+    with restoring("latest", volume, "--rate", "4M") as run_:
+        device = run_.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt") as folder:
+            for number in range(3):
+                for pid in children_called(run_.process.pid, "nbdkit"):
+                    os.kill(pid, signal.SIGKILL)
+                use(folder, number * 5, 5)
+            assert run_.done() == 3
+            judge(folder, lost, 15)
+    nothing_is_left(pool, NAME)
+
+
+def children_called(pid: int, name: str) -> list[int]:
+    children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in children if Path(f"/proc/{child}/comm").read_text().strip() == name]
+
+
+@pytest.mark.skipif(not SOAK, reason="make soak-instant")
+def test_a_repository_that_is_away_is_waited_for(
+    pool: ThinPool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    store = pool.create("store", "160M")
+    tool("mkfs.ext4", "-q", pool.node("store"))
+    with mounted(pool.node("store"), tmp_path / "far") as far:
+        blocksnap = InProcess(far, monkeypatch, capsysbinary)
+        blocksnap.done("init", "--no-encryption")
+        with lost_volume(pool, blocksnap, tmp_path) as digests:
+            volume, table = f"{pool.group}/{NAME}", tool("dmsetup", "table", pool.node("store")).strip()
+            sectors = table.split()[1]
+            with restoring("latest", volume, "--rate", "8M") as run_:
+                device = run_.until("usable")["device"]
+                with mounted(device, tmp_path / "mnt") as folder:
+                    use(folder, 0, 5)
+                    tool("sync")
+                    switch(pool.node("store"), f"0 {sectors} error")
+                    Path("/proc/sys/vm/drop_caches").write_text("3")
+                    told = run_.until("warning")
+                    assert "waits" in told["message"], told
+                    time.sleep(3)
+                    assert run_.process.poll() is None
+                    switch(pool.node("store"), table)
+                    run_.until("arrived")
+                    use(folder, 5, 5)
+                    assert run_.done() == 3
+                    judge(folder, digests, 10)
+            nothing_is_left(pool, NAME)
+    pool.remove("store")
+    assert store
+
+
+def switch(device: str, table: str) -> None:
+    """Put another table in force at once."""
+    subprocess.run(["dmsetup", "load", device], input=table, text=True, check=True)
+    tool("dmsetup", "suspend", "--nolockfs", "--noflush", device)
+    tool("dmsetup", "resume", device)
+
+
+@pytest.mark.skipif(not SOAK, reason="make soak-instant")
+def test_damage_is_told_and_what_is_there_is_served(
+    pool: ThinPool, blocksnap: InProcess, lost: dict[str, str], tmp_path: Path
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    for pack in (tmp_path / "repository" / "packs").rglob("*-*"):
+        content = bytearray(pack.read_bytes())
+        if len(content) > 4 * MIB:
+            content[-2 * MIB] ^= 1
+            pack.chmod(0o600)
+            pack.write_bytes(content)
+            break
+    with restoring("latest", volume) as run_:
+        device = run_.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt") as folder:
+            told = run_.until("warning")
+            assert "bytes" in told["message"], told
+            use(folder, 0, 5)
+            bad = 0
+            for name in lost:
+                try:
+                    (folder / name).read_bytes()
+                except OSError:
+                    bad += 1
+            assert bad <= 1
+            use(folder, 5, 5)
+        assert run_.end(signal.SIGTERM) == 143
+    blocksnap.done("restore", "--instant", "--abandon", volume)

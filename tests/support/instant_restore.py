@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instant restores as a process, an application that uses the volume meanwhile, and what judges both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from support.in_process import InProcess
+from support.lvm_lab import ThinPool, tool
+from support.require import require
+
+MIB = 1 << 20
+ROWS = 2000
+NAME = "data"
+
+
+class Restoring:
+    """A restore that runs as a process of its own."""
+
+    def __init__(self, *words: str, instant: bool) -> None:
+        options = ["--instant"] if instant else []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "blocksnap", "restore", *words, *options, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.events: list[dict[str, Any]] = []
+
+    def until(self, name: str) -> dict[str, Any]:
+        """Read events up to one of this name."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == name:
+                return self.events[-1]
+        raise AssertionError((name, self.events, self.process.communicate()))
+
+    def done(self) -> int:
+        """Wait for the end and return the exit code."""
+        self.until("done")
+        self.process.communicate(timeout=120)
+        return self.process.returncode
+
+    def ended(self) -> int:
+        """Wait for an end that needs nothing, and return the exit code."""
+        out, _ = self.process.communicate(timeout=120)
+        self.events += [json.loads(line) for line in out.splitlines()]
+        return self.process.returncode
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        out, _ = self.process.communicate(timeout=120)
+        self.events += [json.loads(line) for line in out.splitlines()]
+        return self.process.returncode
+
+
+@contextmanager
+def restoring(*words: str, instant: bool = True) -> Iterator[Restoring]:
+    run = Restoring(*words, instant=instant)
+    try:
+        yield run
+    finally:
+        run.process.kill()
+        run.process.communicate()
+
+
+@contextmanager
+def mounted(device: str, folder: Path) -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    tool("mount", device, str(folder))
+    try:
+        yield folder
+    finally:
+        tool("umount", str(folder))
+
+
+def arrived_share(name: str) -> float:
+    """Tell from the table of the device below which share of the volume is read from the volume itself."""
+    lines = [line.split() for line in tool("dmsetup", "table", name).splitlines()]
+    lengths = dict.fromkeys((True, False), 0)
+    for line in lines:
+        lengths[line[3].startswith("43:")] += int(line[1])
+    return lengths[False] / sum(lengths.values())
+
+
+def nothing_is_left(pool: ThinPool, name: str) -> None:
+    """The volume is one of LVM's, and all that was made for it is gone."""
+    assert [each for each in pool.names() if "arriving" in each or "meanwhile" in each] == []
+    assert "blocksnap" not in tool("lvs", "--noheadings", "-o", "lv_tags", f"{pool.group}/{name}")
+    devices = tool("dmsetup", "ls")
+    assert "blocksnap" not in devices
+    assert [p for p in Path("/sys/block").glob("nbd*/backend") if p.read_text().startswith("blocksnap")] == []
+    assert list((Path(os.environ["BLOCKSNAP_STATE_DIRECTORY"]) / "instant").glob("*.json")) == []
+
+
+def fill(folder: Path) -> dict[str, str]:
+    """Put files and a database on a filesystem; return the digests of the files."""
+    dice = random.Random(3)
+    digests = {}
+    for number in range(12):
+        content = dice.randbytes(3 * MIB)
+        (folder / f"file {number}").write_bytes(content)
+        digests[f"file {number}"] = hashlib.sha256(content).hexdigest()
+    with closing(open_database(folder)) as database, database:
+        database.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, body TEXT)")
+        rows = [(number, f"row {number} " * 20) for number in range(ROWS)]
+        database.executemany("INSERT INTO rows VALUES (?, ?)", rows)
+    return digests
+
+
+def open_database(folder: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(folder / "database")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def use(folder: Path, since: int, count: int) -> None:
+    """Query and write the database, as an application that goes on."""
+    with closing(open_database(folder)) as database:
+        assert database.execute("SELECT count(*) FROM rows").fetchone() == (ROWS + since,)
+        with database:
+            for number in range(since, since + count):
+                database.execute("INSERT INTO rows VALUES (?, ?)", (ROWS + number, f"new {number}"))
+                database.execute("UPDATE rows SET body = 'changed' WHERE id = ?", (number,))
+
+
+def judge(folder: Path, digests: dict[str, str], new: int) -> None:
+    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in digests}
+    assert found == digests
+    with closing(open_database(folder)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        bodies = dict(database.execute("SELECT id, body FROM rows"))
+    assert len(bodies) == ROWS + new
+    assert all(bodies[number] == "changed" for number in range(new))
+    assert all(bodies[ROWS + number] == f"new {number}" for number in range(new))
+    assert bodies[ROWS - 1] == f"row {ROWS - 1} " * 20
+
+
+@contextmanager
+def lost_volume(pool: ThinPool, blocksnap: InProcess, folder: Path) -> Iterator[dict[str, str]]:
+    """A volume with files and a database that is backed up and then removed; the digests of the files."""
+    programs = Path("/usr/sbin/nbdkit"), Path("/usr/bin/nbdkit")
+    require("nbdkit", any(path.exists() for path in programs), "needs nbdkit")
+    volume = pool.create(NAME, "80M")
+    try:
+        tool("mkfs.ext4", "-q", pool.node(NAME))
+        with mounted(pool.node(NAME), folder / "mnt") as mnt:
+            digests = fill(mnt)
+            tool("sync")
+        blocksnap.backup(volume)
+        pool.remove(NAME)
+        yield digests
+    finally:
+        clean_up(pool)
+
+
+def device_name(pool: ThinPool) -> str:
+    """What device-mapper calls the volume that is restored."""
+    return f"{pool.group.replace('-', '--')}-{NAME}"
+
+
+def clean_up(pool: ThinPool) -> None:
+    """Remove what a test has restored, also where it failed halfway."""
+    name = device_name(pool)
+    for device in (name, f"{name}-blocksnap"):
+        subprocess.run(["dmsetup", "remove", device], check=False, capture_output=True)
+    for each in pool.names():
+        if each.startswith(NAME):
+            tool("lvremove", "-y", f"{pool.group}/{each}")
