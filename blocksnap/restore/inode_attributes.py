@@ -37,7 +37,7 @@ FINAL: Final = _APPEND | _IMMUTABLE
 """What forbids to change an inode, and to give it further names."""
 _PROPERTIES = b"btrfs."
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL, errno.ENOSPC, errno.ERANGE, errno.E2BIG})
-_SECOND = 10**9
+_LARGEST_TIME: Final = (1 << 63) - 1
 Xattrs = Iterable[tuple[bytes, bytes]]
 
 
@@ -62,6 +62,7 @@ def finish_open(
         if record.is_directory or not name.startswith(_PROPERTIES):
             _set_xattr(fd, name, value, path, unkept)
     os.utime(fd, ns=_times(record, path, unkept))
+    _see_time(os.stat(fd), record, path, unkept)
     late = record.flags & ~_EARLY if not record.is_directory else record.flags
     _set_flags(fd, late if may_be_final else late & ~FINAL, path, unkept)
 
@@ -88,6 +89,7 @@ def finish_by_name(
         except OSError as err:
             _pass(err, f"extended attribute {os.fsdecode(key)}", path, unkept)
     os.utime(name, ns=_times(record, path, unkept), dir_fd=folder, follow_symlinks=False)
+    _see_time(os.stat(name, dir_fd=folder, follow_symlinks=False), record, path, unkept)
     if record.flags & FINAL:
         unkept.note("flags of what is neither file nor directory", path)
 
@@ -113,11 +115,17 @@ def _set_flags(fd: int, wanted: int, path: bytes, unkept: Unkept) -> None:
 
 
 def _times(record: InodeRecord, path: bytes, unkept: Unkept) -> tuple[int, int]:
-    limit = (1 << 63) - 1
+    limit = _LARGEST_TIME
     found = (record.atime, record.mtime)
     if any(abs(time) > limit for time in found):
         unkept.note("time that is out of range", path)
     return max(min(found[0], limit), -limit), max(min(found[1], limit), -limit)
+
+
+def _see_time(status: os.stat_result, record: InodeRecord, path: bytes, unkept: Unkept) -> None:
+    """The kernel cuts a time that the filesystem has no room for, and says nothing."""
+    if abs(record.mtime) < _LARGEST_TIME and status.st_mtime_ns != record.mtime:
+        unkept.note("modification time to the nanosecond", path)
 
 
 def _pass(err: OSError, what: str, path: bytes, unkept: Unkept) -> None:

@@ -286,7 +286,14 @@ class TreeRestore:
             target = self._reader.value(record.detail)
             if not target or b"\0" in target:
                 raise DamagedObjectError(_shown(path), "it is no target of a symbolic link")
-            os.symlink(target, name, dir_fd=folder)
+            try:
+                os.symlink(target, name, dir_fd=folder)
+            except OSError as err:
+                # XFS has room for 1,023 bytes.
+                if err.errno not in (errno.ENAMETOOLONG, errno.EPERM, errno.EOPNOTSUPP):
+                    raise
+                self.unkept.note("symbolic link", path)
+                return
         elif kind in _NODES:
             try:
                 os.mknod(name, kind | 0o600, os.makedev(*record.device), dir_fd=folder)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from blocksnap.errors import TargetError
-from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.inodes import InodeRecord
@@ -16,6 +16,7 @@ from blocksnap.repository.listings import SUBVOLUME
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _ID = 32
+_READ_BYTES = 1 << 20
 _TOP = 256
 
 
@@ -72,17 +73,28 @@ def _verify_file(
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     if os.fstat(fd).st_size != record.size:
         raise FileDiffersError(path, min(os.fstat(fd).st_size, record.size))
-    for number, entry in _chunks(reader, record, chunk_size):
+    for number, count, entry in reader.maps.runs(record.content, 0, -(-record.size // chunk_size)):
         offset = number * chunk_size
-        length = min(chunk_size, record.size - offset)
-        data = os.pread(fd, length, offset)
-        same = keys.identify(FrameType.DATA, data) == entry if len(entry) == _ID else not any(data)
-        if len(data) != length or not same:
-            raise FileDiffersError(path, offset)
+        length = min(count * chunk_size, record.size - offset)
+        if len(entry) != _ID:
+            _require_zeros(fd, path, offset, offset + length)
+        else:
+            data = os.pread(fd, length, offset)
+            if keys.identify(FrameType.DATA, data) != entry:
+                raise FileDiffersError(path, offset)
         progress(length)
 
 
-def _chunks(reader: InodeReader, record: InodeRecord, chunk_size: int) -> Iterator[tuple[int, Entry]]:
-    for number, count, entry in reader.maps.runs(record.content, 0, -(-record.size // chunk_size)):
-        for each in range(number, number + count):
-            yield each, entry
+def _require_zeros(fd: int, path: str, begin: int, end: int) -> None:
+    """Read what is no hole of a range that should read as zeros."""
+    while begin < end:
+        try:
+            at = os.lseek(fd, begin, os.SEEK_DATA)
+        except OSError as err:
+            if err.errno != errno.ENXIO:
+                raise
+            return
+        data = os.pread(fd, min(_READ_BYTES, end - at), at) if at < end else b""
+        if any(data):
+            raise FileDiffersError(path, at)
+        begin = at + max(len(data), 1)

@@ -1,0 +1,163 @@
+"""Trees restored to a plain directory: what hostile records want is refused, and nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from blocksnap.errors import BlocksnapError, DamageError, TargetError
+from blocksnap.operations.catalogue import find_backup
+from blocksnap.operations.reporting import Quiet
+from blocksnap.operations.restore_tree import RestoredTree, restore_tree
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.listings import DirectoryEntry
+from blocksnap.restore.tree_layout import is_layout, read_layout
+from blocksnap.restore.unkept import Unkept
+from support.inode_trees import Node, chunk, store_tree
+from support.repositories import CHUNK, make_repository, open_repository, open_writer
+
+FILE, FOLDER, LINK, SUBVOLUME = 1, 2, 7, 8
+VECTOR = bytes.fromhex("010c0000010201020d0020128040030001010402020101")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    make_repository(tmp_path / "repository", encrypted=False)
+    (tmp_path / "targets").mkdir()
+    return tmp_path
+
+
+def names(*entries: tuple[bytes, int, int]) -> Node:
+    listed = (DirectoryEntry(name, inode, kind, 2 + at) for at, (name, inode, kind) in enumerate(entries))
+    return Node(names=tuple(listed), kind=stat.S_IFDIR)
+
+
+def restored(place: Path, tree: Mapping[int, Node]) -> RestoredTree:
+    repository = open_repository(place / "repository")
+    with open_writer(repository) as writer:
+        store_tree(writer, repository, tree)()
+    repository = open_repository(place / "repository")
+    backup = find_backup(repository, "latest").backup
+    return restore_tree(repository, backup, str(place / "targets" / "out"), Quiet(), verify=True)
+
+
+def test_a_tree_comes_back(place: Path) -> None:
+    done = restored(
+        place,
+        {
+            256: names(
+                (b"file", 257, FILE), (b"folder", 258, FOLDER), (b"link", 260, LINK), (b"sub", 300, SUBVOLUME)
+            ),
+            257: Node({0: 1, 2: 2, 3: 1}, 5),
+            258: names((b"inner", 259, FILE)),
+            259: Node(detail=b"a state that nobody understands", mtime=10**18),
+            260: Node(detail=b"folder/inner", kind=stat.S_IFLNK),
+        },
+    )  # fmt: skip
+    out = place / "targets" / "out"
+    assert (out / "file").read_bytes() == chunk(1) + bytes(CHUNK) + chunk(2) + chunk(1) + bytes(CHUNK)
+    assert (out / "folder" / "inner").stat().st_mtime_ns == 10**18
+    assert os.readlink(out / "link") == "folder/inner"
+    assert (done.nested, done.result.inodes, done.verified) == (("sub",), 4, True)
+    assert os.listdir(place / "targets") == ["out"]
+
+
+GOOD = Node({0: 1}, 1)
+HOSTILE: dict[str, dict[int, Node]] = {
+    "a cycle": {256: names((b"a", 257, FOLDER)), 257: names((b"b", 257, FOLDER))},
+    "the top again": {256: names((b"a", 256, FOLDER))},
+    "a directory in two places": {
+        256: names((b"a", 257, FOLDER), (b"b", 257, FOLDER)),
+        257: names((b"c", 258, FILE)),
+        258: GOOD,
+    },
+    "a name that leads nowhere": {256: names((b"a", 257, FILE))},
+    "a file that is a directory": {256: names((b"a", 257, FOLDER)), 257: GOOD},
+    "a top that is a file": {256: GOOD},
+    "no top": {257: GOOD},
+    "a kind that is none": {256: names((b"a", 257, 0)), 257: Node(kind=0o070000)},
+    "a link to nowhere": {256: names((b"a", 257, LINK)), 257: Node(kind=stat.S_IFLNK)},
+    "a link with a zero byte": {
+        256: names((b"a", 257, LINK)),
+        257: Node(detail=b"a\0b", kind=stat.S_IFLNK),
+    },
+    "the same name twice": {256: names((b"a", 257, FILE), (b"a", 257, FILE)), 257: GOOD},
+    "up": {256: names((b"..", 257, FILE)), 257: GOOD},
+    "a path": {256: names((b"../../stolen", 257, FILE)), 257: GOOD},
+    "nothing": {256: names((b"", 257, FILE)), 257: GOOD},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_records_are_refused(place: Path, what: str) -> None:
+    before = sorted(path.name for path in place.iterdir())
+    with pytest.raises(DamageError):
+        restored(place, HOSTILE[what])
+    assert os.listdir(place / "targets") == []
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_a_link_is_not_followed(place: Path) -> None:
+    """A symbolic link and a directory of one name: the second is refused, and nothing is written there."""
+    (place / "outside").mkdir()
+    tree = {
+        256: names((b"a", 257, LINK), (b"b", 258, FOLDER)),
+        257: Node(detail=os.fsencode(place / "outside"), kind=stat.S_IFLNK),
+        258: names((b"c", 259, FILE)),
+        259: GOOD,
+    }
+    restored(place, tree)
+    assert os.readlink(place / "targets" / "out" / "a") == str(place / "outside")
+    assert os.listdir(place / "outside") == []
+
+
+def test_what_is_there_is_not_replaced(place: Path) -> None:
+    (place / "targets" / "out").mkdir()
+    with pytest.raises(TargetError, match="exists already"):
+        restored(place, {256: names()})
+    assert os.listdir(place / "targets") == ["out"]
+
+
+def test_a_lost_chunk_ends_it_or_becomes_zeros(place: Path) -> None:
+    repository = open_repository(place / "repository")
+    tree = {256: names((b"file", 257, FILE), (b"other", 258, FILE)), 257: Node({0: 1, 1: 2}, 2), 258: GOOD}
+    with open_writer(repository) as writer:
+        store_tree(writer, repository, tree)()
+    repository = open_repository(place / "repository")
+    location = repository.locate(FrameType.DATA, repository.keys.identify(FrameType.DATA, chunk(2)))
+    pack = place / "repository" / location.pack.name
+    data = bytearray(pack.read_bytes())
+    data[location.offset + 200] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(data)
+    backup = find_backup(repository, "latest").backup
+    out = place / "targets" / "out"
+    with pytest.raises(BlocksnapError, match=f"bytes {CHUNK} to {2 * CHUNK} of file cannot be restored"):
+        restore_tree(repository, backup, str(out), Quiet())
+    assert os.listdir(place / "targets") == []
+    done = restore_tree(repository, backup, str(out), Quiet(), zero_missing=True)
+    assert [(each.path, each.offset, each.length) for each in done.missing] == [("file", CHUNK, CHUNK)]
+    assert (out / "file").read_bytes() == chunk(1) + bytes(CHUNK)
+    assert (out / "other").read_bytes() == chunk(1)
+
+
+def test_layouts() -> None:
+    assert [(kind, offset // 4096, length // 4096) for kind, offset, length in read_layout(VECTOR)] == [
+        ("inline", 0, 1), ("preallocated", 2, 2), ("data", 4, 32), ("data", 37, 4),
+    ]  # fmt: skip
+    for wrong in (b"", b"\1", b"\2\x0c", b"\1\x0c\1\0", b"\1\x0c\0\0\0", VECTOR[:-1]):
+        assert not is_layout(wrong)
+        assert len(list(read_layout(wrong))) < 4
+
+
+def test_what_is_not_kept_is_told_once() -> None:
+    unkept = Unkept()
+    assert not unkept
+    for number in range(5):
+        unkept.note("flag x", b"path %d" % number)
+    assert unkept.lines() == ["flag x, of 5: path 0, path 1, path 2, ..."]
+    assert unkept.document() == [{"what": "flag x", "count": 5, "examples": ["path 0", "path 1", "path 2"]}]
