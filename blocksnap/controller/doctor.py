@@ -26,6 +26,7 @@ from blocksnap.controller.lock import VolumeBusyError, VolumeLocks
 from blocksnap.controller.quiescing import let_go_leftovers
 from blocksnap.controller.recover import Recovery, find_leftovers, read_report, recover
 from blocksnap.controller.settings import LimitSettings
+from blocksnap.controller.subvolume_leftovers import examine_subvolumes
 from blocksnap.errors import BlocksnapError
 from blocksnap.system import devmapper, host
 from blocksnap.system.mounts import read_mounts
@@ -55,6 +56,7 @@ def examine(state_directory: str, limits: LimitSettings | None = None) -> list[F
         ("leftover", state_directory, lambda: examine_arrivals(state_directory)),
         ("device", "device-mapper", lambda: examine_suspended(entries)),
         ("leftover", "LVM", lvm_findings),
+        ("leftover", "btrfs", lambda: examine_subvolumes(read_entries(state_directory), read_mounts())),
         ("device", "block devices", examine_block_devices),
         ("archive", "LVM", examine_archive),
     )

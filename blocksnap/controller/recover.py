@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Literal
 from blocksnap.controller.history import History
 from blocksnap.controller.journal import Entry, Rotation, close_entry, read_entries
 from blocksnap.controller.quiescing import let_go_leftovers
+from blocksnap.controller.subvolume_leftovers import KIND, remove_subvolume_snapshots
 from blocksnap.errors import BlocksnapError
 from blocksnap.system import host
 
@@ -142,9 +143,13 @@ def recover(
     # What stands still comes first, whoever's it is: somebody waits for it.
     found.removed, found.warnings = let_go_leftovers(state_directory)
     dead = [entry for entry in read_entries(state_directory) if not entry.alive and _concerns(entry, volumes)]
-    _remove_subvolumes(dead, found)
+    of_btrfs = remove_subvolume_snapshots(dead)
+    found.removed += of_btrfs.removed
+    found.warnings += of_btrfs.warnings
+    found.puzzles += of_btrfs.puzzles
+    found.kept |= of_btrfs.kept
     looks_at_lvm = lvm_involved or any(
-        trace.get("kind") != "btrfs" for entry in dead for trace in entry.traces()
+        trace.get("kind") != KIND for entry in dead for trace in entry.traces()
     )
     report = read_report() if looks_at_lvm else None
     entries = read_entries(state_directory)
@@ -173,7 +178,7 @@ def remove_trace(trace: Mapping[str, str] | None) -> None:
     """Remove what ``Volume.trace`` announced, if it came to be."""
     if trace is None:
         return
-    if trace.get("kind") == "btrfs":
+    if trace.get("kind") == KIND:
         from blocksnap.volumes import subvolume
 
         subvolume.remove_trace(trace)
@@ -201,35 +206,6 @@ def _remove(leftover: Leftover, *, force: bool, found: _Findings) -> None:
         found.warnings.append(f"cannot remove {name}, which run {leftover.run} left: {err}")
     else:
         found.removed.append(f"removed {name}, a snapshot of {leftover.origin} that run {leftover.run} left")
-
-
-def _remove_subvolumes(dead: Collection[Entry], found: _Findings) -> None:
-    """Remove the snapshots of btrfs subvolumes that dead runs announced.
-
-    They have no tags: the name is the run's, and the kernel tells of what subvolume one was taken.
-    """
-    from blocksnap.volumes import subvolume
-
-    for entry in dead:
-        for trace in entry.traces():
-            if trace.get("kind") != subvolume.TRACE:
-                continue
-            name = f"{trace['name']} on btrfs {trace['filesystem']}"
-            try:
-                left = subvolume.remove_trace(trace)
-            except BlocksnapError as err:
-                found.kept.add(entry.run)
-                found.warnings.append(f"cannot remove {name}, which run {entry.run} left: {err}")
-                continue
-            if left == "removed":
-                found.removed.append(f"removed {name}, a snapshot that run {entry.run} left")
-            elif left == "unreachable":
-                found.kept.add(entry.run)
-                found.warnings.append(
-                    f"run {entry.run} may have left {name}, which is not mounted: mount it, and run it again"
-                )
-            elif left == "foreign":
-                found.puzzles.append(f"{name} has the name of a snapshot of ours and is none: it is left")
 
 
 def _finish_rotations(

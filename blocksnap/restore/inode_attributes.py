@@ -31,8 +31,8 @@ _NAMES: Final = (
     (_APPEND, flags.APPEND, "append-only (chattr +a)"),
     (_IMMUTABLE, flags.IMMUTABLE, "immutable (chattr +i)"),
 )
-_EARLY = _NODATACOW | _COMPRESS | _NOCOMPRESS
-"""What only counts for data that is written afterwards."""
+_EARLY = _NODATACOW | _COMPRESS | _NOCOMPRESS | _DIRSYNC
+"""What only counts for data that is written afterwards, and what sets the compression anew."""
 FINAL: Final = _APPEND | _IMMUTABLE
 """What forbids to change an inode, and to give it further names."""
 _PROPERTIES = b"btrfs."
@@ -58,12 +58,15 @@ def finish_open(
     except OSError as err:
         _pass(err, "owner", path, unkept)
     os.fchmod(fd, stat.S_IMODE(record.mode))
+    if record.is_directory:
+        # Before the property: chattr +c sets that to the algorithm of the mount.
+        _set_flags(fd, record.flags & _EARLY, path, unkept)
     for name, value in xattrs:
         if record.is_directory or not name.startswith(_PROPERTIES):
             _set_xattr(fd, name, value, path, unkept)
     os.utime(fd, ns=_times(record, path, unkept))
     _see_time(os.stat(fd), record, path, unkept)
-    late = record.flags & ~_EARLY if not record.is_directory else record.flags
+    late = record.flags & ~_EARLY
     _set_flags(fd, late if may_be_final else late & ~FINAL, path, unkept)
 
 

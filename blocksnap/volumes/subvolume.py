@@ -259,6 +259,24 @@ def remove_trace(trace: Mapping[str, str]) -> Left:
     ``foreign`` is what has its name and is no snapshot of that subvolume; it is left alone. A filesystem
     that is not mounted is ``unreachable``.
     """
+    return _look_up(trace, remove=True)
+
+
+def find_trace(trace: Mapping[str, str]) -> Left:
+    """Say what ``remove_trace`` would do, and do nothing; raises VolumeError."""
+    return _look_up(trace, remove=False)
+
+
+def snapshots_on(filesystem: UUID) -> list[str]:
+    """Return the names of the snapshots of ours, of whatever run, that stand on a filesystem.
+
+    Raises VolumeError.
+    """
+    with open_top(filesystem) as top:
+        return sorted(name for name in os.listdir(top) if name.startswith(PREFIX))
+
+
+def _look_up(trace: Mapping[str, str], *, remove: bool) -> Left:
     filesystem, source, name = UUID(trace["filesystem"]), UUID(trace["source"]), trace["name"]
     try:
         with open_top(filesystem) as top:
@@ -275,7 +293,8 @@ def remove_trace(trace: Mapping[str, str]) -> Left:
                 os.close(fd)
             if not is_ours or not name.startswith(PREFIX):
                 return "foreign"
-            btrfs.delete_snapshot(top, name)
+            if remove:
+                btrfs.delete_snapshot(top, name)
             return "removed"
     except NotReachedError:
         return "unreachable"

@@ -20,6 +20,7 @@ FLAGS = NODUMP | NOATIME | SYNC | APPEND | IMMUTABLE | NOCOW | 0x4 | 0x400 | 0x1
 ACL = bytes.fromhex(
     "0200000001000600ffffffff02000400e803000004000400ffffffff10000600ffffffff20000000ffffffff"
 )
+STUB = 2
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 
 
@@ -197,7 +198,8 @@ def _add(
     if is_file or is_folder:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            if flags:
+            # The empty directory in the place of a nested subvolume has none.
+            if flags and status.st_ino != STUB:
                 seen["flags"] = hex(calls.inode_flags(fd) & FLAGS)
             if is_file:
                 seen |= {"size": status.st_size, "content": _content(fd, status.st_size)}
@@ -240,11 +242,19 @@ def differences(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]
     lines += [f"{name}: only in the second" for name in sorted(other.keys() - one.keys())]
     for name in sorted(one.keys() & other.keys()):
         lines += [
-            f"{name}: {key}: {one[name].get(key)} and {other[name].get(key)}"
+            f"{name}: {key}: {_without_equal(one[name].get(key), other[name].get(key))}"
             for key in sorted(one[name].keys() | other[name].keys())
             if one[name].get(key) != other[name].get(key)
         ]
     return lines
+
+
+def _without_equal(one: object, other: object) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        left = {key: value for key, value in one.items() if other.get(key) != value}
+        right = {key: value for key, value in other.items() if one.get(key) != value}
+        return f"{left} and {right}"
+    return f"{one} and {other}"
 
 
 def rsync_differences(one: Path, other: Path) -> str:
