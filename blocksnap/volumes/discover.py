@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blocksnap.errors import VolumeError
 from blocksnap.system import blockdev
 from blocksnap.system.command import has_program
 from blocksnap.system.mounts import Mount, mounts_of, read_mounts, users_of_device
@@ -134,6 +135,10 @@ def _btrfs(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:
     found = []
     for members in filesystems.values():
         points = _points(mount for each in members for mount in mounts_of(each.number, mounts))
+        subvolumes = _subvolumes(points)
+        found += subvolumes
+        if subvolumes:
+            continue
         found.append(
             Candidate(
                 name=points[0] if points else members[0].node,
@@ -144,13 +149,44 @@ def _btrfs(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:
                 stacked=(),
                 tracking=None,
                 supported=False,
-                obstacle="btrfs subvolumes are not supported yet",
+                obstacle="its subvolumes can be backed up when it is mounted",
                 advice=f"unmounted, its device {members[0].node} can be backed up"
                 if len(members) == 1
                 else SUPPORTED,
             )
         )
     return found
+
+
+def _subvolumes(points: Iterable[str]) -> list[Candidate]:
+    """Return the subvolumes that are mounted, or are in one that is, but for snapshots."""
+    from blocksnap.volumes.subvolume import SubvolumeVolume
+
+    found: dict[str, SubvolumeVolume] = {}
+    for point in points:
+        try:
+            mounted = SubvolumeVolume(point)
+            for volume in (mounted, *mounted.nested()):
+                found.setdefault(volume.key, volume)
+        except VolumeError:
+            # A directory of a subvolume can be mounted alone.
+            continue
+    return [
+        Candidate(
+            name=volume.name,
+            kind="subvolume",
+            size=volume.size,
+            filesystem="btrfs",
+            mountpoints=(volume.name,) if volume.name in points else (),
+            stacked=(),
+            tracking="btrfs-tree",
+            supported=True,
+            obstacle=None,
+            advice=None,
+        )
+        for volume in found.values()
+        if not volume.read_only
+    ]
 
 
 def _plain_devices(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:

@@ -233,3 +233,19 @@ def test_a_target_is_whole_or_not_there(lab: BtrfsLab, blocksnap: CommandLine, e
         blocksnap.done("restore", "latest", place / "killed")
         assert not [name for name in os.listdir(place) if name.endswith(".partial")]
         assert rsync_differences(lab.live, place / "killed") == ""
+
+
+def test_subvolumes_are_listed(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    calls.create_subvolume(str(lab.live / "nested"))
+    lab.snapshot()
+    backed_up(blocksnap, lab.live)
+    listed = {each["name"]: each for each in blocksnap.done("volumes", "--json").document["volumes"]}
+    for path in (lab.live, lab.live / "nested"):
+        seen = listed[str(path)]
+        assert (seen["kind"], seen["tracking"], seen["supported"]) == ("subvolume", "btrfs-tree", True)
+        assert seen["last_backup"]
+    assert not [name for name in listed if "snapshot-" in name]
+    (lab.live / "folder").mkdir()
+    refused = blocksnap("backup", lab.live / "folder")
+    assert refused.code == 14, refused
+    assert str(lab.live) in refused.stderr
