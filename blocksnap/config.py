@@ -135,6 +135,8 @@ class JobSettings(_Model):
     group: bool = True
     """Whether the volumes are snapshotted at one instant and committed together, or each by itself."""
     base: BasePolicy = "none"
+    quiet_files: bool = False
+    """Whether files that are open for writing may be read where they are: nobody writes to them meanwhile."""
     tags: dict[str, str] = {}
     quiesce: QuiesceSettings = Field(default_factory=QuiesceSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)

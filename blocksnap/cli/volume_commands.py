@@ -87,6 +87,11 @@ def volumes_command(settings: Settings) -> None:
     help="Whether the snapshot stays as base of the next backup; none unless the job says otherwise.",
 )
 @click.option(
+    "--quiet-files",
+    is_flag=True,
+    help="Read files where they are though somebody has them open: nobody writes to them meanwhile.",
+)
+@click.option(
     "--wait",
     type=click.FloatRange(min=0),
     default=0.0,
@@ -103,14 +108,15 @@ def backup_command(
     dry_run: bool,
     tags: tuple[tuple[str, str], ...],
     base: BasePolicy | None,
+    quiet_files: bool,
     wait: float,
 ) -> None:
     """Back up volumes while they are in use; several are one group.
 
     The volumes of a group are snapshotted back to back and committed together.
 
-    VOLUME is VG/LV, a device, a mount point or directory (the volume under it), or a file. The first backup
-    of a volume is full, every later one reads only what has changed.
+    VOLUME is VG/LV, a device, a mount point or directory (the volume under it), a file, or a pattern like
+    '/srv/images/*.qcow2'. The first backup of a volume is full, every later one reads only what has changed.
     """
     from blocksnap.cli.trust import require_same_encryption
     from blocksnap.extents import memory
@@ -120,6 +126,8 @@ def backup_command(
 
     memory.retain()
     settings, job_settings, job_tags = _job_of(settings, volumes, job)
+    if quiet_files:
+        job_settings = job_settings.model_copy(update={"quiet_files": True})
     repository = settings.open_repository()
     require_same_encryption(repository, settings.state_directory)
     resolved, volume_limits = _volumes_of(settings, job_settings)
@@ -224,17 +232,19 @@ def _job_of(
 
 def _volumes_of(settings: Settings, job: Job) -> tuple[list[Volume], dict[str, LimitSettings]]:
     """Look the volumes of a job up, and their limits by their keys; raises UsageError, VolumeError."""
-    from blocksnap.volumes.resolve import resolve_volume
-    from blocksnap.volumes.thin_pool import PoolLimits
+    from dataclasses import replace
+
+    from blocksnap.volumes.resolve import resolve_volumes
 
     configuration = settings.configuration
     resolved: list[Volume] = []
     of_volumes: dict[str, LimitSettings] = {}
     for text in job.volumes:
         name, limits = configuration.volume(text, job) if configuration else (text, job.limits)
-        volume = resolve_volume(name, PoolLimits(limits.pool_data_percent, limits.pool_metadata_percent))
-        resolved.append(volume)
-        of_volumes[volume.key] = limits
+        of_snapshots = replace(limits.for_volumes(), quiet_files=job.quiet_files)
+        for volume in resolve_volumes(name, of_snapshots):
+            resolved.append(volume)
+            of_volumes[volume.key] = limits
     if len(of_volumes) != len(resolved):
         raise UsageError("a volume is named twice")
     return resolved, of_volumes

@@ -54,7 +54,7 @@ def examine_lvm(host: Host) -> Iterator[Finding]:
         yield from _of_a_restore(lv, arriving)
         if lv.segtype == "thin-pool":
             yield from _pool(lv, host)
-        if "thicksnapshot" in lv.lv_role:
+        if lv.is_classic_snapshot:
             yield from _classic_snapshot(lv, host.limits)
     partial = {lv.vg_name for lv in host.report if lv.vg_partial}
     for name in sorted(partial):
@@ -151,7 +151,10 @@ def _use_of(lv: LvRecord, mounts: list[Mount]) -> str:
     points = [mount.point for mount in mounts_of(lv.number, mounts)]
     if points:
         return f", mounted on {', '.join(points)}"
-    return ", active and open" if lv.lv_device_open else ", active"
+    if lv.lv_device_open:
+        return ", active and open"
+    # A classic snapshot records only while it is active.
+    return "" if lv.is_classic_snapshot else ", active"
 
 
 def _pool(pool: LvRecord, host: Host) -> Iterator[Finding]:
@@ -213,15 +216,21 @@ def _hold(pool: LvRecord, block: int, number: int, entries: Collection[Entry]) -
 
 
 def _classic_snapshot(lv: LvRecord, limits: LimitSettings) -> Iterator[Finding]:
+    is_base = lvm.base_of(lv.lv_tags) is not None
     if lv.lv_attr[4:5] in ("I", "S"):
+        advice = (
+            "the next backup reads everything and replaces it; raise limits.store_percent"
+            if is_base
+            else f"it holds nothing any more: lvremove {lv.full_name}"
+        )
         yield Finding(
             "warning",
             "snapshot",
             lv.full_name,
             f"a classic snapshot of {lv.origin} that is invalid: its exception store overflowed",
-            f"it holds nothing any more: lvremove {lv.full_name}",
+            advice,
         )
-    elif lv.data_percent is not None and lv.data_percent > limits.cow_percent:
+    elif not is_base and lv.data_percent is not None and lv.data_percent > limits.cow_percent:
         yield Finding(
             "warning",
             "snapshot",

@@ -44,12 +44,21 @@ class FillingError(VolumeError):
                 f"metadata of thin pool {level.of}",
                 f"lvextend --poolmetadatasize +SIZE {level.of}",
             ),
-            "store": (f"the exception store of {level.of}", "give classic snapshots more space"),
+            "store": (
+                f"the exception store of {level.of}",
+                "raise limits.store_percent, and see that the volume group has room for it",
+            ),
+            "filesystem": (level.of, "make room there, or take the backup when less is written"),
         }[level.part]
+        advice = (
+            f"extend it: {fix}; or let LVM do it (thin_pool_autoextend_threshold in lvm.conf)"
+            if level.part.startswith("pool")
+            else fix
+        )
         super().__init__(
             f"{what} {reason}: the snapshot was removed before it is full",
             details="nothing was committed; what was stored is taken over by the next backup",
-            resolution=f"extend it: {fix}; or let LVM do it (thin_pool_autoextend_threshold in lvm.conf)",
+            resolution=advice,
         )
 
 
@@ -93,6 +102,7 @@ class LevelWatch:
             "pool data": limits.drop_data_percent,
             "pool metadata": limits.drop_metadata_percent,
             "store": limits.cow_percent,
+            "filesystem": limits.drop_data_percent,
         }
         self._clock = clock
         self._looks: dict[tuple[str, str], deque[_Look]] = {}

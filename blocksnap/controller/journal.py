@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,6 +88,24 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
+class CloneRotation:
+    """The same of the clone of an image."""
+
+    volume: str
+    path: str
+    name: str
+    owner: str
+    stays: bool
+
+
+def rotation_facts(trace: Mapping[str, str]) -> dict[str, str]:
+    """Return what of the trace of a snapshot the step ``rotate`` says."""
+    if "vg" in trace:
+        return {"vg": trace["vg"], "lv": trace["lv"], "lv_uuid": trace["origin_uuid"]}
+    return {"path": trace["path"], "name": trace["name"]}
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """What the journal of one run says."""
 
@@ -133,6 +151,20 @@ class Entry:
             )
             for step in self.steps
             if step.get("step") == "rotate" and {"vg", "lv", "owner", "lv_uuid"} <= step.keys()
+        ]
+
+    def clone_rotations(self) -> list[CloneRotation]:
+        """Return the same of images."""
+        return [
+            CloneRotation(
+                volume=str(step.get("volume")),
+                path=str(step["path"]),
+                name=str(step["name"]),
+                owner=str(step["owner"]),
+                stays=step.get("stays") is True,
+            )
+            for step in self.steps
+            if step.get("step") == "rotate" and {"path", "name", "owner"} <= step.keys()
         ]
 
     def standstill(self) -> dict[str, object] | None:

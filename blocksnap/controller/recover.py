@@ -35,6 +35,7 @@ from blocksnap.controller.quiescing import let_go_leftovers
 from blocksnap.controller.subvolume_leftovers import KIND, remove_subvolume_snapshots
 from blocksnap.errors import BlocksnapError
 from blocksnap.system import host
+from blocksnap.volumes import image
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvReport
@@ -148,8 +149,9 @@ def recover(
     found.warnings += of_btrfs.warnings
     found.puzzles += of_btrfs.puzzles
     found.kept |= of_btrfs.kept
+    _clean_up_clones(dead, found)
     looks_at_lvm = lvm_involved or any(
-        trace.get("kind") != KIND for entry in dead for trace in entry.traces()
+        trace.get("kind") not in (KIND, image.TRACE) for entry in dead for trace in entry.traces()
     )
     report = read_report() if looks_at_lvm else None
     entries = read_entries(state_directory)
@@ -183,6 +185,9 @@ def remove_trace(trace: Mapping[str, str] | None) -> None:
 
         subvolume.remove_trace(trace)
         return
+    if trace.get("kind") == image.TRACE:
+        image.remove_trace(trace)
+        return
     from blocksnap.system import lvm
 
     lvm.remove_snapshot(trace["vg"], trace["lv"], trace["run"])
@@ -208,6 +213,24 @@ def _remove(leftover: Leftover, *, force: bool, found: _Findings) -> None:
         found.removed.append(f"removed {name}, a snapshot of {leftover.origin} that run {leftover.run} left")
 
 
+def _clean_up_clones(dead: Collection[Entry], found: _Findings) -> None:
+    """Do with the clones of dead runs what these would have: make them bases, or remove them."""
+    for entry in dead:
+        try:
+            for rotation in entry.clone_rotations():
+                if rotation.stays and image.finish_rotation(
+                    rotation.path, rotation.name, entry.run, rotation.owner
+                ):
+                    kept = f"kept the clone of {rotation.path} that run {entry.run} left"
+                    found.removed.append(f"{kept} as the base it was to be")
+            for trace in entry.traces():
+                if trace.get("kind") == image.TRACE and image.remove_trace(trace) == "removed":
+                    found.removed.append(f"removed the clone of {trace['path']} that run {entry.run} left")
+        except BlocksnapError as err:
+            found.kept.add(entry.run)
+            found.warnings.append(f"cannot clean up the clones that run {entry.run} left: {err}")
+
+
 def _finish_rotations(
     entry: Entry, volumes: Collection[str] | None, report: LvReport, found: _Findings
 ) -> None:
@@ -225,7 +248,7 @@ def _finish_rotation(entry: Entry, rotation: Rotation, report: LvReport, found: 
     was to keep none leaves the bases before to the next.
     """
     from blocksnap.system import lvm
-    from blocksnap.volumes.thin_base import remove_bases
+    from blocksnap.volumes.lvm_base import remove_bases
 
     name = f"{rotation.vg}/{rotation.snapshot}"
     snapshot = report.find(rotation.vg, rotation.snapshot)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from blocksnap.controller.history import History
-from blocksnap.controller.journal import Journal, Step
+from blocksnap.controller.journal import Journal, Step, rotation_facts
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.quiescing import QuiesceRequest, announce
 from blocksnap.controller.recover import recover, remove_trace
@@ -170,7 +170,7 @@ class SnapshotSession:
         for volume, _, stays in decided:
             trace = volume.trace(self.run)
             if trace is not None:
-                facts = {"vg": trace["vg"], "lv": trace["lv"], "lv_uuid": trace["origin_uuid"]}
+                facts = rotation_facts(trace)
                 steps.append(("rotate", {"volume": volume.key, **facts, "owner": owner, "stays": stays}))
         if self._journal and steps:
             self._journal.append_all(steps)
@@ -182,7 +182,9 @@ class SnapshotSession:
     def _recover(self) -> None:
         keys = [volume.key for volume in self.volumes]
         found = recover(
-            self._state_directory, keys, lvm_involved=any(volume.kind == "thin" for volume in self.volumes)
+            self._state_directory,
+            keys,
+            lvm_involved=any(volume.key.startswith("lvm:") for volume in self.volumes),
         )
         self.recovered += found.removed
         self.warnings += [*found.warnings, *found.puzzles]

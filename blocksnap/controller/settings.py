@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from blocksnap.errors import UsageError
 from blocksnap.quantities import parse_size
+from blocksnap.volumes.base import VolumeLimits
 
 PacePolicy = Literal["off", "gentle", "fixed"]
 """How much a run holds back: not at all, while others wait for the disks, or to rates."""
@@ -49,12 +50,18 @@ class LimitSettings(_Model):
     drop_data_percent: Percent = 98.0
     """The snapshot is given up, and the backup fails, when the pool becomes fuller than this."""
     drop_metadata_percent: Percent = 95.0
+    store_percent: Percent = 15.0
+    """Of a classic volume, for the exception store of its snapshot; more where more is written."""
     cow_percent: Percent = 90.0
-    """The same for the exception store of a classic snapshot, which becomes invalid when it is full."""
+    """The snapshot is given up when its exception store is fuller than this: full, it would be invalid."""
     repository_free: Size = 0
     """The run fails when there is less room than this where the repository lies."""
     snapshot_seconds: Annotated[float, Field(gt=0)] | None = None
     """How long a snapshot may live; None for as long as the run takes."""
+
+    def for_volumes(self) -> VolumeLimits:
+        """Return those that concern taking a snapshot."""
+        return VolumeLimits(self.pool_data_percent, self.pool_metadata_percent, self.store_percent)
 
     @model_validator(mode="after")
     def _room_to_live(self) -> Self:

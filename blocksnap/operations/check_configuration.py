@@ -13,7 +13,7 @@ from blocksnap.config import Configuration, RepositorySettings
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.quiesce.settings import LoginSettings, QuiesceSettings
 from blocksnap.system.command import CommandError, has_program, run
-from blocksnap.volumes.resolve import resolve_volume
+from blocksnap.volumes.resolve import resolve_volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def find_surprises(configuration: Configuration) -> list[Surprise]:
         found += [*_databases(("jobs", name, "quiesce"), job.quiesce)]
         for number, text in enumerate(job.volumes):
             try:
-                resolve_volume(configuration.volume(text, job)[0])
+                resolve_volumes(configuration.volume(text, job)[0])
             except BlocksnapError as err:
                 found.append(Surprise(("jobs", name, "volumes", number), err.brief, err.resolution))
     return found

@@ -85,7 +85,7 @@ def _climb(number: int, table: Sequence[Mount]) -> tuple[set[int], dict[int, Lay
             if mount.device in found:
                 continue
             found[mount.device] = Layer(mount, depth)
-            wanted += [(loop, depth + 1) for loop in _loops_on(mount.device)]
+            wanted += [(loop, depth + 1) for loop in _loops_on(mount.device, table)]
     return seen, found
 
 
@@ -118,10 +118,17 @@ def backing_filesystem(number: int) -> int | None:
     return device
 
 
-def _loops_on(filesystem: int) -> list[int]:
-    """Return the loop devices whose files lie on a filesystem."""
+def _loops_on(filesystem: int, table: Sequence[Mount]) -> list[int]:
+    """Return the loop devices whose files lie on a filesystem, and on which something lies.
+
+    Others are not asked: the kernel looks at the file for an answer, and waits for ever where that is served
+    by a process that does not answer (FUSE).
+    """
     numbers = []
     for folder in _SYS_BLOCK.glob("loop*/loop"):
         major, minor = (folder.parent / "dev").read_text().split(":")
-        numbers.append(os.makedev(int(major), int(minor)))
+        number = os.makedev(int(major), int(minor))
+        is_used = mounts.mounts_of(number, list(table)) or blockdev.holders(number)
+        if is_used or blockdev.partitions(number):
+            numbers.append(number)
     return [number for number in numbers if backing_filesystem(number) == filesystem]

@@ -187,9 +187,26 @@ def create_thin_snapshot(vg: str, origin: str, name: str, run_id: str, observe: 
 
     LVM suspends the origin for it, with its file system frozen, if it is active.
     """
+    _create_snapshot(vg, origin, name, run_id, observe, "--setactivationskip", "y")
+
+
+def create_classic_snapshot(
+    vg: str, origin: str, name: str, run_id: str, store_bytes: int, observe: Callable[[], None]
+) -> None:
+    """Take a read-only snapshot of a classic volume, with an exception store of so many bytes.
+
+    It is active as long as its origin is, else it would record nothing. LVM rounds the store up to whole
+    extents, and down to what can be used. Otherwise as ``create_thin_snapshot``.
+    """
+    _create_snapshot(vg, origin, name, run_id, observe, "--size", f"{store_bytes}b")
+
+
+def _create_snapshot(
+    vg: str, origin: str, name: str, run_id: str, observe: Callable[[], None], *kind: str
+) -> None:
     argv = [
-        *("lvcreate", *_config(), "--autobackup", "n", "--snapshot", "--permission", "r"),
-        *("--setactivationskip", "y", "--addtag", TAG, "--addtag", run_tag(run_id)),
+        *("lvcreate", *_config(), "--autobackup", "n", "--snapshot", "--permission", "r", *kind),
+        *("--addtag", TAG, "--addtag", run_tag(run_id)),
         *("--name", check_name(name), f"{check_name(vg)}/{check_name(origin)}"),
     ]
     with _changing(vg):

@@ -46,6 +46,8 @@ class LvRecord(BaseModel):
     vg_exported: Flag
     vg_partial: Flag
     vg_shared: Flag
+    vg_free: int
+    vg_extent_size: int
     lv_name: str
     lv_uuid: str
     lv_size: int
@@ -68,6 +70,8 @@ class LvRecord(BaseModel):
     devices: str
     origin: str
     origin_uuid: str
+    origin_size: Number
+    """Of a classic snapshot: the size that it shows, in bytes; ``lv_size`` is that of its exception store."""
     pool_lv: str
     pool_lv_uuid: str
     metadata_lv: str
@@ -105,6 +109,16 @@ class LvRecord(BaseModel):
     def is_thin(self) -> bool:
         """Whether it is a thin volume."""
         return self.segtype == "thin"
+
+    @property
+    def is_classic(self) -> bool:
+        """Whether its snapshots are classic ones, with an exception store."""
+        return self.segtype in ("linear", "striped") and not self.is_classic_snapshot
+
+    @property
+    def is_classic_snapshot(self) -> bool:
+        """Whether it is a classic snapshot itself."""
+        return "thicksnapshot" in self.lv_role
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from blocksnap.extents.btrfs import SubvolumeParent
     from blocksnap.extents.btrfs_changes import SubvolumeChanges
 
-VolumeKind = Literal["thin", "device", "file", "subvolume"]
+VolumeKind = Literal["thin", "classic", "subvolume", "image", "device", "file"]
 Trace = dict[str, str]
 """What a snapshot will be called on the host, enough to find and remove it after a crash."""
 
@@ -37,7 +37,20 @@ class SnapshotTiming:
     freeze_seconds: float
 
 
-FillingPart = Literal["pool data", "pool metadata", "store"]
+@dataclass(frozen=True, slots=True)
+class VolumeLimits:
+    """What a job says of the snapshots of its volumes, as far as it concerns taking them."""
+
+    pool_data_percent: float = 95.0
+    """No snapshot is taken in a thin pool that is fuller than this."""
+    pool_metadata_percent: float = 90.0
+    store_percent: float = 15.0
+    """Of a classic volume, for the exception store of its snapshot; more where more is written."""
+    quiet_files: bool = False
+    """Files of which no clone can be made are read although somebody has them open for writing."""
+
+
+FillingPart = Literal["pool data", "pool metadata", "store", "filesystem"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,16 @@ from contextlib import contextmanager
 from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
 from blocksnap.extents.scan import compare_all, scan_file
 from blocksnap.system import blockdev
+from blocksnap.system.files import is_being_written
 from blocksnap.system.host import host_id
 from blocksnap.system.mounts import mounts_of, users_of_device
 from blocksnap.volumes.base import Ledger, Level, SnapshotTiming, Trace, VolumeKind
-from blocksnap.volumes.errors import NoSuchVolumeError, VolumeChangedError, VolumeInUseError
+from blocksnap.volumes.errors import (
+    FileInUseError,
+    NoSuchVolumeError,
+    VolumeChangedError,
+    VolumeInUseError,
+)
 
 _STATE_WORDS = ("its size", "its content", "its owner, mode or name")
 
@@ -97,12 +103,16 @@ class FileVolume(_ColdVolume):
 
     kind: VolumeKind = "file"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, quiet: bool = False) -> None:
+        """``quiet``: somebody says that it is not written to, though it may be open for that."""
         path = os.path.realpath(path)
         super().__init__(path, os.stat(path).st_size)
+        self._quiet = quiet
 
     def prepare(self) -> None:
-        """There is nothing to look at."""
+        """Make sure that nobody has it open for writing."""
+        if not self._quiet and is_being_written(self._path):
+            raise FileInUseError(self._path)
 
     def take_snapshot(self, run: str, ledger: Ledger | None = None) -> FileSnapshot:  # noqa: ARG002 - protocol
         """Open the file and remember its state."""

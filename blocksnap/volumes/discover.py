@@ -74,12 +74,12 @@ def _logical_volumes(devices: list[BlockDevice], mounts: list[Mount]) -> list[Ca
         found.append(
             Candidate(
                 name=lv.full_name,
-                kind=_kind_of(lv.segtype, lv.lv_role),
+                kind=_kind_of(lv),
                 size=lv.lv_size,
                 filesystem=device.filesystem if device else "",
                 mountpoints=_points(mounts_of(lv.number, mounts)) if lv.number is not None else (),
                 stacked=_stacked(lv.number, by_number) if lv.number is not None else (),
-                tracking=("thin-tree" if lv.lv_uuid in bases else "thin-time") if obstacle is None else None,
+                tracking=_tracking_of(lv, has_base=lv.lv_uuid in bases) if obstacle is None else None,
                 supported=obstacle is None,
                 obstacle=f"it is {obstacle}" if obstacle else None,
                 advice=advice,
@@ -118,12 +118,16 @@ def _base_of_nothing(base: LvRecord) -> Candidate:
     )
 
 
-def _kind_of(segtype: str, role: str) -> str:
-    if segtype == "thin":
-        return "thin"
-    if "thicksnapshot" in role:
-        return "thick snapshot"
-    return "thick" if segtype in ("linear", "striped") else segtype
+def _kind_of(lv: LvRecord) -> str:
+    if lv.is_classic_snapshot:
+        return "classic snapshot"
+    return "classic" if lv.is_classic else lv.segtype
+
+
+def _tracking_of(lv: LvRecord, *, has_base: bool) -> str:
+    if lv.is_thin:
+        return "thin-tree" if has_base else "thin-time"
+    return "cow" if has_base else "compare"
 
 
 def _btrfs(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:

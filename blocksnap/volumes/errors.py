@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from blocksnap.errors import UsageError, VolumeError
 
-SUPPORTED = "supported are LVM thin volumes, btrfs subvolumes, unused block devices, and files"
+SUPPORTED = (
+    "supported are LVM volumes, thin or classic, btrfs subvolumes, files, and block devices that nobody uses"
+)
 
 
 class NoSuchVolumeError(VolumeError):
@@ -44,7 +46,19 @@ class VolumeInUseError(VolumeError):
         self.users = users
         super().__init__(
             f"{name} has no snapshots and is in use: {'; '.join(users) or 'somebody holds it open'}",
-            resolution="unmount it or stop what uses it meanwhile, or move the data to an LVM thin volume",
+            resolution="unmount it or stop what uses it meanwhile, or move the data to an LVM volume",
+        )
+
+
+class FileInUseError(VolumeError):
+    """A file of which no clone can be made is open for writing."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"somebody has {path} open for writing, and its filesystem can make no clone of it",
+            resolution="stop who writes to it for the time of the backup, or say --quiet-files if nothing is "
+            "written meanwhile (quiet_files in a job), or keep it on XFS or btrfs",
         )
 
 
@@ -101,6 +115,28 @@ class PoolWornOutError(VolumeError):
         )
 
 
+class NoRoomForStoreError(VolumeError):
+    """A volume group has no room for the exception store of a classic snapshot."""
+
+    def __init__(self, volume: str, free_bytes: int, least_bytes: int) -> None:
+        self.volume = volume
+        self.free_bytes = free_bytes
+        self.least_bytes = least_bytes
+        super().__init__(
+            f"there is no room for a snapshot of {volume}: its volume group has {free_bytes} bytes free, of "
+            f"which a snapshot may take four fifths, and the smallest takes {least_bytes}",
+            resolution="make room there (vgextend, lvremove)",
+        )
+
+
+class InactiveVolumeError(VolumeError):
+    """A classic volume that is not active has no snapshots that could be read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"{name} is not active", resolution=f"activate it: lvchange -ay {name}")
+
+
 class SnapshotFailedError(VolumeError):
     """LVM refused to take a snapshot."""
 
@@ -117,9 +153,9 @@ class SnapshotFailedError(VolumeError):
 class SnapshotLostError(VolumeError):
     """The snapshot is not any more what was taken."""
 
-    def __init__(self, volume: str, reason: str) -> None:
+    def __init__(self, volume: str, reason: str, advice: str = "take the backup again") -> None:
         self.volume = volume
         super().__init__(
             f"the snapshot of {volume} cannot be trusted any more: {reason}",
-            resolution="nothing was committed; take the backup again",
+            resolution=f"nothing was committed; {advice}",
         )

@@ -5,6 +5,7 @@ LVM is asked only where a name or a device says that it is involved: backing up 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import stat
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from blocksnap.errors import UsageError
 from blocksnap.system import blockdev
-from blocksnap.volumes.base import Volume
+from blocksnap.volumes.base import Volume, VolumeLimits
 from blocksnap.volumes.errors import SUPPORTED, NoSuchVolumeError, UnsupportedVolumeError
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport
-    from blocksnap.volumes.thin_pool import PoolLimits
 
 _VG_LV = re.compile(r"([^/]+)/([^/]+)")
+_PATTERN = re.compile(r"[*?[]")
 _OTHER_FOLDERS = frozenset(
     {"block", "bus", "char", "disk", "fd", "input", "mapper", "net", "pts", "shm", "snd"}
 )
@@ -27,10 +28,7 @@ _KINDS = {
     "cache": "a cached volume",
     "cache-pool": "a cache pool",
     "error": "a volume without storage",
-    "linear": "a classic LVM volume",
     "mirror": "a mirrored LVM volume",
-    "snapshot": "a classic LVM snapshot",
-    "striped": "a classic LVM volume",
     "thin-pool": "a thin pool",
     "vdo": "a VDO volume",
     "vdo-pool": "a VDO pool",
@@ -38,8 +36,8 @@ _KINDS = {
 }
 
 
-def resolve_volume(text: str, limits: PoolLimits | None = None) -> Volume:
-    """Return the volume that ``text`` names; ``limits`` are for its pool, if it has one.
+def resolve_volume(text: str, limits: VolumeLimits | None = None) -> Volume:
+    """Return the volume that ``text`` names; ``limits`` are for its snapshots.
 
     ``VG/LV``, a device node, a mount point or directory, or a file. Raises VolumeError (exit code 14)
     saying what it is and what could be done, UsageError for what can be read in two ways.
@@ -59,16 +57,40 @@ def resolve_volume(text: str, limits: PoolLimits | None = None) -> Volume:
     return _from_status(text, status, limits)
 
 
-def _from_status(text: str, status: os.stat_result, limits: PoolLimits | None) -> Volume:
+def resolve_volumes(text: str, limits: VolumeLimits | None = None) -> list[Volume]:
+    """Return the volumes that ``text`` names: several where it ends in a pattern, ``/srv/images/*.qcow2``.
+
+    A pattern means the files that fit it now, hidden ones left out. Raises as ``resolve_volume``.
+    """
+    folder, _, pattern = text.rpartition("/")
+    if not folder or not _PATTERN.search(pattern) or os.path.lexists(text):
+        return [resolve_volume(text, limits)]
+    paths = [path for path in glob.glob(pattern, root_dir=folder) if os.path.isfile(f"{folder}/{path}")]
+    if not paths:
+        raise NoSuchVolumeError(text, "no file fits the pattern")
+    return [resolve_volume(f"{folder}/{path}", limits) for path in sorted(paths)]
+
+
+def _from_status(text: str, status: os.stat_result, limits: VolumeLimits | None) -> Volume:
     if stat.S_ISBLK(status.st_mode):
         return _device(os.path.normpath(text), status.st_rdev, limits)
     if stat.S_ISDIR(status.st_mode):
         return _directory(text, status.st_dev, limits)
     if stat.S_ISREG(status.st_mode):
-        from blocksnap.volumes.device import FileVolume
-
-        return FileVolume(text)
+        return _file(text, limits)
     raise UnsupportedVolumeError(text, "neither a device, a directory nor a file")
+
+
+def _file(text: str, limits: VolumeLimits | None) -> Volume:
+    """Return a file: an image of which clones are made, or one that is read where it is."""
+    from blocksnap.volumes.image import ImageVolume, source_of
+
+    source = source_of(text)
+    if source is not None:
+        return ImageVolume(text, source)
+    from blocksnap.volumes.device import FileVolume
+
+    return FileVolume(text, quiet=limits is not None and limits.quiet_files)
 
 
 def _is_volume_name(text: str) -> bool:
@@ -99,7 +121,7 @@ def _inactive_volume(path: str) -> tuple[str, str] | None:
     return None
 
 
-def _device(path: str, number: int, limits: PoolLimits | None = None) -> Volume:
+def _device(path: str, number: int, limits: VolumeLimits | None = None) -> Volume:
     from blocksnap.system.devmapper import decode_name, dm_name, lvm_identity
 
     identity = lvm_identity(number)
@@ -113,7 +135,7 @@ def _device(path: str, number: int, limits: PoolLimits | None = None) -> Volume:
     return _logical_volume(path, *named, lv_uuid=identity.lv_uuid, limits=limits)
 
 
-def _directory(path: str, device: int, limits: PoolLimits | None = None) -> Volume:
+def _directory(path: str, device: int, limits: VolumeLimits | None = None) -> Volume:
     from blocksnap.system.mounts import mount_under
 
     mount = mount_under(path)
@@ -130,7 +152,9 @@ def _directory(path: str, device: int, limits: PoolLimits | None = None) -> Volu
     node = blockdev.node_of(device)
     if below is None:
         raise UnsupportedVolumeError(
-            path, f"on {node}, which has no snapshots", f"{SUPPORTED}, as {node} is when unmounted"
+            path,
+            f"on {node}, which has no snapshots",
+            f"back up the images in it ({path.rstrip('/')}/*), or {node} when it is unmounted; {SUPPORTED}",
         )
     raise UnsupportedVolumeError(
         path,
@@ -170,16 +194,24 @@ def _volume_below(number: int) -> str | None:
 
 
 def _logical_volume(
-    text: str, vg: str, name: str, lv_uuid: str | None = None, *, limits: PoolLimits | None = None
+    text: str, vg: str, name: str, lv_uuid: str | None = None, *, limits: VolumeLimits | None = None
 ) -> Volume:
     from blocksnap.system import lvm
-    from blocksnap.volumes.thin import ThinVolume
 
     record, report = lvm.get(vg, name)
     if lv_uuid is not None and record.lv_uuid.replace("-", "") != lv_uuid:
         raise NoSuchVolumeError(text, "it was replaced in this very moment")
     refuse_unsupported(record, report)
-    return ThinVolume(report.thin(record), limits)
+    limits = limits or VolumeLimits()
+    if record.is_classic:
+        from blocksnap.volumes.classic import ClassicVolume
+
+        return ClassicVolume(record, limits.store_percent)
+    from blocksnap.volumes.thin import ThinVolume
+    from blocksnap.volumes.thin_pool import PoolLimits
+
+    pool = PoolLimits(limits.pool_data_percent, limits.pool_metadata_percent)
+    return ThinVolume(report.thin(record), pool)
 
 
 def refuse_unsupported(record: LvRecord, report: LvReport) -> None:
@@ -217,13 +249,15 @@ def obstacle_of(record: LvRecord, report: LvReport) -> tuple[str, str | None] | 
     for found, what, advice in checks:
         if found:
             return what, advice
-    if record.is_thin:
+    if record.is_thin or record.is_classic:
         return None
+    if record.is_classic_snapshot:
+        return "a classic LVM snapshot", f"name the volume it was made of: {record.vg_name}/{record.origin}"
     what = (
-        "a RAID volume" if record.segtype.startswith("raid") else _KINDS.get(record.segtype, "no thin volume")
+        "a RAID volume"
+        if record.segtype.startswith("raid")
+        else _KINDS.get(record.segtype, "of no known kind")
     )
-    if "thicksnapshot" in record.lv_role:
-        what = _KINDS["snapshot"]
     return what, f"this kind is not supported yet; {SUPPORTED}"
 
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.extents.changes import BaseDecision, BasePolicy, Binding, Changes, Parent
@@ -27,6 +24,8 @@ from blocksnap.system.command import CommandError
 from blocksnap.volumes import thin_base
 from blocksnap.volumes.base import Ledger, Level, SnapshotTiming, Trace, VolumeKind
 from blocksnap.volumes.errors import SnapshotFailedError, SnapshotLostError
+from blocksnap.volumes.lvm_base import make_base, remove_bases
+from blocksnap.volumes.lvm_snapshot import FreezeWatch, Readers, snapshot_name, snapshot_trace
 from blocksnap.volumes.thin_hold import hold_metadata
 from blocksnap.volumes.thin_pool import PoolLevels, PoolLimits, check_age, check_pool
 
@@ -65,16 +64,7 @@ class ThinVolume:
 
     def trace(self, run: str) -> Trace | None:
         """Return the name that the snapshot of a run will have."""
-        lv = self._thin.lv
-        return {
-            "kind": "lvm",
-            "vg": lv.vg_name,
-            "vg_uuid": lv.vg_uuid,
-            "lv": snapshot_name(run, lv.lv_uuid),
-            "origin": lv.name,
-            "origin_uuid": lv.lv_uuid,
-            "run": run,
-        }
+        return snapshot_trace(self._thin.lv, run)
 
     def prepare(self) -> None:
         """Look at the pool before it is given work."""
@@ -89,7 +79,7 @@ class ThinVolume:
 
         lv = self._thin.lv
         name = snapshot_name(run, lv.lv_uuid)
-        watch = _FreezeWatch(lv.number)
+        watch = FreezeWatch(lv.number)
         try:
             with watch:
                 lvm.create_thin_snapshot(lv.vg_name, lv.name, name, run, watch.observe)
@@ -112,8 +102,7 @@ class ThinSnapshot:
         self._found: _Found | None = None
         self._removed = False
         self._levels = PoolLevels(origin)
-        self._readers: set[int] = set()
-        self._reading = threading.Lock()
+        self._readers = Readers()
 
     @property
     def size(self) -> int:
@@ -159,32 +148,18 @@ class ThinSnapshot:
     def open_reader(self) -> Iterator[int]:
         """Activate the snapshot, yield a descriptor, deactivate it."""
         known = self._known()
-        with self._active(known.snapshot.lv) as number:
-            fd = blockdev.open_by_number(number)
-            with self._reading:
-                self._readers.add(fd)
-            try:
-                yield fd
-            finally:
-                with self._reading:
-                    self._readers.discard(fd)
-                os.close(fd)
+        with self._active(known.snapshot.lv) as number, self._readers.reading(number) as fd:
+            yield fd
 
     def levels(self) -> tuple[Level, ...]:
         """Return how full the pool is."""
         return self._levels.read()
 
     def drop(self) -> None:
-        """Remove the snapshot, and put /dev/null in the place of whoever reads it, who holds it open."""
+        """Remove the snapshot, though it may be being read."""
         from blocksnap.system import lvm
 
-        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with self._reading:
-                for fd in self._readers:
-                    os.dup2(nothing, fd, inheritable=False)
-        finally:
-            os.close(nothing)
+        self._readers.cut_off()
         lvm.remove_snapshot(self._origin.lv.vg_name, self._name, self._run)
 
     def check(self) -> None:
@@ -212,14 +187,11 @@ class ThinSnapshot:
 
     def settle(self, owner: str, *, stays: bool) -> None:
         """Become a base, or not, and remove the bases before."""
-        from blocksnap.system import lvm
-
-        vg, volume = self._origin.lv.vg_name, self._origin.lv.lv_uuid
         if stays:
-            if not lvm.mark_base(vg, self._name, self._run, lvm.BaseMark(owner, volume)):
-                raise SnapshotLostError(self._origin.lv.full_name, "it is gone")
+            make_base(self._origin.lv, self._name, self._run, owner)
             self._removed = True
-        thin_base.remove_bases(self._known().report, owner, volume, but=self._name if stays else None)
+        but = self._name if stays else None
+        remove_bases(self._known().report, owner, self._origin.lv.lv_uuid, but=but)
 
     def remove(self) -> None:
         """Remove the snapshot."""
@@ -340,68 +312,3 @@ def _devices_of(report: LvReport, pool_uuid: str) -> str:
         for lv in sorted(report, key=lambda lv: lv.thin_id or 0)
         if lv.is_thin and lv.pool_lv_uuid == pool_uuid
     )
-
-
-class _FreezeWatch:
-    """Measures, by looking, how long a device is suspended.
-
-    One too short to be seen counts as none, and the snapshot is then dated to before ``lvcreate``: rather
-    too early than too late.
-    """
-
-    def __init__(self, number: int | None) -> None:
-        self._path = (
-            f"/sys/dev/block/{blockdev.number_text(number)}/dm/suspended" if number is not None else None
-        )
-        self._fd = -1
-        self._last_running = 0.0
-        self._began = self._taken = 0.0
-        self._suspended = False
-        self._frozen = 0.0
-
-    def __enter__(self) -> Self:
-        if self._path is not None:
-            with contextlib.suppress(OSError):
-                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        self._last_running = time.monotonic()
-        self._began = time.time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        if not self._taken:
-            self._taken = self._began
-        self._fd = -1
-
-    def observe(self) -> None:
-        """Look once."""
-        now = time.monotonic()
-        if self._fd >= 0 and _reads_one(self._fd):
-            if not self._suspended:
-                self._taken = time.time()
-            self._suspended = True
-        else:
-            if self._suspended:
-                # From the last look that saw it running to the first: rather too long than too short.
-                self._frozen = max(self._frozen, now - self._last_running)
-            self._suspended = False
-            self._last_running = now
-
-    def timing(self) -> SnapshotTiming:
-        """Return what was seen."""
-        return SnapshotTiming(taken_at=self._taken, freeze_seconds=self._frozen)
-
-
-def _reads_one(fd: int) -> bool:
-    try:
-        return os.pread(fd, 1, 0) == b"1"
-    except OSError:
-        return False
-
-
-def snapshot_name(run: str, lv_uuid: str) -> str:
-    """Return the name of the snapshot that a run takes of a volume: short, and of no other run or volume."""
-    digest = blake2b(f"{run}/{lv_uuid}".encode(), digest_size=5).hexdigest()
-    prefix = "".join(letter for letter in run if letter.isalnum())[:12]
-    return f"blocksnap-{prefix}-{digest}"

@@ -1,9 +1,6 @@
-"""The snapshot that stays on a thin pool as the base of the next backup: whether, and what becomes of it.
+"""Whether the snapshot of a thin volume stays on the pool as the base of the next backup (``lvm_base``).
 
-A base is marked by a tag of its own once its manifest is durable, and not before; those before it go then.
-It keeps what it was made with: it is read-only and skipped by activation, so nothing of ours or of the system
-activates it. Its content is in the repository, so it may be lost at any time: the next backup says so and
-does without.
+It is skipped by activation, so nothing activates it.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from blocksnap.extents.changes import BASE_KEPT, BaseDecision, BasePolicy, Parent
 from blocksnap.extents.thin_identity import LostBase
+from blocksnap.volumes import lvm_base
 from blocksnap.volumes.errors import PoolFullError, PoolHealthError
 from blocksnap.volumes.thin_pool import PoolLimits, check_pool
 
@@ -47,38 +45,7 @@ def decide_base(policy: BasePolicy, mapped_chunks: int, thin: ThinRecord) -> Bas
 
 def find_base(report: LvReport, lv_uuid: str, parent: Parent) -> LvRecord | LostBase | None:
     """Return the base that the parent's run left of a volume; None when it left none."""
-    from blocksnap.system import lvm
-
-    run = parent.binding.get("run")
-    for lv in report:
-        mark = lvm.base_of(lv.lv_tags)
-        if mark is not None and mark.lv_uuid == lv_uuid and lvm.run_of(lv.lv_tags) == run:
-            return lv
-    if parent.binding.get(BASE_KEPT) is not True:
-        return None
-    return LostBase("the base snapshot of the parent backup is gone")
-
-
-def remove_bases(report: LvReport, owner: str, lv_uuid: str, *, but: str | None) -> list[str]:
-    """Remove the bases that an owner's runs left of a volume, all ``but`` one; return their names.
-
-    ``report`` may be of any time in this run, which has the volume to itself. Raises BlocksnapError, when it
-    has tried them all.
-    """
-    from blocksnap.errors import BlocksnapError
-    from blocksnap.system import lvm
-
-    removed: list[str] = []
-    trouble: BlocksnapError | None = None
-    for lv in report:
-        run = lvm.run_of(lv.lv_tags)
-        if run is None or lv.name == but or lvm.base_of(lv.lv_tags) != lvm.BaseMark(owner, lv_uuid):
-            continue
-        try:
-            if lvm.remove_snapshot(lv.vg_name, lv.name, run):
-                removed.append(lv.full_name)
-        except BlocksnapError as err:
-            trouble = err
-    if trouble is not None:
-        raise trouble
-    return removed
+    found = lvm_base.find_base(report, lv_uuid, parent)
+    if found is None and parent.binding.get(BASE_KEPT) is True:
+        return LostBase("the base snapshot of the parent backup is gone")
+    return found

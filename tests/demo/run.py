@@ -190,9 +190,8 @@ class Proof:
         restore = self.blocksnap.restore_instantly(backup, f"{storage.GROUP}/{VOLUME}")
         with ExitStack() as stack:
             stack.callback(restore.kill)
-            say(
-                f"restore {backup} --instant: {storage.GROUP}/{VOLUME} can be used after {restore.seconds:.1f} s"
-            )
+            after = f"can be used after {restore.seconds:.1f} s"
+            say(f"restore {backup} --instant: {storage.GROUP}/{VOLUME} {after}")
             mount_point = self.directory / "instant"
             stack.enter_context(storage.mounted(storage.device_of(VOLUME), mount_point))
             database = open_database(mount_point, self.directory, sqlite=self.sqlite)

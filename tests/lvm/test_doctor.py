@@ -6,14 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from blocksnap.cli.main import run
-from blocksnap.controller.journal import Journal
 from blocksnap.system import lvm
 from support.in_process import InProcess
+from support.killed import killed
 from support.lvm_lab import ThinPool, tool, write_at
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -32,36 +30,6 @@ def volumes(pool: ThinPool) -> Iterator[list[str]]:
     for name in pool.names():
         if name.startswith("blocksnap-") or name in ("one", "two", "theirs"):
             pool.remove(name)
-
-
-def killed(step: int, *words: str) -> bool:
-    """Run a command in a child that dies right after its n-th step: a line of the journal or an LVM command.
-
-    Return whether it died.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
-    left = step
-
-    def around(owner: type | ModuleType, name: str) -> None:
-        real = getattr(owner, name)
-
-        def wrapped(*arguments: object, **named: object) -> object:
-            nonlocal left
-            result = real(*arguments, **named)
-            if left == 0:
-                os._exit(9)
-            left -= 1
-            return result
-
-        setattr(owner, name, wrapped)
-
-    for name in ("append_all", "finish"):
-        around(Journal, name)
-    for name in ("create_thin_snapshot", "activate", "deactivate", "mark_base", "remove_snapshot"):
-        around(lvm, name)
-    os._exit(run(list(words)))
 
 
 def held_root(pool: ThinPool) -> str:

@@ -93,7 +93,8 @@ def test_one_burst_is_no_rate() -> None:
     ("part", "used", "what"),
     [
         ("pool metadata", 951, "lvextend --poolmetadatasize +SIZE vg0/pool"),
-        ("store", 901, "give classic snapshots more space"),
+        ("store", 901, "raise limits.store_percent"),
+        ("filesystem", 981, "make room there"),
     ],
 )
 def test_each_part_has_its_limit_and_its_advice(part: str, used: int, what: str) -> None:

@@ -32,7 +32,10 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
     mock.add("lvmconfig", out="use_devicesfile=0\n")
     rows = thin_rows("data", lv_kernel_major="254", lv_kernel_minor="7")
     mine = row("blocksnap-x", lv_tags="blocksnap,blocksnap.r", segtype="thin")
-    mock.add("lvs", out=report_text(*rows, row("thick", segtype="linear"), mine))
+    mock.add(
+        "lvs",
+        out=report_text(*rows, row("classic", segtype="linear"), row("mirrored", segtype="raid1"), mine),
+    )
     devices = [
         device("/dev/dm-7", DM, vg_name="vg0", lv_name="data", dm_uuid="LVM-x", filesystem="ext4"),
         device("/dev/sda", 1, filesystem="LVM2_member"),
@@ -54,13 +57,15 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
 
 def test_everything_that_holds_data_is_shown_once(host: MockCommands) -> None:
     found = {each.name: each for each in module.discover()}
-    assert list(found) == ["vg0/data", "vg0/thick", "/home", "/dev/sdb", "/dev/sde"]
+    assert list(found) == ["vg0/classic", "vg0/data", "vg0/mirrored", "/home", "/dev/sdb", "/dev/sde"]
     thin = found["vg0/data"]
     assert (thin.kind, thin.supported, thin.tracking, thin.filesystem, thin.mountpoints, thin.used_by) == (
         "thin", True, "thin-time", "ext4", ("/srv",), ("/srv",),
     )  # fmt: skip
-    thick = found["vg0/thick"]
-    assert (thick.kind, thick.supported, thick.obstacle) == ("thick", False, "it is a classic LVM volume")
+    classic = found["vg0/classic"]
+    assert (classic.kind, classic.supported, classic.tracking) == ("classic", True, "compare")
+    mirrored = found["vg0/mirrored"]
+    assert (mirrored.kind, mirrored.supported, mirrored.obstacle) == ("raid1", False, "it is a RAID volume")
     assert (found["/home"].kind, found["/home"].supported, found["/home"].size) == ("btrfs", False, 2 << 30)
     assert found["/dev/sdb"].obstacle == "it has no snapshots and is in use: mounted on /mnt"
     assert (found["/dev/sde"].supported, found["/dev/sde"].tracking) == (True, "compare")

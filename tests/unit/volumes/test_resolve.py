@@ -57,13 +57,12 @@ def test_what_can_be_read_in_two_ways_is_asked_back(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"segtype": "linear"}, "a classic LVM volume"),
         ({"segtype": "linear", "lv_role": "public,snapshot,thicksnapshot"}, "a classic LVM snapshot"),
         ({"segtype": "raid1"}, "a RAID volume"),
         ({"segtype": "raid5_ls"}, "a RAID volume"),
         ({"segtype": "cache"}, "a cached volume"),
         ({"segtype": "vdo"}, "a VDO volume"),
-        ({"segtype": "somethingnew"}, "no thin volume"),
+        ({"segtype": "somethingnew"}, "of no known kind"),
         ({"lv_tags": "blocksnap,blocksnap.run9"}, "a snapshot that blocksnap made"),
         ({"vg_exported": "1"}, "in an exported volume group"),
         ({"vg_shared": "1"}, "that several hosts share"),

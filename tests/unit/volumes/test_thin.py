@@ -9,9 +9,9 @@ import pytest
 from blocksnap.system import devmapper
 from blocksnap.system.devmapper import PoolStatus, decode_name, encode_name
 from blocksnap.system.lvm_report import ThinRecord, parse_report
-from blocksnap.volumes import thin, thin_pool
+from blocksnap.volumes import thin_pool
 from blocksnap.volumes.errors import PoolFullError, PoolHealthError, PoolWornOutError
-from blocksnap.volumes.thin import snapshot_name
+from blocksnap.volumes.lvm_snapshot import FreezeWatch, snapshot_name
 from blocksnap.volumes.thin_pool import PoolLimits, check_age, check_pool
 from support.lvm_lab import report_text, thin_rows
 
@@ -93,7 +93,7 @@ def test_inactive_pool_has_no_status() -> None:
 def test_freeze_is_measured_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tmp_path / "suspended"
     state.write_text("0\n")
-    watch = thin._FreezeWatch(None)
+    watch = FreezeWatch(None)
     watch._path = str(state)
     with watch:
         watch.observe()
@@ -115,7 +115,7 @@ def test_freeze_is_measured_by_looking(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_freeze_of_an_inactive_volume_is_none(tmp_path: Path) -> None:
     for number in (None, os.makedev(4095, 1)):
-        watch = thin._FreezeWatch(number)
+        watch = FreezeWatch(number)
         with watch:
             watch.observe()
         assert watch.timing().freeze_seconds == 0

@@ -1,0 +1,237 @@
+"""Classic volumes on real LVM: what is particular to them; the rest is in the conformance suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blocksnap.controller import guard
+from blocksnap.errors import VolumeError
+from blocksnap.system import written
+from blocksnap.volumes import classic_store
+from blocksnap.volumes.resolve import resolve_volume
+from support.classic_volume import ClassicVolume, classic_group
+from support.in_process import InProcess
+from support.lvm_lab import tool, write_at
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 24 * MIB
+NAME = "data-1.x+y"
+
+
+@pytest.fixture(scope="module")
+def group(_lab: None) -> Iterator[str]:
+    with classic_group() as made:
+        yield made
+
+
+@pytest.fixture
+def volume(group: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ClassicVolume]:
+    """A volume of 24 MiB; its snapshots get 4 MiB."""
+    monkeypatch.setattr(classic_store, "SMALLEST_STORE", 4 * MIB)
+    monkeypatch.setattr(written, "_FOLDER", tmp_path / "written")
+    monkeypatch.setattr(written, "observe", lambda *_: None)
+    tool("lvcreate", "-y", "-W", "n", "-L", f"{SIZE}b", "-n", NAME, group)
+    made = ClassicVolume(group, NAME)
+    write_at(made.node, 0, random.Random(1).randbytes(8 * MIB))
+    yield made
+    tool("lvremove", "-ff", "-y", f"{group}/{NAME}")
+
+
+def ours(group: str) -> list[str]:
+    text = tool("lvs", "-a", "--noheadings", "-o", "lv_name", group)
+    return [name.strip("[]") for name in text.split() if name.startswith("blocksnap-")]
+
+
+def content(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def require_restored(blocksnap: InProcess, volume: ClassicVolume) -> None:
+    assert blocksnap.done("restore", "latest", "-", "-q") == content(volume.node)
+
+
+def test_a_base_is_kept_where_the_job_asks_for_it_and_says_what_changed(
+    volume: ClassicVolume, blocksnap: InProcess
+) -> None:
+    name = f"{volume.group}/{NAME}"
+    told = blocksnap.backup(name, "--base", "auto")
+    assert (told["method"], told["source"]["base_kept"], ours(volume.group)) == ("compare", False, [])
+    assert "slow down" in told["source"]["base_reason"]
+    told = blocksnap.backup(name, "--base", "keep")
+    assert (told["kind"], told["method"]) == ("incremental", "compare")
+    assert told["source"]["store_size"] == 4 * MIB
+    assert "the least that is taken" in told["source"]["store_reason"]
+    (base,) = ours(volume.group)
+    write_at(volume.node, 3 * MIB, os.urandom(5 * KIB))
+    # What has the same UUID in it does not take the links of the volume.
+    properties = tool("udevadm", "info", "-q", "property", volume.node_of(base)).split()
+    assert "DM_UDEV_LOW_PRIORITY_FLAG=1" in properties
+    # Nothing is changed by one that stores nothing.
+    blocksnap.done("backup", name, "--dry-run")
+    assert ours(volume.group) == [base]
+    told = blocksnap.backup(name, "--base", "keep")
+    assert (told["method"], told["read_bytes"]) == ("cow", 128 * KIB)
+    assert "exception store has what was written since" in told["reason"]
+    (next_base,) = ours(volume.group)
+    assert next_base != base
+    (listed,) = (
+        each for each in json.loads(blocksnap.done("volumes", "--json"))["volumes"] if each["name"] == name
+    )
+    assert (listed["kind"], listed["tracking"], listed["bases"]) == (
+        "classic",
+        "cow",
+        [f"{volume.group}/{next_base}"],
+    )
+    require_restored(blocksnap, volume)
+    assert blocksnap.done("doctor") == b"nothing found\n"
+    # A base that is half full is no beginning for the next one, which gets a store of twice as much.
+    write_at(volume.node, 0, os.urandom(3 * MIB))
+    told = blocksnap.backup(name)
+    assert (told["method"], told["source"]["base_kept"], ours(volume.group)) == ("cow", False, [])
+    assert told["source"]["store_size"] == 8 * MIB
+    assert "twice what the base's store came to hold" in told["source"]["store_reason"]
+    require_restored(blocksnap, volume)
+
+
+def overflow(volume: ClassicVolume, blocksnap: InProcess) -> str:
+    write_at(volume.node, 0, os.urandom(6 * MIB))
+    code, out, _ = blocksnap("doctor", "--json")
+    (found,) = json.loads(out)["findings"]
+    assert (code, "invalid" in found["message"], "reads everything" in found["advice"]) == (3, True, True)
+    return "the base snapshot became invalid"
+
+
+def lose(volume: ClassicVolume, blocksnap: InProcess) -> str:
+    volume.remove(*ours(volume.group))
+    return "the snapshot of the parent backup is not there any more"
+
+
+def merge(volume: ClassicVolume, blocksnap: InProcess) -> str:
+    write_at(volume.node, MIB, os.urandom(MIB))
+    tool("lvconvert", "--merge", f"{volume.group}/{ours(volume.group)[0]}")
+    for _ in range(100):
+        if not ours(volume.group):
+            break
+        time.sleep(0.2)
+    return "the snapshot of the parent backup is not there any more"
+
+
+def write_to_base(volume: ClassicVolume, blocksnap: InProcess) -> str:
+    (base,) = ours(volume.group)
+    tool("lvchange", "-prw", f"{volume.group}/{base}")
+    write_at(volume.node_of(base), MIB, os.urandom(MIB))
+    return "can be written to"
+
+
+@pytest.mark.parametrize("spoil", [overflow, lose, merge, write_to_base], ids=lambda each: each.__name__)
+def test_any_doubt_about_the_base_is_a_full_compare(
+    volume: ClassicVolume, blocksnap: InProcess, spoil: object
+) -> None:
+    name = f"{volume.group}/{NAME}"
+    blocksnap.backup(name, "--base", "keep")
+    write_at(volume.node, 10 * MIB, os.urandom(KIB))
+    assert callable(spoil)
+    reason = spoil(volume, blocksnap)
+    told = blocksnap.backup(name, "--base", "keep")
+    assert (told["kind"], told["method"]) == ("incremental", "compare")
+    assert reason in told["reason"]
+    assert len(ours(volume.group)) == 1
+    require_restored(blocksnap, volume)
+    write_at(volume.node, 10 * MIB, os.urandom(KIB))
+    assert blocksnap.backup(name)["method"] == "cow"
+    require_restored(blocksnap, volume)
+
+
+def test_a_volume_that_grew_is_tracked(volume: ClassicVolume, blocksnap: InProcess) -> None:
+    name = f"{volume.group}/{NAME}"
+    blocksnap.backup(name, "--base", "keep")
+    tool("lvchange", "-an", name)
+    tool("lvextend", "-L", f"{SIZE + 4 * MIB}b", name)
+    tool("lvchange", "-ay", name)
+    write_at(volume.node, SIZE + MIB, os.urandom(KIB))
+    write_at(volume.node, MIB, os.urandom(KIB))
+    told = blocksnap.backup(name)
+    assert (told["method"], told["read_bytes"]) == ("cow", 4 * MIB + 128 * KIB)
+    require_restored(blocksnap, volume)
+
+
+class LateWriter(threading.Thread):
+    """Overwrites a volume as soon as there is a snapshot of it beside the base."""
+
+    def __init__(self, volume: ClassicVolume) -> None:
+        super().__init__()
+        self._volume = volume
+        self.error = ""
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 60
+        # One is the base's.
+        while sum(name.endswith("-cow") for name in os.listdir("/dev/mapper")) < 2:
+            if time.monotonic() > deadline:
+                self.error = "there was no snapshot"
+                return
+            time.sleep(0.05)
+        time.sleep(1.0)
+        try:
+            # The guard looks four times a second.
+            for number in range(48):
+                write_at(self._volume.node, number * 128 * KIB, os.urandom(128 * KIB))
+                time.sleep(0.05)
+        except OSError as err:
+            self.error = str(err)
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
+def test_an_overflow_while_it_is_read_fails_and_commits_nothing(
+    volume: ClassicVolume, blocksnap: InProcess, monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """The writer sees nothing of it; without the guard the check before the commit finds it."""
+    name = f"{volume.group}/{NAME}"
+    blocksnap.backup(name, "--base", "keep")
+    (base,) = ours(volume.group)
+    if not guarded:
+        monkeypatch.setattr(guard.LevelWatch, "__call__", lambda _: None)
+    text = '[defaults.pace]\npolicy = "fixed"\nread_rate = "4M"\n'
+    (blocksnap.folder / "blocksnap.toml").write_text(text)
+    writer = LateWriter(volume)
+    writer.start()
+    code, _, err = blocksnap("backup", name, "--full", "--base", "keep")
+    writer.join()
+    assert (code, writer.error) == (14, ""), err
+    assert ("the exception store of the snapshot of" in err) is guarded, err
+    # The base before stays, though it overflowed as well.
+    assert ours(volume.group) == [base]
+    assert len(json.loads(blocksnap.done("list", "--json"))["backups"]) == 1
+    assert os.listdir(blocksnap.folder / "state" / "journal") == []
+    (blocksnap.folder / "blocksnap.toml").unlink()
+    told = blocksnap.backup(name)
+    assert (told["method"], ours(volume.group)) == ("compare", [])
+    require_restored(blocksnap, volume)
+
+
+def test_no_room_for_a_store_is_told_before_anything_is_done(
+    volume: ClassicVolume, blocksnap: InProcess
+) -> None:
+    tool("lvcreate", "-y", "-l", "100%FREE", "-n", "filler", volume.group)
+    try:
+        code, _, err = blocksnap("backup", f"{volume.group}/{NAME}")
+        assert (code, "there is no room for a snapshot of" in err) == (14, True)
+    finally:
+        tool("lvremove", "-y", f"{volume.group}/filler")
+
+
+def test_a_volume_that_is_not_active(volume: ClassicVolume, blocksnap: InProcess) -> None:
+    name = f"{volume.group}/{NAME}"
+    tool("lvchange", "-an", name)
+    with pytest.raises(VolumeError, match="is not active"):
+        resolve_volume(name).prepare()
+    tool("lvchange", "-ay", name)

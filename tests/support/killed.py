@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that die in the middle, as by kill -9, at a step of one's choice."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from blocksnap.cli.main import run
+from blocksnap.controller.journal import Journal
+from blocksnap.system import clones, lvm
+from blocksnap.volumes import image
+
+_LVM_STEPS = (
+    "create_thin_snapshot",
+    "create_classic_snapshot",
+    "activate",
+    "deactivate",
+    "mark_base",
+    "remove_snapshot",
+)
+
+
+def killed(step: int, *words: str) -> bool:
+    """Run a command in a child that dies right after its n-th step, and return whether it died.
+
+    Steps are the lines of the journal, and whatever changes what is on the host: LVM's commands, clones.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    left = step
+
+    def around(owner: type | ModuleType, name: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*arguments: object, **named: object) -> object:
+            nonlocal left
+            result = real(*arguments, **named)
+            if left == 0:
+                os._exit(9)
+            left -= 1
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for name in ("append_all", "finish"):
+        around(Journal, name)
+    for name in _LVM_STEPS:
+        around(lvm, name)
+    for name in ("make_clone", "remove_clone"):
+        around(clones, name)
+    around(image, "_write_mark")
+    os._exit(run(list(words)))
