@@ -338,6 +338,7 @@ class _Run:
         # What is written from the next step on is to be kept, whatever happens.
         if self._arrival.stage == "making":
             self._reach("arriving")
+        self._devices.make_room(lv_bytes)
         device = self._devices.open_top(lv_bytes)
         self._usable_seconds = time.monotonic() - self._began
         tell_of_labels(self._backup, self._report)
@@ -416,6 +417,7 @@ class _Run:
         report = lvm.report(self._arrival.group)
         if report.find(self._arrival.group, self._arrival.meanwhile) is not None:
             lv_bytes = self._devices.open_volumes()
+            self._devices.make_room(lv_bytes)
             self._devices.set_below_local(lv_bytes)
             self._report.event("arrived", volume=self._arrival.volume)
             self._devices.merge(lv_bytes)

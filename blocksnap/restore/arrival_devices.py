@@ -39,6 +39,19 @@ class WritesLostError(TargetError):
         )
 
 
+class StoreFullError(TargetError):
+    """There is no more room for what is written meanwhile."""
+
+    def __init__(self, volume: str) -> None:
+        self.volume = volume
+        super().__init__(
+            f"the room for what is written to {volume} meanwhile is full: writes fail, and what was written "
+            "before is kept",
+            resolution="stop what uses it, unmount it, end this command, and make room with: "
+            f"blocksnap restore --instant --resume {volume}",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """What the devices and volumes are called, in device-mapper and in LVM."""
@@ -149,18 +162,35 @@ class ArrivalDevices:
         return path
 
     def check_writes(self) -> None:
-        """Raise WritesLostError unless what is written is kept."""
+        """Raise WritesLostError or StoreFullError unless what is written is kept."""
         number = dm_tables.number_of(self._names.device)
-        if number is None:
+        if number is not None:
+            self._require_sound(devmapper.snapshot_status(number).state)
+
+    def _require_sound(self, state: str) -> None:
+        if state == "overflow":
+            raise StoreFullError(self._names.volume)
+        if state not in ("valid", "merging"):
+            raise WritesLostError(self._names.volume, state)
+
+    def make_room(self, lv_bytes: int) -> None:
+        """Where the store was full, make it large enough for all; raises DeviceBusyError while it is used."""
+        names = self._names
+        number = dm_tables.number_of(names.device)
+        if number is None or " snapshot" not in dm_tables.read_table(names.device):
             return
-        status = devmapper.snapshot_status(number)
-        if status.state in ("invalid", "overflow", "merge failed"):
-            raise WritesLostError(self._names.volume, status.state)
+        if devmapper.snapshot_status(number).state != "overflow":
+            return
+        if users := users_of_device(number):
+            raise DeviceBusyError(names.volume, users)
+        # The kernel looks at the size of a store, and forgets that it was full, only when it is opened.
+        dm_tables.remove(names.device)
+        lvm.extend_volume(names.group, names.meanwhile, store_bytes(lv_bytes))
 
     def merge(self, lv_bytes: int) -> None:
         """Bring what was written meanwhile to the volume, while it is used; returns when all of it is there.
 
-        Raises WritesLostError.
+        Raises WritesLostError, StoreFullError.
         """
         table = self._top_table(lv_bytes, "snapshot-merge", "P")
         name = self._names.device
@@ -174,8 +204,7 @@ class ArrivalDevices:
         self.publish()
         while True:
             status = devmapper.snapshot_status(self._number(name))
-            if status.state != "merging":
-                raise WritesLostError(self._names.volume, status.state)
+            self._require_sound(status.state)
             if status.allocated == status.metadata:
                 return
             time.sleep(_LOOK_SECONDS)

@@ -288,6 +288,12 @@ def create_thick(vg: str, name: str, size_bytes: int, tags: Sequence[str] = ()) 
     return _create(vg, name, ["--size", f"{size_bytes}b", "--type", "linear", "--wipesignatures", "y"], tags)
 
 
+def extend_volume(vg: str, name: str, size_bytes: int) -> None:
+    """Make a volume larger, to at least so many bytes."""
+    target = f"{check_name(vg)}/{check_name(name)}"
+    _change(vg, "lvextend", *_config(), "--autobackup", "n", "--size", f"{size_bytes}b", target)
+
+
 def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:
     """Remove a volume that carries ``tag``; False when there was none. For one that a failed restore made."""
     selection = f'lv_name="{check_name(name)}" && lv_tags="{tag}"'

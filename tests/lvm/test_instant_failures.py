@@ -58,7 +58,8 @@ def test_a_crash_of_the_machine(
     pool: ThinPool, blocksnap: InProcess, lost: dict[str, str], tmp_path: Path
 ) -> None:
     volume = f"{pool.group}/{NAME}"
-    with restoring("latest", volume, "--rate", "4M") as first:
+    # Of classic volumes, in no pool.
+    with restoring("latest", volume, "--classic", "--rate", "4M") as first:
         device = first.until("usable")["device"]
         with mounted(device, tmp_path / "mnt") as folder:
             use(folder, 0, 20)
@@ -236,6 +237,36 @@ def switch(device: str, table: str) -> None:
     subprocess.run(["dmsetup", "load", device], input=table, text=True, check=True)
     tool("dmsetup", "suspend", "--nolockfs", "--noflush", device)
     tool("dmsetup", "resume", device)
+
+
+def write_much(path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(bytes(8 * MIB))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@pytest.mark.skipif(not SOAK, reason="make soak-instant")
+def test_room_that_is_too_small_fails_writes_and_loses_none(
+    pool: ThinPool, lost: dict[str, str], tmp_path: Path
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    with restoring("latest", volume, "--write-room", "4M", "--rate", "1M") as first:
+        device = first.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt") as folder:
+            use(folder, 0, 10)
+            with pytest.raises(OSError, match=r"Input/output|Read-only"):
+                write_much(folder / "much")
+            assert "full" in first.until("warning")["message"]
+        assert first.end(signal.SIGTERM) == 143
+    with restoring("--resume", volume) as second:
+        second.until("usable")
+        with mounted(device, tmp_path / "mnt") as folder:
+            (folder / "much").write_bytes(bytes(8 * MIB))
+            use(folder, 10, 10)
+            assert second.done() == 0
+            judge(folder, lost, 20)
+    nothing_is_left(pool, NAME)
 
 
 @pytest.mark.skipif(not SOAK, reason="make soak-instant")
