@@ -16,9 +16,9 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-restore
-.PHONY: bench-tracked bench-year vagrant-test clean
+.PHONY: bench-subvolumes bench-tracked bench-year vagrant-test clean
 .PHONY: soak-btrfs soak-histories soak-instant soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
-.PHONY: soak-together soak-xfs
+.PHONY: soak-subvolumes soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -33,6 +33,9 @@ demo: bootstrap ## a live database backed up, destroyed and restored, on real LV
 check: bootstrap lint unit ## what needs neither root nor the lab, in under a minute
 
 test: bootstrap-vagrant lint unit vagrant-validate native-test host-test lab-test ## everything, cheap things first
+
+bench-subvolumes: bootstrap ## 100,000 files, 100 of them touched: an incremental backup beside a full one
+	$(BIN)/python tests/bench/subvolumes.py
 
 bench: bootstrap ## measure against the peers on this machine
 	$(BIN)/python tests/bench/run.py
@@ -66,6 +69,10 @@ soak-thin: bootstrap ## compare thousands of random histories of a thin pool wit
 
 soak-xfs: bootstrap ## 2,100 rounds of everything that happens to files, against the diff of their clones (XFS)
 	XFS_ROUNDS=$${XFS_ROUNDS:-700} XFS_SEED=$${XFS_SEED:-1000} $(PYTEST) -n 2 -rP tests/xfs/test_fiemap_rounds.py
+
+soak-subvolumes: bootstrap ## 20 rounds on a btrfs subvolume each way it is mounted, and all of /usr with packages of Debian
+	BLOCKSNAP_SOAK_ROUNDS=20 $(PYTEST) --timeout 7200 -s tests/btrfs/test_subvolume_rounds.py
+	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 7200 -s tests/btrfs/test_subvolume_packages.py
 
 soak-histories: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=40 -- $(PYTEST) --timeout 7000 \

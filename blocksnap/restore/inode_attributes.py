@@ -113,7 +113,8 @@ def _set_flags(fd: int, wanted: int, path: bytes, unkept: Unkept) -> None:
         except OSError as err:
             _pass(err, f"flag {name}", path, unkept)
             continue
-        if refused:
+        # btrfs sets nocompress itself on what it could not compress; elsewhere nothing is compressed anyway.
+        if refused and own != _NOCOMPRESS:
             unkept.note(f"flag {name}", path)
 
 

@@ -136,12 +136,10 @@ def _btrfs(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:
     for device in devices:
         if device.filesystem == "btrfs" and not device.dm_uuid.startswith("LVM-"):
             filesystems.setdefault(device.filesystem_uuid or device.node, []).append(device)
-    found = []
+    found = _subvolumes(_points(mount for mount in mounts if mount.filesystem == "btrfs"))
     for members in filesystems.values():
         points = _points(mount for each in members for mount in mounts_of(each.number, mounts))
-        subvolumes = _subvolumes(points)
-        found += subvolumes
-        if subvolumes:
+        if any(volume.name in points for volume in found):
             continue
         found.append(
             Candidate(
