@@ -211,7 +211,7 @@ class _TreeStoring:
 
     def build(self, flow: FilesFlow[_Item], report: Reporter) -> InodeMap:
         """Store everything and return the map of inodes."""
-        items = flow.items()
+        items = flow.walked()
         first = self._shelve(items)
         others = self._others(chain([first], items) if first else items, report)
         builder = InodeMapWriter(self._writer, self._building, self._known)

@@ -85,7 +85,7 @@ class FilesFlow(Flow, Generic[_Item]):
         self._open = _OpenFile(open_file)
         self._count = 0
 
-    def items(self) -> Iterator[tuple[_Item, Iterator[ChunkResult]]]:
+    def walked(self) -> Iterator[tuple[_Item, Iterator[ChunkResult]]]:
         """Yield every item with the results of its chunks, which have to be taken before the next item.
 
         Raises what the walk and the reading raise.
