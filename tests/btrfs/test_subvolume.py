@@ -31,7 +31,7 @@ from support.loops import call, loop_device, mounted
 @pytest.fixture
 def blocksnap(tmp_path: Path) -> CommandLine:
     command_line = CommandLine(tmp_path)
-    command_line.done("init")
+    command_line.done("init", "--no-encryption")
     return command_line
 
 

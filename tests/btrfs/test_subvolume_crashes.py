@@ -49,7 +49,7 @@ MOMENTS = {
 def blocksnap(tmp_path: Path, lab: BtrfsLab) -> CommandLine:
     (lab.live / "file").write_bytes(noise(1, 300_000))
     command_line = CommandLine(tmp_path)
-    command_line.done("init")
+    command_line.done("init", "--no-encryption")
     return command_line
 
 

@@ -80,7 +80,7 @@ def test_packages_come_and_go(lab: BtrfsLab, elsewhere: Path, tmp_path: Path) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         call("cp", "--archive", "--one-file-system", part, target)
     blocksnap = CommandLine(tmp_path)
-    blocksnap.done("init")
+    blocksnap.done("init", "--no-encryption")
     debs = packages(tmp_path / "packages")
     steps = [
         [],

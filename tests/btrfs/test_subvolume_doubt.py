@@ -1,0 +1,134 @@
+"""When what is known of a subvolume is not to be believed, and when its snapshot goes away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from blocksnap.errors import VolumeError
+from blocksnap.system.btrfs_places import NotReachedError, nested_subvolumes, open_top
+from blocksnap.volumes.errors import SnapshotLostError
+from blocksnap.volumes.subvolume import SubvolumeVolume, find_trace, remove_trace
+from support import btrfs_calls as calls
+from support.btrfs_lab import BtrfsLab
+from support.commands import CommandLine
+from support.file_trees import noise, rsync_differences
+
+
+@pytest.fixture
+def blocksnap(tmp_path: Path, lab: BtrfsLab) -> CommandLine:
+    (lab.live / "file").write_bytes(noise(1, 300_000))
+    command_line = CommandLine(tmp_path)
+    command_line.done("init", "--no-encryption")
+    command_line.done("backup", lab.live)
+    return command_line
+
+
+def next_backup(blocksnap: CommandLine, lab: BtrfsLab) -> dict[str, str]:
+    (lab.live / "file").write_bytes(noise(2, 200_000))
+    (backup,) = blocksnap.done("backup", "--json", lab.live).backups
+    blocksnap.done("restore", "latest", lab.mount / "back")
+    assert rsync_differences(lab.live, lab.mount / "back") == ""
+    return dict(backup)
+
+
+def test_a_host_that_does_not_know_the_parent_compares(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    shutil.rmtree(blocksnap.folder / "state")
+    backup = next_backup(blocksnap, lab)
+    assert (backup["method"], backup["kind"]) == ("compare", "incremental")
+    assert "no record of the parent" in backup["reason"]
+
+
+def test_a_rollback_is_another_subvolume(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    calls.snapshot(str(lab.live), str(lab.mount / "rolled back"), read_only=False)
+    lab.delete(lab.live)
+    (lab.mount / "rolled back").rename(lab.live)
+    backup = next_backup(blocksnap, lab)
+    assert (backup["method"], backup["kind"]) == ("compare", "full")
+    assert backup["reason"] == "first backup of this volume"
+
+
+def test_asked_for_all_of_it(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    (backup,) = blocksnap.done("backup", "--full", "--json", lab.live).backups
+    assert (backup["kind"], backup["new_bytes"], backup["read_bytes"]) == ("full", 0, 300_000)
+    plan = blocksnap.done("backup", "--dry-run", "--json", lab.live).events[-1]["plans"]
+    assert [(each["method"], each["read_bytes"]) for each in plan] == [("btrfs-tree", 0)]
+
+
+def test_a_damaged_parent_is_done_without(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    for pack in (blocksnap.repository / "packs").rglob("*-*"):
+        pack.chmod(0o600)
+        data = bytearray(pack.read_bytes())
+        for at in range(100, len(data) - 200, 64):
+            data[at] ^= 1
+        pack.write_bytes(data)
+    (lab.live / "file").write_bytes(noise(2, 200_000))
+    outcome = blocksnap("backup", "--json", lab.live)
+    assert outcome.code == 3, outcome
+    assert outcome.backups[0]["reason"] == "the parent backup is damaged"
+    blocksnap.done("restore", "latest", lab.mount / "back")
+    assert rsync_differences(lab.live, lab.mount / "back") == ""
+
+
+def test_a_snapshot_that_goes_away_is_not_committed(lab: BtrfsLab) -> None:
+    volume = SubvolumeVolume(str(lab.live))
+    volume.prepare()
+    snapshot = volume.take_snapshot("run")
+    (name,) = (name for name in os.listdir(lab.mount) if name.startswith(".blocksnap"))
+    try:
+        snapshot.check()
+        assert snapshot.source_is_as_it_was()
+        (lab.live / "later").write_text("written after it")
+        lab.sync()
+        assert not snapshot.source_is_as_it_was()
+        calls.set_read_only(str(lab.mount / name), read_only=False)
+        with pytest.raises(SnapshotLostError, match="writable"):
+            snapshot.check()
+        calls.set_read_only(str(lab.mount / name), read_only=True)
+        lab.delete(lab.mount / name)
+        with pytest.raises(VolumeError):
+            snapshot.check()
+    finally:
+        snapshot.remove()
+    snapshot.remove()
+
+
+def test_dropped_while_it_is_read(lab: BtrfsLab) -> None:
+    volume = SubvolumeVolume(str(lab.live))
+    (lab.live / "file").write_bytes(b"x")
+    snapshot = volume.take_snapshot("run")
+    inode = (lab.live / "file").stat().st_ino
+    os.close(snapshot.open_file(inode))
+    snapshot.drop()
+    with pytest.raises(OSError, match=r"Stale|No such"):
+        os.close(snapshot.open_file(inode))
+    snapshot.remove()
+    assert not [name for name in os.listdir(lab.mount) if name.startswith(".blocksnap")]
+
+
+def test_a_filesystem_that_is_not_mounted(lab: BtrfsLab) -> None:
+    trace = SubvolumeVolume(str(lab.live)).trace("run")
+    assert trace is not None
+    assert find_trace(trace) == remove_trace(trace) == "nothing"
+    unknown = {**trace, "filesystem": str(uuid4())}
+    assert find_trace(unknown) == remove_trace(unknown) == "unreachable"
+    with pytest.raises(NotReachedError), open_top(uuid4()):
+        pass
+
+
+def test_hundreds_of_nested_subvolumes(lab: BtrfsLab) -> None:
+    (lab.live / "a" / "b").mkdir(parents=True)
+    paths = [lab.live / "a" / "b" / f"{number}" for number in range(300)]
+    for path in paths:
+        calls.create_subvolume(str(path))
+    fd = os.open(lab.live, os.O_RDONLY)
+    try:
+        found = {lab.live / os.fsdecode(each.path) for each in nested_subvolumes(fd)}
+    finally:
+        os.close(fd)
+    assert found == set(paths)
+    assert len(SubvolumeVolume(str(lab.live)).nested()) == 300
