@@ -3,7 +3,8 @@
     make bench-subvolumes
 
 Prints seconds, bytes read, bytes of metadata stored and inodes looked at, for both, and their quotients; the
-goal is 1/20 or less for time and metadata. Times are the median of three incrementals, start-up included.
+goal is 1/20 or less for time and metadata. ``wall`` is that of the process, with starting Python and deriving
+the key, which are the same for both; ``seconds`` that of the run.
 """
 
 from __future__ import annotations
@@ -65,12 +66,13 @@ def main() -> None:
                 path.write_bytes(rng.randbytes(rng.randrange(8192)))
             lab.sync()
             later.append(back_up(blocksnap, lab))
-    print(f"{'':12}{'seconds':>10}{'read':>14}{'metadata':>14}{'inodes':>10}")
+    print(f"{'':12}{'wall':>8}{'seconds':>9}{'read':>14}{'metadata':>14}{'inodes':>10}")
     for name, one in (("full", full), *(("incremental", each) for each in later)):
         print(
-            f"{name:12}{one['wall']:10.2f}{one['read_bytes']:14,}{one['metadata_bytes']:14,}{one['touched']:10,}"
+            f"{name:12}{one['wall']:8.2f}{one['seconds']:9.2f}{one['read_bytes']:14,}"
+            f"{one['metadata_bytes']:14,}{one['touched']:10,}"
         )
-    for what in ("wall", "metadata_bytes"):
+    for what in ("wall", "seconds", "metadata_bytes"):
         share = statistics.median(each[what] for each in later) / full[what]
         verdict = "reached" if share * GOAL <= 1 else "MISSED"
         print(f"{what}: 1/{1 / share:.1f} of the full backup's; the goal of 1/{GOAL} is {verdict}")
