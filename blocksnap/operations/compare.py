@@ -17,7 +17,7 @@ from blocksnap.repository.repository import Repository
 _NONE = Ranges()
 
 
-class _Naming:
+class Naming:
     """A sink that names chunks and stores none."""
 
     overhead = 0
@@ -83,6 +83,6 @@ def find_differences(
 
     with (
         phase(report, "comparing", wanted.total_bytes(geometry)),
-        Flow(fd, geometry, wanted.extents(geometry), _Naming(repository)) as flow,
+        Flow(fd, geometry, wanted.extents(geometry), Naming(repository)) as flow,
     ):
         return Ranges(differing(flow.results()))

@@ -9,7 +9,7 @@ from itertools import islice
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.operations.backup import open_session
-from blocksnap.operations.catalogue import map_root, require_image
+from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.compare import find_differences
 from blocksnap.operations.guarding import guarded
 from blocksnap.operations.reporting import Reporter, phase
@@ -73,7 +73,10 @@ def verify_volume(
     Raises MissingRightError before it is taken. It needs no right to read: content is compared by its id.
     """
     repository.keys.require(Right.IDENTIFY)
-    require_image(backup)
+    if backup.inodes is not None:
+        from blocksnap.operations.verify_live_tree import verify_live_tree
+
+        return verify_live_tree(repository, backup, volume, state_directory, limits, report)
     with (
         open_session([volume], secrets.token_hex(16), state_directory, report) as session,
         guarded(session, limits, report),

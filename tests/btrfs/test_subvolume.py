@@ -249,3 +249,26 @@ def test_subvolumes_are_listed(lab: BtrfsLab, blocksnap: CommandLine) -> None:
     refused = blocksnap("backup", lab.live / "folder")
     assert refused.code == 14, refused
     assert str(lab.live) in refused.stderr
+
+
+def test_a_backup_is_compared_with_the_live_subvolume(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    make_everything(lab.live)
+    backed_up(blocksnap, lab.live)
+    same = blocksnap.done("verify", "--json", "latest", lab.live).events[-1]
+    assert (same["identical"], same["problems"]) == (True, [])
+    # Moved blocks are no difference.
+    call("btrfs", "filesystem", "defragment", "-r", lab.live)
+    blocksnap.done("verify", "latest", lab.live)
+    with (lab.live / "plain").open("r+b") as file:
+        file.seek(200_000)
+        file.write(b"changed")
+    os.utime(lab.live / "plain", ns=(0, (lab.live / "small").stat().st_mtime_ns))
+    (lab.live / "empty").unlink()
+    (lab.live / "acl").chmod(0o700)
+    (lab.live / "added").touch()
+    outcome = blocksnap("verify", "--json", "latest", lab.live)
+    told = " ".join(outcome.events[-1]["problems"])
+    assert outcome.code != 0
+    for what in ("content", "that it is gone", "that it is new", "names", "mode"):
+        assert what in told, (what, told)
+    assert leftovers(lab) == []
