@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from blocksnap.extents.btrfs_changes import Attributes, Entry, EntryKind, InodeChange, RememberedInode
 from blocksnap.extents.btrfs_records import read_listing, write_listing
@@ -94,9 +94,3 @@ class RecordShelf:
     def close(self) -> None:
         """Forget them."""
         self._file.close()
-
-
-def all_numbers(records: Iterable[InodeRecord]) -> Iterator[tuple[int, InodeRecord | None]]:
-    """Yield records with their numbers."""
-    for record in records:
-        yield record.number, record

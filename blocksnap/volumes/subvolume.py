@@ -22,7 +22,7 @@ from blocksnap.extents.btrfs import SubvolumeParent, find_subvolume_changes
 from blocksnap.extents.btrfs_changes import SubvolumeChanges
 from blocksnap.extents.btrfs_identity import BtrfsIdentity
 from blocksnap.extents.changes import BasePolicy, Binding
-from blocksnap.system import btrfs
+from blocksnap.system import btrfs, mounts
 from blocksnap.system.btrfs_places import (
     NotReachedError,
     nested_subvolumes,
@@ -107,13 +107,10 @@ class SubvolumeVolume:
         }
 
     def prepare(self) -> None:
-        """See that the place for the snapshot can be reached, and flush, which the snapshot waits for."""
-        with open_top(self._filesystem) as top:
-            fd = self._open()
-            try:
-                os.fsync(top)
-            finally:
-                os.close(fd)
+        """See that the place for the snapshot can be reached, and write out what it would wait for."""
+        with open_top(self._filesystem):
+            os.close(self._open())
+        mounts.flush(self._path)
 
     def take_snapshot(self, run: str, ledger: Ledger | None = None) -> SubvolumeSnapshot:  # noqa: ARG002 - protocol
         """Take a read-only snapshot; it is on disk when this returns."""
@@ -180,11 +177,6 @@ class SubvolumeSnapshot:
         """Identity of the filesystem, the subvolume and this snapshot."""
         identity = BtrfsIdentity.of(btrfs.filesystem_info(self._fd), self._info)
         return {**identity.to_binding(), "path": self._volume.name, "run": self._run}
-
-    @property
-    def fd(self) -> int:
-        """Its top directory."""
-        return self._fd
 
     def find_tree_changes(self, parent: SubvolumeParent | None) -> SubvolumeChanges:
         """Ask the tree which inodes differ from the parent, and what of them."""
