@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from blocksnap.errors import DamageError, TargetError, UsageError
+from blocksnap.operations.catalogue import require_image
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.targets import complete, read_runs, verify_target
 from blocksnap.pipeline.flow import Geometry
@@ -190,6 +191,7 @@ def execute_restore(
     written, and LostRangeError when the repository cannot give a range, unless zeros may stand there.
     """
     repository.keys.require(Right.READ)
+    require_image(plan.backup)
     began = time.monotonic()
     geometry = Geometry(plan.backup.size, plan.backup.chunk_size)
     losses = Losses(geometry) if missing == "zero" else None
