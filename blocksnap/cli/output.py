@@ -22,6 +22,14 @@ def format_size(count: int) -> str:
     return f"{count} B"
 
 
+def format_age(seconds: float) -> str:
+    """Return an age for people: ``3 h``, of the largest unit of which there are two, rounded down."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(int(seconds), 0)} s"
+
+
 def format_time(time: datetime) -> str:
     """Return a time in the local zone, with its offset."""
     return time.astimezone().isoformat(sep=" ", timespec="seconds")
@@ -45,6 +53,12 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in listed), default=0)
     for name, value in listed:
         click.echo(f"{name.ljust(width)}  {value}")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they are."""
+    for line in lines:
+        click.echo(line)
 
 
 def print_json(document: object) -> None:

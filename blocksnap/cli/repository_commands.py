@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from blocksnap.cli.context import Settings, common_options
-from blocksnap.cli.output import format_size, format_time, print_facts, print_json, print_table
+from blocksnap.cli.output import format_size, format_time, print_facts, print_json, print_lines, print_table
 from blocksnap.errors import PassphraseError, UsageError
 from blocksnap.quantities import parse_size
 
@@ -111,14 +112,53 @@ def _drilled(drill: Drilled | None) -> str:
     return format_time(drill.time) if drill.good else "FAILED"
 
 
+def _show_host(settings: Settings, backup: str, folder: Path | None) -> None:
+    from blocksnap.operations.catalogue import find_backup
+    from blocksnap.operations.recovering_host import NoRecordError, export_host, script
+
+    repository = settings.open_repository()
+    stored = find_backup(repository, backup)
+    recovery = stored.manifest.recovery
+    if recovery is None:
+        raise NoRecordError(stored.backup.id[:8])
+    names = {each.backup.volume.name for each in repository.backups()}
+    if folder is not None:
+        written = export_host(recovery, sorted(names), folder)
+        if settings.json:
+            print_json({"files": [str(path) for path in written]})
+        else:
+            print_lines(map(str, written))
+    elif settings.json:
+        print_json({"recovery": recovery.model_dump(mode="json")})
+    else:
+        print_lines(script(recovery, sorted(names)))
+
+
 @click.command("show")
 @click.argument("backup")
+@click.option(
+    "--host",
+    is_flag=True,
+    help="Show what was recorded of the host: the commands that make a bare machine ready.",
+)
+@click.option(
+    "--to",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="With --host: write all of it to files.",
+)
 @common_options
-def show_command(settings: Settings, backup: str) -> None:
+def show_command(settings: Settings, backup: str, *, host: bool, folder: Path | None) -> None:
     """Show one backup: what it read, stored and froze, and how its changes were found.
 
     BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
     """
+    if folder is not None and not host:
+        raise UsageError("--to goes with --host", resolution="blocksnap show BACKUP --host --to DIR")
+    if host:
+        _show_host(settings, backup, folder)
+        return
     from blocksnap.operations.catalogue import find_backup
     from blocksnap.operations.describing import (
         describe,

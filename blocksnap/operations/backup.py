@@ -20,6 +20,7 @@ from blocksnap.operations.catalogue import newest_of
 from blocksnap.operations.draft import BackupOptions, Draft
 from blocksnap.operations.grouping import tell_of_skew
 from blocksnap.operations.guarding import guarded, require_room
+from blocksnap.operations.recording import record_host
 from blocksnap.operations.reporting import Reporter
 from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import plan_backup, store_volume
@@ -191,6 +192,7 @@ def _store(
     guard.release()
     session.committing()
     bases = session.decide_bases(options.base)
+    recovery = record_host(session.volumes, report)
 
     def compose(_: RepositoryWriter) -> Manifest:
         # What the run stored last, pack footers and the index, is counted for its last volume.
@@ -204,6 +206,7 @@ def _store(
             hostname=host_name(),
             program=f"blocksnap {blocksnap.__version__}",
             tags=dict(options.tags or {}),
+            recovery=recovery,
             backups=tuple(
                 draft.finish(
                     _backup_id(writer.id, number),

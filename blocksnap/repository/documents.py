@@ -239,6 +239,34 @@ class Backup(Document):
         return document
 
 
+class RecordedDisk(Document):
+    """A disk that volumes lie on, with its partitions as ``sfdisk --dump`` writes them, if it has any."""
+
+    path: str
+    size: Count
+    table: str = ""
+
+
+class RecordedMount(Document):
+    """Where the filesystem of a device was mounted."""
+
+    source: str
+    point: str
+    filesystem: str
+
+
+class Recovery(Document):
+    """What there has to be on a bare machine before volumes can be restored to it.
+
+    ``groups`` are volume groups by name, each as LVM's ``vgcfgbackup`` writes it.
+    """
+
+    groups: dict[str, str] = {}
+    disks: tuple[RecordedDisk, ...] = ()
+    mounts: tuple[RecordedMount, ...] = ()
+    fstab: str = ""
+
+
 class Manifest(Document):
     """An object ``manifests/<wid>``: all backups of one run. Its creation is the commit."""
 
@@ -249,7 +277,15 @@ class Manifest(Document):
     hostname: str
     program: str
     tags: dict[str, str] = {}
+    recovery: Recovery | None = None
     backups: Annotated[tuple[Backup, ...], Field(min_length=1)]
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        document: dict[str, JsonValue] = serialize(self)
+        if document.get("recovery", False) is None:
+            del document["recovery"]
+        return document
 
 
 class Signed(Document):

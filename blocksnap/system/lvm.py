@@ -9,11 +9,13 @@ own, so that is done once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +47,7 @@ _OUR_REJECTS = (
 _REMOVE_ATTEMPTS = 8
 _LOCK_FOLDER = "/run/lock/blocksnap"
 _LOCK_SECONDS = 60.0
+_BACKUP_FOLDER = Path("/etc/lvm/backup")
 _DEVICES_FOLDER = Path("/etc/lvm/devices")
 _DEVICE_LINKS = Path("/dev/disk")
 _SYS_BLOCK = Path("/sys/block")
@@ -153,6 +156,22 @@ def _refusal(vg: str, message: str) -> GroupRefusedError | None:
         advice = "take the backup of a local volume group"
         return GroupRefusedError(vg, "it is one that several hosts share", advice)
     return None
+
+
+def group_text(vg: str, uuids: Collection[str]) -> str:
+    """Return a volume group in LVM's text form, in which the volumes with these UUIDs are.
+
+    LVM writes it to a file after each change but ours, which costs nothing to read. Where that is not kept,
+    or not up to date, LVM is asked.
+    """
+    with contextlib.suppress(OSError):
+        text = (_BACKUP_FOLDER / check_name(vg)).read_text()
+        if all(uuid in text for uuid in uuids):
+            return text
+    with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
+        file = Path(folder, "group")
+        run("vgcfgbackup", *_config(), "-f", str(file), check_name(vg))
+        return file.read_text()
 
 
 def archive_folder() -> str | None:

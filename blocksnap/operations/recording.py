@@ -1,0 +1,99 @@
+"""Record with a run what its volumes lie on, so that they can be restored to a bare machine.
+
+Only where it says something: of a file there is no disk to make anew. What cannot be found out is a warning,
+and no reason to fail: the backups are whole without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from blocksnap.errors import BlocksnapError
+from blocksnap.operations.reporting import Reporter
+from blocksnap.repository.documents import RecordedDisk, RecordedMount, Recovery
+from blocksnap.system import blockdev
+from blocksnap.system.command import has_program, run
+from blocksnap.system.lvm_text import parse, section_in
+from blocksnap.system.mounts import device_of, read_mounts
+from blocksnap.volumes.base import Volume
+
+_FSTAB = Path("/etc/fstab")
+
+
+def record_host(volumes: Sequence[Volume], report: Reporter) -> Recovery | None:
+    """Return what the volumes of a run lie on; None where that says nothing."""
+    if not any(volume.key.startswith("lvm:") or volume.kind == "device" for volume in volumes):
+        return None
+    try:
+        groups = _groups(volumes)
+        disks = _disks(volumes, groups)
+        return Recovery(groups=groups, disks=disks, mounts=_mounts(), fstab=_fstab())
+    except (BlocksnapError, OSError, ValueError, KeyError) as err:
+        report.warn(
+            f"what the volumes lie on was not recorded: {err}",
+            resolution="the backup is whole; see that vgcfgbackup and sfdisk work",
+        )
+        return None
+
+
+def _groups(volumes: Sequence[Volume]) -> dict[str, str]:
+    """Return the volume groups of a run's volumes in LVM's text form."""
+    from blocksnap.system import lvm
+
+    uuids: dict[str, list[str]] = {}
+    for volume in volumes:
+        if volume.key.startswith("lvm:"):
+            uuids.setdefault(volume.name.partition("/")[0], []).append(volume.key.rpartition("/")[2])
+    return {vg: lvm.group_text(vg, of_group) for vg, of_group in uuids.items()}
+
+
+def _disks(volumes: Sequence[Volume], groups: dict[str, str]) -> tuple[RecordedDisk, ...]:
+    """Return the disks below the physical volumes of the groups, and below devices."""
+    paths = [volume.name for volume in volumes if volume.kind == "device"]
+    for vg, text in groups.items():
+        paths += physical_volumes(vg, text)
+    numbers: dict[int, None] = {}
+    for path in paths:
+        # A hint that is not true any more leads nowhere.
+        if os.path.exists(path):
+            numbers.update(dict.fromkeys(_whole_disks(os.stat(path).st_rdev)))
+    return tuple(_disk(number) for number in numbers)
+
+
+def physical_volumes(vg: str, text: str) -> list[str]:
+    """Return the devices of a group's physical volumes when it was recorded; raises LvmTextError."""
+    volumes = section_in(section_in(parse(text), vg), "physical_volumes")
+    return [str(section_in(volumes, name)["device"]) for name in volumes]
+
+
+def _whole_disks(number: int) -> list[int]:
+    below = blockdev.slaves(number)
+    return [disk for each in below for disk in _whole_disks(each)] if below else [number]
+
+
+def _disk(number: int) -> RecordedDisk:
+    node = blockdev.node_of(number)
+    size = int((blockdev.sysfs_folder(number) / "size").read_text()) * 512
+    has_table = blockdev.partitions(number) and has_program("sfdisk")
+    return RecordedDisk(path=node, size=size, table=run("sfdisk", "--dump", node) if has_table else "")
+
+
+def _mounts() -> tuple[RecordedMount, ...]:
+    """Return the filesystems on block devices and where they are mounted."""
+    found = {
+        (mount.source, mount.point): RecordedMount(
+            source=mount.source, point=mount.point, filesystem=mount.filesystem
+        )
+        for mount in read_mounts()
+        if mount.root == "/" and mount.source.startswith("/dev/") and device_of(mount) is not None
+    }
+    return tuple(found.values())
+
+
+def _fstab() -> str:
+    try:
+        return _FSTAB.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blocksnap.errors import TargetError, UsageError
+from blocksnap.operations.recording import physical_volumes
+from blocksnap.operations.recovering_host import export_host, script
+from blocksnap.repository.documents import RecordedDisk, RecordedMount, Recovery
+
+GROUP = """
+my-vg {
+  extent_size = 8192
+  physical_volumes {
+    pv0 { id = "a" device = "/dev/sda2" }
+    pv1 { id = "b" device = "/dev/sdb" }
+  }
+  logical_volumes {
+    root { status = ["READ", "WRITE", "VISIBLE"]
+      segment1 { extent_count = 10 type = "striped" }
+      segment2 { extent_count = 3 type = "striped" } }
+    pool { status = ["READ", "WRITE", "VISIBLE"]
+      segment1 { extent_count = 100 type = "thin-pool" metadata = "pool_tmeta" pool = "pool_tdata"
+        chunk_size = 256 } }
+    data { status = ["READ", "WRITE", "VISIBLE"]
+      segment1 { extent_count = 50 type = "thin" thin_pool = "pool" } }
+    blocksnap-x { status = ["READ", "VISIBLE"] tags = ["blocksnap", "blocksnap.r"]
+      segment1 { extent_count = 50 type = "thin" thin_pool = "pool" } }
+    pool_tmeta { status = ["READ", "WRITE"] segment1 { extent_count = 2 type = "striped" } }
+    pool_tdata { status = ["READ", "WRITE"] segment1 { extent_count = 100 type = "striped" } }
+  }
+}
+"""
+POOL = (
+    "lvcreate --yes --type thin-pool --size 419430400b --chunksize 131072b --poolmetadatasize 8388608b "
+    "--name pool my-vg"
+)
+RECOVERY = Recovery(
+    groups={"my-vg": GROUP},
+    disks=(
+        RecordedDisk(path="/dev/sda", size=1 << 40, table="label: gpt\n"),
+        RecordedDisk(path="/dev/sdb", size=1 << 30),
+    ),
+    mounts=(RecordedMount(source="/dev/mapper/my--vg-root", point="/", filesystem="ext4"),),
+    fstab="/dev/my-vg/root / ext4\n",
+)
+
+
+def test_the_script_makes_pools_before_volumes_and_tells_what_there_is_no_backup_of() -> None:
+    lines = [line for line in script(RECOVERY, ["my-vg/data"]) if not line.startswith("# W")]
+    assert lines[-6:] == [
+        'cd "$(dirname "$0")"',
+        "sfdisk /dev/sda < sda.sfdisk",
+        "vgcreate --yes --physicalextentsize 4194304b my-vg /dev/sda2 /dev/sdb",
+        POOL,
+        "# my-vg/root (striped, 54525952 bytes) is in no backup of this repository",
+        "blocksnap restore my-vg/data@latest my-vg/data --create --pool pool",
+    ]
+    assert script(RECOVERY, ["my-vg/root"]) is not None
+    assert "my-vg/root --create --classic" in "\n".join(script(RECOVERY, ["my-vg/root"]))
+    assert physical_volumes("my-vg", GROUP) == ["/dev/sda2", "/dev/sdb"]
+
+
+def test_names_that_are_no_names_of_lvm_never_reach_a_shell() -> None:
+    hostile = GROUP.replace("my-vg {", "$(reboot) {", 1)
+    with pytest.raises(UsageError, match="is no name of a volume"):
+        list(script(Recovery(groups={"$(reboot)": hostile}), []))
+    hostile = GROUP.replace('"/dev/sdb"', '"/dev/$(reboot)"')
+    assert "'/dev/$(reboot)'" in "\n".join(script(Recovery(groups={"my-vg": hostile}), []))
+
+
+def test_everything_is_exported(tmp_path: Path) -> None:
+    written = export_host(RECOVERY, [], tmp_path / "host")
+    assert {path.name for path in written} == {"my-vg.vgcfg", "sda.sfdisk", "fstab", "mounts", "recover.sh"}
+    assert (tmp_path / "host/mounts").read_text() == "/dev/mapper/my--vg-root / ext4\n"
+    assert (tmp_path / "host/my-vg.vgcfg").read_text() == GROUP
+    (tmp_path / "file").touch()
+    with pytest.raises(TargetError, match="cannot write"):
+        export_host(RECOVERY, [], tmp_path / "file")
