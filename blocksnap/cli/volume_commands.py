@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from blocksnap.cli.context import Settings, common_options
-from blocksnap.cli.output import format_size, print_facts, print_json, print_json_line, print_table
+from blocksnap.cli.output import (
+    format_age,
+    format_size,
+    print_facts,
+    print_json,
+    print_json_line,
+    print_lines,
+    print_table,
+)
 from blocksnap.errors import BlocksnapError, DamageError, UsageError
 
 if TYPE_CHECKING:
@@ -43,12 +51,12 @@ class TagType(click.ParamType[tuple[str, str]]):
 def volumes_command(settings: Settings) -> None:
     """Show what on this host can be protected, how its changes are tracked, and what is in the way.
 
-    With a repository named, the time of the last backup is shown too.
+    With a repository named the age of the last backup is shown too, with a configuration the jobs.
     """
     from blocksnap.operations.volumes import survey
 
     repository = settings.open_repository() if settings.names_repository else None
-    found = survey(repository)
+    found = survey(repository, settings.configuration)
     if settings.json:
         print_json({"volumes": [volume.document() for volume in found]})
         return
@@ -61,16 +69,31 @@ def volumes_command(settings: Settings) -> None:
             " ".join(volume.used_by) or "-",
             volume.tracking or "-",
             " ".join(volume.bases) or "-",
-            volume.last_backup or "-",
+            " ".join(volume.jobs) or "-",
+            format_age(volume.age_seconds) if volume.age_seconds is not None else "-",
             volume.obstacle or "",
         )
         for volume in found
     ]
     print_table(
-        ("VOLUME", "KIND", "SIZE", "CONTENT", "USED BY", "CHANGES", "BASE", "LAST BACKUP", "IN THE WAY"),
+        (
+            "VOLUME",
+            "KIND",
+            "SIZE",
+            "CONTENT",
+            "USED BY",
+            "CHANGES",
+            "BASE",
+            "JOBS",
+            "LAST BACKUP",
+            "IN THE WAY",
+        ),
         rows,
         right=(2,),
     )
+    notes = [f"{volume.name}: {volume.advice}" for volume in found if volume.advice]
+    if notes:
+        print_lines(["", *notes])
 
 
 @click.command("backup")

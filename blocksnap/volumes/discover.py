@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from blocksnap.errors import VolumeError
 from blocksnap.system import blockdev
 from blocksnap.system.command import has_program
-from blocksnap.system.mounts import Mount, mounts_of, read_mounts, users_of_device
+from blocksnap.system.mounts import (
+    Mount,
+    loop_devices_of,
+    mount_under,
+    mounts_of,
+    read_mounts,
+    users_of_device,
+)
 from blocksnap.system.udev import BlockDevice, block_devices
 from blocksnap.volumes.errors import SUPPORTED
 
@@ -18,13 +25,17 @@ if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport
 
 
+_CLONE_METHODS = {"xfs-clone": "fiemap", "btrfs-clone": "btrfs-tree"}
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """Something that holds data, and whether blocksnap can back it up.
 
     ``tracking`` says how changes are found, ``obstacle`` what is in the way and ``advice`` what to do
-    about it, both None when nothing is. ``bases`` are the snapshots that earlier runs left on the host as
-    bases of the next backup.
+    about it, both None when nothing is; with no obstacle ``advice`` is what else there is to know. ``bases``
+    are the snapshots that earlier runs left on the host as bases of the next backup. ``aliases`` are other
+    names of it.
     """
 
     name: str
@@ -39,6 +50,7 @@ class Candidate:
     advice: str | None = None
     key: str | None = None
     bases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     @property
     def used_by(self) -> tuple[str, ...]:
@@ -82,7 +94,8 @@ def _logical_volumes(devices: list[BlockDevice], mounts: list[Mount]) -> list[Ca
                 tracking=_tracking_of(lv, has_base=lv.lv_uuid in bases) if obstacle is None else None,
                 supported=obstacle is None,
                 obstacle=f"it is {obstacle}" if obstacle else None,
-                advice=advice,
+                advice=advice or _note_of(lv, has_base=lv.lv_uuid in bases),
+                aliases=(f"/dev/{lv.full_name}", *((device.node, *device.links) if device else ())),
                 key=f"lvm:{lv.vg_uuid}/{lv.lv_uuid}",
                 bases=tuple(base.full_name for base in bases.get(lv.lv_uuid, ())),
             )
@@ -128,6 +141,48 @@ def _tracking_of(lv: LvRecord, *, has_base: bool) -> str:
     if lv.is_thin:
         return "thin-tree" if has_base else "thin-time"
     return "cow" if has_base else "compare"
+
+
+def _note_of(lv: LvRecord, *, has_base: bool) -> str | None:
+    """Say what tracking costs where it is not for nothing."""
+    if not lv.is_classic or lv.is_classic_snapshot:
+        return None
+    if has_base:
+        return "its base makes each first write to a chunk wait for a copy: base = none gives the speed back"
+    return 'everything is read each time; base = "keep" tracks changes, and slows writes down'
+
+
+def describe_image(path: str) -> Candidate:
+    """Return what a file is as a volume; raises VolumeError."""
+    from blocksnap.system.files import is_being_written
+    from blocksnap.volumes import image
+    from blocksnap.volumes.resolve import resolve_volume
+
+    volume = resolve_volume(path)
+    mount = mount_under(volume.name)
+    filesystem = mount.filesystem if mount else "unknown"
+    method = _CLONE_METHODS.get(image.source_of(volume.name) or "")
+    bases = image.bases_of(volume.name)
+    obstacle, advice = None, None
+    if method is None and is_being_written(volume.name):
+        obstacle = f"somebody has it open for writing, and its filesystem ({filesystem}) makes no clones"
+        advice = "stop who writes to it, or say quiet_files if nothing is written, or keep it on XFS or btrfs"
+    elif method is not None and not bases:
+        advice = 'everything is read each time; base = "auto" tracks changes'
+    return Candidate(
+        name=volume.name,
+        kind=volume.kind,
+        size=volume.size,
+        filesystem="",
+        mountpoints=(),
+        stacked=tuple(loop_devices_of(volume.name)),
+        tracking=method if bases else "compare",
+        supported=obstacle is None,
+        obstacle=obstacle,
+        advice=advice,
+        key=volume.key,
+        bases=bases,
+    )
 
 
 def _btrfs(devices: list[BlockDevice], mounts: list[Mount]) -> list[Candidate]:
@@ -209,7 +264,7 @@ def _plain_devices(devices: list[BlockDevice], mounts: list[Mount]) -> list[Cand
         found.append(
             Candidate(
                 name=device.node,
-                kind="partition" if device.is_partition else "device",
+                kind=_kind_of_device(device),
                 size=device.size,
                 filesystem=device.filesystem,
                 mountpoints=points,
@@ -217,10 +272,43 @@ def _plain_devices(devices: list[BlockDevice], mounts: list[Mount]) -> list[Cand
                 tracking="compare" if not users else None,
                 supported=not users,
                 obstacle=f"it has no snapshots and is in use: {'; '.join(users)}" if users else None,
-                advice="unmount it or stop what uses it for the time of the backup" if users else None,
+                advice=_advice_for(device, points, by_number) if users else None,
+                aliases=device.links,
             )
         )
     return found
+
+
+def _kind_of_device(device: BlockDevice) -> str:
+    if device.dm_uuid.startswith("CRYPT-"):
+        return "opened LUKS"
+    if device.filesystem == "crypto_LUKS":
+        return "LUKS container"
+    name = device.node.removeprefix("/dev/")
+    special = next((kind for kind in ("md", "loop", "nbd", "dm", "zram") if name.startswith(kind)), None)
+    return "partition" if device.is_partition else special or "disk"
+
+
+def _advice_for(device: BlockDevice, points: tuple[str, ...], by_number: dict[int, BlockDevice]) -> str:
+    """Say what can be done about a device that is in use and has no snapshots."""
+    below = _volume_below(device.number, by_number)
+    if below:
+        return f"back up the logical volume that it lies on: {below}"
+    stop = "unmount it or stop what uses it for the time of the backup"
+    if device.filesystem == "xfs" and points:
+        return f"{stop}; images on it are cloned while they are in use: {points[0].rstrip('/')}/*"
+    return f"{stop}; for backups in use, data belongs on LVM or btrfs"
+
+
+def _volume_below(number: int, by_number: dict[int, BlockDevice]) -> str | None:
+    """Return the logical volume that a device lies on as a whole."""
+    below = blockdev.slaves(number)
+    while len(below) == 1:
+        device = by_number.get(below[0])
+        if device is not None and device.vg_name:
+            return f"{device.vg_name}/{device.lv_name}"
+        below = blockdev.slaves(below[0])
+    return None
 
 
 def _points(mounts: Iterable[Mount]) -> tuple[str, ...]:

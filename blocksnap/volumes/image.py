@@ -255,9 +255,9 @@ def clone_name(run: str, path: str) -> str:
     return f"{_PREFIX}{prefix}-{digest}"
 
 
-def has_base(path: str) -> bool:
-    """Tell whether a clone of an image was kept as a base."""
-    return bool(_bases(path))
+def bases_of(path: str) -> tuple[str, ...]:
+    """Return the paths of the clones of an image that were kept as bases."""
+    return tuple(os.path.join(_folder_of(path), name) for name in sorted(_bases(path)))
 
 
 def settle_base(path: str, name: str, run: str, owner: str, *, stays: bool) -> list[str]:
