@@ -43,12 +43,18 @@ class QuiesceRequest:
 
     def assemble(self, volumes: Sequence[Volume], state_directory: str | Path) -> Standstill | None:
         """Look up what is to stand still; None where nothing was asked for and nothing needs to."""
-        devices = [volume.snapshot_device for volume in volumes if volume.snapshot_device is not None]
-        if not devices:
+        targets = [
+            (volume.key, volume.snapshot_device, volume.name if volume.kind == "image" else None)
+            for volume in volumes
+            if volume.snapshot_device is not None
+        ]
+        if not targets:
             return None
         from blocksnap.quiesce.assemble import assemble
+        from blocksnap.quiesce.places import Target
 
-        standstill = assemble(self.settings, devices, [*self.protected_paths, str(state_directory)])
+        protected = [*self.protected_paths, str(state_directory)]
+        standstill = assemble(self.settings, [Target(*each) for each in targets], protected)
         return None if standstill.is_empty else standstill
 
     def environment(self, volumes: Sequence[Volume], run: str) -> dict[str, str]:

@@ -306,7 +306,7 @@ def _in_order(standstill: Standstill, volumes: Sequence[Volume]) -> tuple[list[V
     """Return the volumes whose snapshots come before ``advance``, and those whose come after it."""
     from blocksnap.quiesce.standstill import LATE
 
-    ranks = {volume.key: standstill.rank(volume.snapshot_device) for volume in volumes}
+    ranks = {volume.key: standstill.rank(volume.key) for volume in volumes}
     early = [volume for volume in volumes if ranks[volume.key] < LATE]
     early.sort(key=lambda volume: ranks[volume.key])
     return early, [volume for volume in volumes if ranks[volume.key] == LATE]

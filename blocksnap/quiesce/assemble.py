@@ -16,19 +16,21 @@ from blocksnap.quiesce.filesystem import (
 )
 from blocksnap.quiesce.freezer import CgroupFreezer
 from blocksnap.quiesce.hook import hook_of
-from blocksnap.quiesce.places import Devices, Placement
+from blocksnap.quiesce.places import Placement, Target, VolumeKeys
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Stages, Standstill
 from blocksnap.system.freeze import Layer, layers_above
 
 
-def assemble(settings: QuiesceSettings, devices: Iterable[int], protected_paths: Iterable[str]) -> Standstill:
+def assemble(
+    settings: QuiesceSettings, targets: Iterable[Target], protected_paths: Iterable[str]
+) -> Standstill:
     """Look everything up that is to stand still, in the order in which it will.
 
-    ``devices`` are the numbers of those that snapshots are taken of, ``protected_paths`` what we write to
-    ourselves. What cannot be found makes a standstill that has failed already.
+    ``targets`` are what snapshots are taken of, ``protected_paths`` what we write to ourselves. What cannot
+    be found makes a standstill that has failed already.
     """
-    found = _Found(settings, tuple(devices), tuple(protected_paths))
+    found = _Found(settings, tuple(targets), tuple(protected_paths))
     try:
         found.look()
     except BlocksnapError as err:
@@ -46,14 +48,14 @@ class _Found:
     """What was found so far, one by one, so that nothing is lost that is open."""
 
     settings: QuiesceSettings
-    devices: tuple[int, ...]
+    targets: tuple[Target, ...]
     protected_paths: tuple[str, ...]
     hooks: list[Quiescer] = field(default_factory=list)
     agents: list[Agent] = field(default_factory=list)
     guests: list[Quiescer] = field(default_factory=list)
     freezers: list[CgroupFreezer] = field(default_factory=list)
     filesystems: list[tuple[Quiescer, bool]] = field(default_factory=list)
-    late: Devices = frozenset()
+    late: VolumeKeys = frozenset()
 
     def look(self) -> None:
         """Find everything; raises BlocksnapError."""
@@ -66,7 +68,7 @@ class _Found:
         for folder in settings.cgroups:
             self.freezers.append(CgroupFreezer.of_folder(folder))
         if settings.postgresql or settings.mariadb or settings.guests == "auto":
-            self._look_at_applications(Placement(self.devices))
+            self._look_at_applications(Placement(self.targets))
         self.late = frozenset().union(*(agent.late for agent in self.agents))
         for agent in self.agents:
             if agent.early & self.late:
@@ -76,7 +78,7 @@ class _Found:
                     "back the two up in two jobs, or freeze the units of both: units = [...]",
                 )
         if settings.filesystems == "auto":
-            layers = _layers(self.devices)
+            layers = _layers(self.targets)
             protected = protected_filesystems(self.protected_paths) if layers else set()
             for layer, under in layers:
                 if under & self.late and not under <= self.late:
@@ -131,17 +133,17 @@ def _stop(layer: Layer, protected: Collection[int]) -> Iterator[Quiescer]:
         yield FilesystemFlush(layer)
 
 
-def _layers(devices: Iterable[int]) -> list[tuple[Layer, Devices]]:
+def _layers(targets: Iterable[Target]) -> list[tuple[Layer, VolumeKeys]]:
     """Return the filesystems above volumes, the deepest first, each with the volumes under it."""
     layers: dict[int, Layer] = {}
-    under: dict[int, set[int]] = {}
-    for device in devices:
-        for layer in layers_above(device):
+    under: dict[int, set[str]] = {}
+    for target in targets:
+        for layer in layers_above(target.device):
             number = layer.mount.device
             known = layers.get(number)
             # Where several volumes carry one: what a snapshot freezes itself we may not freeze before.
             if known is None or known.depth > layer.depth:
                 layers[number] = layer
-            under.setdefault(number, set()).add(device)
+            under.setdefault(number, set()).add(target.key)
     ordered = sorted(layers.values(), key=lambda layer: -layer.depth)
     return [(layer, frozenset(under[layer.mount.device])) for layer in ordered]

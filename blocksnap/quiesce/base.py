@@ -110,17 +110,17 @@ class Agent(Quiescer, Protocol):
     """A quiescer that talks with its application, and may have a say in the order of the snapshots."""
 
     @property
-    def late(self) -> frozenset[int]:
-        """The devices whose snapshots are to be taken after ``advance``; none where all are one stage."""
+    def late(self) -> frozenset[str]:
+        """The keys of the volumes whose snapshots come after ``advance``; none where all are one stage."""
         ...
 
     @property
-    def early(self) -> frozenset[int]:
-        """The devices whose snapshots have to be taken before it."""
+    def early(self) -> frozenset[str]:
+        """The volumes whose snapshots have to be taken before it."""
         ...
 
     @property
-    def last(self) -> frozenset[int]:
+    def last(self) -> frozenset[str]:
         """Those of the early ones that have to come after the others."""
         ...
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from blocksnap.quiesce.base import Guard, Record, Strength, Trace
 from blocksnap.quiesce.errors import MisplacedError
 from blocksnap.quiesce.login import looking_up_files
-from blocksnap.quiesce.places import Devices, Placement
+from blocksnap.quiesce.places import Placement, VolumeKeys
 from blocksnap.quiesce.settings import MariadbSettings
 from blocksnap.system import peers
 from blocksnap.system.watchdog import Hangup, Safeguard
@@ -55,7 +55,7 @@ def words_of(version: str) -> Words:
     return Words(lock, unlock, position, gtid)
 
 
-def decide(server: str, folders: Mapping[str, Devices], *, frozen: bool, whole: bool) -> str:
+def decide(server: str, folders: Mapping[str, VolumeKeys], *, frozen: bool, whole: bool) -> str:
     """Return why one lock is enough, from where its tables and their log lie; raises MisplacedError.
 
     InnoDB writes pages and its log whether or not anybody may commit. So where these are on several volumes
@@ -87,9 +87,9 @@ class MariadbAgent:
     """One server, on a connection that holds the lock."""
 
     strength: Strength = "application"
-    late: Devices = frozenset()
-    early: Devices = frozenset()
-    last: Devices = frozenset()
+    late: VolumeKeys = frozenset()
+    early: VolumeKeys = frozenset()
+    last: VolumeKeys = frozenset()
 
     def __init__(
         self, settings: MariadbSettings, placement: Placement, *, frozen: Sequence[str], whole: bool

@@ -5,32 +5,52 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from blocksnap.system import freeze, peers
+from blocksnap.system import freeze, mounts, peers
 
-Devices = frozenset[int]
-"""Numbers of devices that snapshots are taken of."""
+VolumeKeys = frozenset[str]
+"""Volumes of a run, by their keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A volume that a snapshot is taken of: the device, and the file where it is an image on that device."""
+
+    key: str
+    device: int
+    image: str | None = None
+
+    def numbers_above(self) -> frozenset[int]:
+        """Return all devices and filesystems whose data lies in it; of an image, through loop devices."""
+        if self.image is None:
+            return freeze.numbers_above(self.device)
+        loops = [os.stat(node).st_rdev for node in mounts.loop_devices_of(self.image)]
+        return frozenset().union(*(freeze.numbers_above(number) for number in loops))
 
 
 class Placement:
     """The volumes of a run, each with all devices and filesystems above it."""
 
-    def __init__(self, devices: Iterable[int]) -> None:
-        self._above = {device: freeze.numbers_above(device) for device in devices}
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._above = {target: target.numbers_above() for target in targets}
 
-    def of_directory(self, pid: int, path: str) -> Devices:
+    def of_directory(self, pid: int, path: str) -> VolumeKeys:
         """Return the volumes of the filesystem that process ``pid`` sees at a path; raises OSError.
 
         None of them when it lies elsewhere, several when one filesystem spans several volumes.
         """
         return self._holding(peers.filesystem_at(pid, path))
 
-    def of_disk(self, path: str) -> Devices:
+    def of_disk(self, path: str) -> VolumeKeys:
         """Return the volumes of a device, or of the filesystem that a file lies on; raises OSError."""
         status = os.stat(path)
         if stat.S_ISBLK(status.st_mode):
             return self._holding(frozenset({status.st_rdev}))
-        return self._holding(peers.filesystem_at(os.getpid(), path))
+        is_one = frozenset(
+            target.key for target in self._above if target.image and os.path.samefile(target.image, path)
+        )
+        return is_one | self._holding(peers.filesystem_at(os.getpid(), path))
 
-    def _holding(self, numbers: frozenset[int]) -> Devices:
-        return frozenset(device for device, above in self._above.items() if numbers & above)
+    def _holding(self, numbers: frozenset[int]) -> VolumeKeys:
+        return frozenset(target.key for target, above in self._above.items() if numbers & above)

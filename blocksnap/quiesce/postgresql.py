@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from blocksnap.quiesce.base import Guard, Record, Strength, Trace
 from blocksnap.quiesce.errors import AgentError, MisplacedError
 from blocksnap.quiesce.login import looking_up_files
-from blocksnap.quiesce.places import Devices, Placement
+from blocksnap.quiesce.places import Placement, VolumeKeys
 from blocksnap.quiesce.settings import PostgresqlSettings
 from blocksnap.system import peers
 from blocksnap.system.watchdog import Hangup, Safeguard
@@ -71,16 +71,16 @@ class Plan:
 
     way: Literal["checkpoint", "backup"]
     reason: str
-    early: Devices = frozenset()
-    late: Devices = frozenset()
-    last: Devices = frozenset()
+    early: VolumeKeys = frozenset()
+    late: VolumeKeys = frozenset()
+    last: VolumeKeys = frozenset()
 
 
 def decide(
     server: str,
-    data: tuple[str, Devices],
-    spaces: Mapping[str, Devices],
-    log: tuple[str, Devices],
+    data: tuple[str, VolumeKeys],
+    spaces: Mapping[str, VolumeKeys],
+    log: tuple[str, VolumeKeys],
     *,
     frozen: bool,
     whole: bool,
@@ -164,17 +164,17 @@ class PostgresqlAgent:
         return self._name
 
     @property
-    def late(self) -> Devices:
+    def late(self) -> VolumeKeys:
         """The volumes of its log."""
         return self._plan.late
 
     @property
-    def early(self) -> Devices:
+    def early(self) -> VolumeKeys:
         """Those of everything else."""
         return self._plan.early
 
     @property
-    def last(self) -> Devices:
+    def last(self) -> VolumeKeys:
         """That of its data directory."""
         return self._plan.last
 

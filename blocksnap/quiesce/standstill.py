@@ -45,12 +45,12 @@ class Outcome:
 class Stages:
     """Who talks with applications, and what is done for a part of the snapshots only.
 
-    ``late`` are the devices whose snapshots come after ``advance``; ``only_early`` and ``only_late`` are the
+    ``late`` are the volumes whose snapshots come after ``advance``; ``only_early`` and ``only_late`` are the
     quiescers, filesystems all, that stand still for one stage.
     """
 
     agents: tuple[Agent, ...] = ()
-    late: frozenset[int] = frozenset()
+    late: frozenset[str] = frozenset()
     only_early: tuple[Quiescer, ...] = ()
     only_late: tuple[Quiescer, ...] = ()
 
@@ -126,11 +126,11 @@ class Standstill:
             self.end()
         self._fail_by_policy()
 
-    def rank(self, device: int | None) -> int:
-        """Return when the snapshot of a device is to be taken: in this order, LATE after ``advance``."""
-        if device in self._stages.late:
+    def rank(self, key: str) -> int:
+        """Return when the snapshot of a volume is to be taken: in this order, LATE after ``advance``."""
+        if key in self._stages.late:
             return LATE
-        return 1 if any(device in agent.last for agent in self._stages.agents) else 0
+        return 1 if any(key in agent.last for agent in self._stages.agents) else 0
 
     def advance(self) -> None:
         """Let go of what the early snapshots needed, and go on to the late ones; fails as ``begin`` does.

@@ -25,6 +25,7 @@ from blocksnap.quiesce.filesystem import (
     protected_filesystems,
     thaw_leftover,
 )
+from blocksnap.quiesce.places import Target
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
 from blocksnap.system.freeze import layers_above
@@ -35,10 +36,11 @@ from support.standing import Application, holding, is_gone, thaw, wait_until
 CONTROLLER = """
 import os, signal, sys
 from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.places import Target
 from blocksnap.quiesce.settings import QuiesceSettings
 device, deadline, end = sys.argv[1:]
 settings = QuiesceSettings(deadline_seconds=float(deadline))
-standstill = assemble(settings, [int(device)], [])
+standstill = assemble(settings, [Target("key", int(device))], [])
 standstill.attend(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), {})
 standstill.begin()
 print(standstill._watchdog.pid, flush=True)
@@ -81,7 +83,7 @@ def nested(tmp_path: Path) -> Iterator[Nested]:
 
 
 def attended(number: int, **settings: object) -> Standstill:
-    standstill = assemble(QuiesceSettings.model_validate(settings), [number], [])
+    standstill = assemble(QuiesceSettings.model_validate(settings), [Target("key", number)], [])
     fd = os.open(os.devnull, os.O_WRONLY)
     standstill.attend(fd, {})
     os.close(fd)
@@ -122,7 +124,7 @@ def test_what_we_write_to_is_flushed_and_not_frozen(nested: Nested) -> None:
     assert {os.stat(nested.inner).st_dev, os.stat(nested.outer).st_dev} <= protected
     layers = layers_above(nested.number)
     assert [decide(layer, protected).action for layer in layers] == ["flush", "leave"]
-    standstill = assemble(QuiesceSettings(), [nested.number], [str(repository)])
+    standstill = assemble(QuiesceSettings(), [Target("key", nested.number)], [str(repository)])
     assert [type(each) for each in standstill._quiescers] == [FilesystemFlush]
     fd = os.open(os.devnull, os.O_WRONLY)
     standstill.attend(fd, {})

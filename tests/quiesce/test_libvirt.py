@@ -17,11 +17,13 @@ import pytest
 from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import QuiesceError
-from blocksnap.quiesce.libvirt import parse_disks
+from blocksnap.quiesce.libvirt import guests_on, parse_disks
+from blocksnap.quiesce.places import Placement, Target
 from blocksnap.quiesce.settings import QuiesceSettings
 from support.copied_volume import CopiedVolume
+from support.loops import call, loop_device
 from support.require import require
-from support.standing import read_log, write_hook
+from support.standing import holding, read_log, write_hook
 
 VIRSH = shutil.which("virsh")
 NAMES = ("on it", "in it", "off", "away")
@@ -49,7 +51,7 @@ class World:
 
     def __init__(self, folder: Path, hooks: Path, stack: ExitStack) -> None:
         self.folder, self.hooks = folder, hooks
-        self.raw, self.files = (CopiedVolume(folder, name, 16 << 20, stack) for name in ("raw", "files"))
+        self.raw, self.files = (CopiedVolume(folder, name, 32 << 20, stack) for name in ("raw", "files"))
         image = self.files.folder / "disk with words.img"
         image.touch()
         elsewhere = folder / "elsewhere.img"
@@ -103,6 +105,26 @@ def test_guests_that_run_and_have_a_disk_here_are_frozen_and_thawed(world: World
     session, state = world.back_up(world.files)
     assert session.quiesced is not None
     assert session.quiesced.by == ("guest in it (vda)",)
+
+
+def test_an_image_is_not_all_of_its_filesystem(world: World) -> None:
+    image, other = world.files.folder / "disk with words.img", world.files.folder / "other.img"
+    other.touch()
+    device, uri = os.stat(image).st_dev, f"test://{world.folder}/node.xml"
+    for path, found in ((image, ["guest in it (vda)"]), (other, [])):
+        placement = Placement([Target("key", device, str(path))])
+        guests = list(guests_on(placement, uri))
+        assert [guest.name for guest in guests] == found
+        for guest in guests:
+            guest.close()
+        # A server with its files beside the image has none of them in it.
+        assert placement.of_directory(os.getpid(), str(world.files.folder)) == frozenset()
+    call("truncate", "--size=16M", other)
+    with loop_device(other) as node:
+        call("mkfs.ext4", "-q", node)
+        with holding(node, world.folder / "in other") as folder:
+            placement = Placement([Target("key", device, str(other)), Target("another", device, str(image))])
+            assert placement.of_directory(os.getpid(), str(folder)) == {"key"}
 
 
 def test_a_guest_that_does_not_freeze_is_thawed_nevertheless(world: World) -> None:
