@@ -20,6 +20,7 @@ from blocksnap.controller.journal import StateError
 from blocksnap.errors import BlocksnapError, BusyError
 from blocksnap.system.devmapper import encode_name
 from blocksnap.system.flock import try_lock
+from blocksnap.system.lvm import ARRIVING_SUFFIX
 
 _FOLDER = "instant"
 _LOCK_SECONDS = 1.0
@@ -78,7 +79,7 @@ class Arrival(BaseModel):
     @property
     def below(self) -> str:
         """The name of the device that has what arrived, and what has not."""
-        return f"{self.device}-blocksnap"
+        return self.device + ARRIVING_SUFFIX
 
 
 class ArrivalFile:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from blocksnap.errors import BusyError, UsageError, VolumeError
 from blocksnap.system.command import CommandError, has_program, run, run_observed
+from blocksnap.system.devmapper import decode_name
 from blocksnap.system.flock import try_lock
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
 
@@ -34,6 +35,8 @@ WAY_BACK_TAG = "blocksnap.way-back"
 INSTANT_TAG = "blocksnap.instant"
 """On both volumes that an instant restore makes, until they are one and whole."""
 SNAPSHOT_PREFIX = "blocksnap-"
+ARRIVING_SUFFIX = "-blocksnap"
+"""Of the name in device-mapper of what an instant restore has below the device that is used."""
 _NAME = re.compile(r"[a-zA-Z0-9+_.][a-zA-Z0-9+_.-]*")
 _RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
 _BASE = re.compile(TAG + r"-base\.([a-zA-Z0-9_]{1,64})\.([a-zA-Z0-9-]{1,64})")
@@ -385,7 +388,7 @@ def _config() -> tuple[str, str]:
     settings = [_QUIET_METADATA]
     filters = _user_filters()
     if filters is not None:
-        rejects = [*_OUR_REJECTS, *_nbd_rejects()]
+        rejects = [*_OUR_REJECTS, *_device_rejects()]
         settings += [
             f"devices/{name}={json.dumps([*rejects, *patterns])}" for name, patterns in filters.items()
         ]
@@ -419,14 +422,43 @@ def parse_config(text: str) -> dict[str, object]:
     return values
 
 
-def _nbd_rejects() -> list[str]:
-    """Return patterns for the other names of nbd devices: a device is accepted if any of its names is."""
+def _device_rejects() -> list[str]:
+    """Return patterns for all names of devices that may wait for a server of ours.
+
+    Those are nbd devices, and what instant restores are made of. A device is accepted if any of its names is.
+    """
     connected = {path.name for path in _SYS_BLOCK.glob("nbd*") if _size_of(path) > 0}
-    if not connected:
-        return []
-    links = [link for link in _DEVICE_LINKS.glob("by-*/*") if _leads_to(link, connected)]
+    names: list[str] = []
+    for path in _arriving():
+        connected.add(path.name)
+        mapped = _text(path / "dm/name")
+        volume = decode_name(mapped)
+        names += [
+            f"/dev/{path.name}",
+            f"/dev/mapper/{mapped}",
+            *([f"/dev/{'/'.join(volume)}"] if volume else []),
+        ]
+    if connected:
+        names += [str(link) for link in _DEVICE_LINKS.glob("by-*/*") if _leads_to(link, connected)]
     # The pattern language has its own special characters; a dot stands for any of them.
-    return [f"r|^{re.sub(r'[^a-zA-Z0-9/]', '.', str(link))}$|" for link in links]
+    return [f"r|^{re.sub(r'[^a-zA-Z0-9/]', '.', name)}$|" for name in names]
+
+
+def _arriving() -> list[Path]:
+    """Return the folders in sysfs of the devices of instant restores that are not LVM's yet."""
+    found = []
+    for name in _SYS_BLOCK.glob("dm-*/dm/name"):
+        if _text(name).endswith(ARRIVING_SUFFIX):
+            below = name.parent.parent
+            found += [below, *(_SYS_BLOCK / holder.name for holder in (below / "holders").glob("*"))]
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _leads_to(link: Path, disks: set[str]) -> bool:

@@ -58,6 +58,27 @@ def test_filter_goes_before_that_of_the_administrator(mock: MockCommands) -> Non
     assert any("blocksnap--" in pattern for pattern in patterns)
 
 
+def test_what_an_instant_restore_is_made_of_is_rejected_by_all_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it may wait for a server that is gone."""
+    for number, name in ((1, "vg--a-data-blocksnap"), (2, "vg--a-data"), (3, "vg--a-other")):
+        (tmp_path / "sys" / f"dm-{number}" / "dm").mkdir(parents=True)
+        (tmp_path / "sys" / f"dm-{number}" / "dm" / "name").write_text(name + "\n")
+    (tmp_path / "sys" / "dm-1" / "holders" / "dm-2").mkdir(parents=True)
+    (tmp_path / "disk" / "by-uuid").mkdir(parents=True)
+    (tmp_path / "disk" / "by-uuid" / "xy").symlink_to("../../dm-2")
+    (tmp_path / "disk" / "by-uuid" / "zz").symlink_to("../../dm-3")
+    monkeypatch.setattr(lvm, "_SYS_BLOCK", tmp_path / "sys")
+    monkeypatch.setattr(lvm, "_DEVICE_LINKS", tmp_path / "disk")
+    patterns = lvm._device_rejects()
+    for name in ("/dev/dm.1", "/dev/mapper/vg..a.data.blocksnap", "/dev/dm.2", "/dev/mapper/vg..a.data"):
+        assert f"r|^{name}$|" in patterns
+    assert "r|^/dev/vg.a/data$|" in patterns
+    assert len([each for each in patterns if each.endswith("xy$|")]) == 1
+    assert not [each for each in patterns if "other" in each or "dm.3" in each or "zz" in each]
+
+
 def test_names_of_connected_nbd_devices_are_rejected_too(
     mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +91,7 @@ def test_names_of_connected_nbd_devices_are_rejected_too(
         (links / link).symlink_to(f"../../{target}")
     monkeypatch.setattr(lvm, "_SYS_BLOCK", block)
     monkeypatch.setattr(lvm, "_DEVICE_LINKS", tmp_path / "disk")
-    patterns = lvm._nbd_rejects()
+    patterns = lvm._device_rejects()
     assert sorted(pattern.rpartition("/")[2] for pattern in patterns) == ["aa.1$|", "bb$|"]
 
 
