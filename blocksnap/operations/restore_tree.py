@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from blocksnap.repository.documents import Backup
 from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
+from blocksnap.restore.naming import printable
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree import MissingRange, TreeRestore, TreeResult
 from blocksnap.restore.tree_place import NewTree
@@ -73,7 +73,7 @@ def restore_tree(
             is_subvolume=place.is_subvolume,
             result=result,
             unkept=tree.unkept,
-            nested=tuple(os.fsdecode(path) for path in tree.nested),
+            nested=tuple(printable(path) for path in tree.nested),
             missing=tuple(missing or ()),
             verified=verify and not missing,
             seconds=time.monotonic() - began,

@@ -7,6 +7,7 @@ that is no regular file or directory, and no symbolic link is followed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -43,6 +44,10 @@ Xattrs = Iterable[tuple[bytes, bytes]]
 
 def prepare_file(fd: int, record: InodeRecord, xattrs: Xattrs, path: bytes, unkept: Unkept) -> None:
     """Set on an empty file what has to be there before its data; raises OSError."""
+    if not record.flags & _NODATACOW:
+        # A filesystem that is mounted so makes all files so.
+        with contextlib.suppress(OSError):
+            flags.clear_flags(fd, flags.NO_COW)
     _set_flags(fd, record.flags & _EARLY, path, unkept)
     for name, value in xattrs:
         if name.startswith(_PROPERTIES):

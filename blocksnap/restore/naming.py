@@ -15,6 +15,11 @@ _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK
 _NO_FLAGS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
+def printable(path: bytes) -> str:
+    """Return a path as people can read it: bytes that are no text are escaped."""
+    return path.decode(errors="backslashreplace") or "."
+
+
 def hidden_name(path: str, token: str | None = None) -> str:
     """Return a name beside ``path`` for what is not complete, no longer than a name may be.
 

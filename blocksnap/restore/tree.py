@@ -24,6 +24,7 @@ from blocksnap.repository.listings import SUBVOLUME, DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import inode_attributes
 from blocksnap.restore.engine import Losses, Progress, UnreadableRangeError, restore_runs
+from blocksnap.restore.naming import printable
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree_files import OpenFile, TreeFiles
 from blocksnap.restore.unkept import Unkept
@@ -58,7 +59,7 @@ class UnreadableFileError(DamageError):
     def __init__(self, path: bytes, offset: int, length: int, err: DamageError) -> None:
         self.path, self.offset, self.length = path, offset, length
         super().__init__(
-            f"bytes {offset} to {offset + length} of {_shown(path)} cannot be restored: {err.brief}",
+            f"bytes {offset} to {offset + length} of {printable(path)} cannot be restored: {err.brief}",
             resolution="run: blocksnap repair; to have the rest, with zeros there: restore --missing=zero",
         )
 
@@ -81,7 +82,7 @@ class _FileLosses(Losses):
     def note(self, begin: int, end: int, _: DamageError) -> None:
         for number in range(begin, end):
             path, offset = self._files.place(number)
-            self._missing.append(MissingRange(_shown(path), offset, self._files.length(number)))
+            self._missing.append(MissingRange(printable(path), offset, self._files.length(number)))
 
 
 @dataclass(slots=True)
@@ -208,7 +209,7 @@ class TreeRestore:
             record = self._find(entry.inode, path)
             kind = stat.S_IFMT(record.mode)
             if _ENTRY_KINDS.get(entry.kind, kind) != kind:
-                raise DamagedObjectError(_shown(path), "its name and its inode are not of the same kind")
+                raise DamagedObjectError(printable(path), "its name and its inode are not of the same kind")
             if kind != stat.S_IFDIR and self._link(folder, entry, path, record):
                 return None
             self._inodes += 1
@@ -221,19 +222,19 @@ class TreeRestore:
             else:
                 self._make_node(folder.fd, entry.name, kind, path, record)
         except OSError as err:
-            raise TargetFailedError(os.path.join(self._name, _shown(path)), err) from err
+            raise TargetFailedError(os.path.join(self._name, printable(path)), err) from err
         return None
 
     def _find(self, number: int, path: bytes) -> InodeRecord:
         record = self._reader.find(number)
         if record is None:
-            raise DamagedObjectError(_shown(path), f"there is no inode {number}")
+            raise DamagedObjectError(printable(path), f"there is no inode {number}")
         return record
 
     def _enter(self, fd: int, path: bytes, name: bytes, record: InodeRecord) -> _Folder:
         if record.number in self._entered:
             os.close(fd)
-            raise DamagedObjectError(_shown(path), f"directory {record.number} is in two places")
+            raise DamagedObjectError(printable(path), f"directory {record.number} is in two places")
         self._entered.add(record.number)
         try:
             return _Folder(fd, path, name, record, iter(self._reader.listing(record)))
@@ -245,7 +246,9 @@ class TreeRestore:
         """Give an inode that is there a further name."""
         if record.nlink < 2:
             if record.number in self._linked:
-                raise DamagedObjectError(_shown(path), f"inode {record.number} has more names than it says")
+                raise DamagedObjectError(
+                    printable(path), f"inode {record.number} has more names than it says"
+                )
             return False
         known = self._linked.get(record.number)
         if known is None:
@@ -267,7 +270,7 @@ class TreeRestore:
     ) -> Iterator[tuple[int, int, Entry]]:
         places = -(-record.size // self._chunk_size)
         if record.content.levels != levels_of(places):
-            raise DamagedObjectError(_shown(path), "its content does not fit its size")
+            raise DamagedObjectError(printable(path), "its content does not fit its size")
         state = self._reader.value(record.detail)
         fd = os.open(entry.name, _NEW_FILE, 0o600, dir_fd=folder.fd)
         file = OpenFile(record, path, fd, state, 0, places)
@@ -285,7 +288,7 @@ class TreeRestore:
         if kind == stat.S_IFLNK:
             target = self._reader.value(record.detail)
             if not target or b"\0" in target:
-                raise DamagedObjectError(_shown(path), "it is no target of a symbolic link")
+                raise DamagedObjectError(printable(path), "it is no target of a symbolic link")
             try:
                 os.symlink(target, name, dir_fd=folder)
             except OSError as err:
@@ -303,7 +306,7 @@ class TreeRestore:
                 self.unkept.note("device node, fifo or socket", path)
                 return
         else:
-            raise DamagedObjectError(_shown(path), f"it is of an unknown kind, {kind:o}")
+            raise DamagedObjectError(printable(path), f"it is of an unknown kind, {kind:o}")
         inode_attributes.finish_by_name(folder, name, record, self._xattrs(record), path, self.unkept)
 
     def _finish_file(self, file: OpenFile) -> None:
@@ -315,7 +318,7 @@ class TreeRestore:
                 file.fd, record, xattrs, path, self.unkept, may_be_final=may_be_final
             )
         except OSError as err:
-            raise TargetFailedError(os.path.join(self._name, _shown(path)), err) from err
+            raise TargetFailedError(os.path.join(self._name, printable(path)), err) from err
         if not may_be_final and record.flags & inode_attributes.FINAL:
             self._final.append((path, record))
 
@@ -324,7 +327,3 @@ class TreeRestore:
 
     def _xattrs(self, record: InodeRecord) -> Iterable[tuple[bytes, bytes]]:
         return decode_xattrs(self._reader.value(record.xattrs), f"inode {record.number}")
-
-
-def _shown(path: bytes) -> str:
-    return os.fsdecode(path) or "."

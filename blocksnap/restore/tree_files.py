@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.inodes import InodeRecord
+from blocksnap.restore.naming import printable
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree_layout import is_layout, read_layout
 from blocksnap.system import blockdev
@@ -171,7 +172,7 @@ class TreeFiles:
         return False
 
     def _path_of(self, file: OpenFile) -> str:
-        return os.path.join(self._name, os.fsdecode(file.path))
+        return os.path.join(self._name, printable(file.path))
 
     def _file(self, number: int) -> OpenFile:
         with self._lock:

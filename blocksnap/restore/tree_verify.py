@@ -12,6 +12,7 @@ from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.inodes import InodeRecord
 from blocksnap.repository.keys import KeyRing
 from blocksnap.repository.listings import SUBVOLUME
+from blocksnap.restore.naming import printable
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -43,7 +44,7 @@ def verify_tree(
                 record = reader.find(number)
                 for entry in reader.listing(record) if record is not None else ():
                     found = reader.find(entry.inode) if entry.kind != SUBVOLUME else None
-                    name = os.fsdecode(entry.name)
+                    name = printable(entry.name)
                     below = f"{path}/{name}" if path else name
                     if found is not None and found.is_directory:
                         stack.append((os.open(entry.name, _FOLDER, dir_fd=folder), below, entry.inode))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
+
+from blocksnap.restore.naming import printable
 
 _EXAMPLES = 3
 
@@ -20,7 +21,7 @@ class Unkept:
         self._counts[what] = self._counts.get(what, 0) + 1
         examples = self._paths.setdefault(what, [])
         if len(examples) < _EXAMPLES:
-            examples.append(os.fsdecode(path) or ".")
+            examples.append(printable(path))
 
     def __bool__(self) -> bool:
         return bool(self._counts)

@@ -58,8 +58,8 @@ class SubvolumeVolume:
 
     @property
     def name(self) -> str:
-        """The path of its top directory."""
-        return self._path
+        """The path of its top directory; bytes that are no text are shown escaped."""
+        return os.fsencode(self._path).decode(errors="backslashreplace")
 
     @property
     def key(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from btrfs.conftest import LabMaker
 from support import btrfs_calls as calls
 from support.btrfs_lab import BtrfsLab
 from support.commands import CommandLine
@@ -24,6 +25,7 @@ from support.file_trees import (
     make_of_btrfs,
     noise,
     rsync_differences,
+    set_flags,
 )
 from support.loops import call, loop_device, mounted
 
@@ -272,3 +274,33 @@ def test_a_backup_is_compared_with_the_live_subvolume(lab: BtrfsLab, blocksnap: 
     for what in ("content", "that it is gone", "that it is new", "names", "mode"):
         assert what in told, (what, told)
     assert leftovers(lab) == []
+
+
+def test_names_that_are_no_text(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    odd = lab.live / os.fsdecode(b"odd \xff\nname")
+    calls.create_subvolume(str(odd))
+    (odd / os.fsdecode(b"file \xfe")).write_bytes(b"x")
+    backed_up(blocksnap, lab.live)
+    (odd / "second").write_bytes(b"y")
+    backups = backed_up(blocksnap, lab.live)
+    name = f"{lab.live}/odd \\xff\nname"
+    assert [(each["volume"], each["method"]) for each in backups] == [
+        (str(lab.live), "btrfs-tree"), (name, "btrfs-tree"),
+    ]  # fmt: skip
+    outcome = blocksnap.done("restore", f"{lab.live}@latest", lab.mount / "back")
+    assert "odd \\xff" in outcome.text
+    blocksnap.done("restore", f"{name}@latest", lab.mount / "odd")
+    assert sorted(os.listdir(os.fsencode(lab.mount / "odd"))) == [b"file \xfe", b"second"]
+
+
+def test_a_filesystem_that_is_mounted_nodatacow(make_lab: LabMaker, blocksnap: CommandLine) -> None:
+    lab = make_lab("noatime")
+    (lab.live / "file").write_bytes(noise(1, 100_000))
+    (lab.live / "compressed").touch()
+    set_flags(lab.live / "compressed", 0x4)
+    (lab.live / "compressed").write_bytes(b"compress me " * 10_000)
+    backed_up(blocksnap, lab.live)
+    lab.cycle("noatime,nodatacow")
+    with reference(lab) as snapshot:
+        blocksnap.done("restore", "latest", lab.mount / "back")
+        assert differences(describe(snapshot), describe(lab.mount / "back")) == []

@@ -75,7 +75,7 @@ def _attributes(root: Path) -> None:
     os.chown(root / "link", 77, 78, follow_symlinks=False)
     for name, flags in {"nodump": NODUMP, "noatime": NOATIME | SYNC}.items():
         (root / name).write_bytes(name.encode())
-        _set_flags(root / name, flags)
+        set_flags(root / name, flags)
     for name in ("old", "new"):
         (root / name).write_bytes(b"")
     os.utime(root / "old", ns=(-(10**18) - 1, -(10**18) - 999_999_999))
@@ -88,7 +88,7 @@ def make_of_btrfs(root: Path) -> None:
     """Add what only btrfs can keep."""
     nocow = root / "nocow"
     nocow.touch()
-    _set_flags(nocow, NOCOW)
+    set_flags(nocow, NOCOW)
     nocow.write_bytes(noise(4, 100_000))
     compressed = root / "compressed"
     compressed.touch()
@@ -96,7 +96,7 @@ def make_of_btrfs(root: Path) -> None:
     compressed.write_bytes(b"compress me " * 30_000)
     folder = root / "folder of nocow"
     folder.mkdir()
-    _set_flags(folder, NOCOW)
+    set_flags(folder, NOCOW)
     (folder / "inherits").write_bytes(noise(5, 10_000))
     (root / "shared").touch()
     _clone(root / "layout", root / "shared")
@@ -107,16 +107,16 @@ def make_final(root: Path) -> None:
     for name, flag in {"immutable": IMMUTABLE, "append": APPEND}.items():
         (root / name).write_bytes(name.encode())
         os.link(root / name, root / f"{name}-too")
-        _set_flags(root / name, flag)
+        set_flags(root / name, flag)
     folder = root / "immutable folder"
     folder.mkdir()
     (folder / "file").write_bytes(b"in it")
-    _set_flags(folder, IMMUTABLE)
+    set_flags(folder, IMMUTABLE)
 
 
 def allow_changes(root: Path) -> None:
     for name in ("immutable", "append", "immutable folder"):
-        _set_flags(root / name, 0)
+        set_flags(root / name, 0)
 
 
 def _layouts(root: Path) -> None:
@@ -147,7 +147,7 @@ def _clone(source: Path, target: Path) -> None:
         calls.clone(one.fileno(), other.fileno())
 
 
-def _set_flags(path: Path, flags: int) -> None:
+def set_flags(path: Path, flags: int) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         calls.set_inode_flags(fd, flags)
