@@ -18,7 +18,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-restore
 .PHONY: bench-subvolumes bench-tracked bench-year vagrant-test clean
 .PHONY: soak-btrfs soak-histories soak-instant soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
-.PHONY: soak-subvolumes soak-together soak-xfs
+.PHONY: soak-images soak-kinds soak-subvolumes soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -73,6 +73,14 @@ soak-xfs: bootstrap ## 2,100 rounds of everything that happens to files, against
 soak-subvolumes: bootstrap ## 20 rounds on a btrfs subvolume each way it is mounted, and all of /usr with packages of Debian
 	BLOCKSNAP_SOAK_ROUNDS=20 $(PYTEST) --timeout 7200 -s tests/btrfs/test_subvolume_rounds.py
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 7200 -s tests/btrfs/test_subvolume_packages.py
+
+soak-images: bootstrap ## an image of 4 GiB on XFS and on btrfs, at work while it is backed up
+	BLOCKSNAP_IMAGE_BYTES=4294967296 $(PYTEST) --timeout 3600 tests/conformance/test_images.py -k random_writes
+
+soak-kinds: bootstrap ## 20 rounds of anything that happens, and a kill at every step, for each kind of volume
+	BLOCKSNAP_SOAK_ROUNDS=20 BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 tests/conformance/test_kinds.py
+	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=20 --env BLOCKSNAP_SOAK=1 -- \
+		$(PYTEST) --timeout 7000 tests/lvm/test_conformance.py
 
 soak-histories: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=40 -- $(PYTEST) --timeout 7000 \
