@@ -22,7 +22,7 @@ from support.require import require
 
 SOAK = bool(os.environ.get("BLOCKSNAP_SOAK"))
 PACKAGES = os.environ.get("BLOCKSNAP_PACKAGES", "hello cowsay sl figlet").split()
-PARTS = ("/usr",) if SOAK else ("/usr/sbin", "/usr/share/zoneinfo")
+PARTS = ("/usr",) if SOAK else ("/usr/share/zoneinfo",)
 SIZE = (40 << 30) if SOAK else (1 << 30)
 
 

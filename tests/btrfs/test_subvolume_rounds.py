@@ -20,7 +20,7 @@ from support.commands import CommandLine
 from support.file_trees import STUB, describe, differences
 from support.loops import call
 
-ROUNDS = int(os.environ.get("BLOCKSNAP_SOAK_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("BLOCKSNAP_SOAK_ROUNDS", "2"))
 FREE = 0x400 | 0x4
 """The flag `m` is the kernel's own for what it could not compress. A file made in a directory with `c`
 where the mount says nodatacow has two flags that nobody can give it."""
