@@ -18,6 +18,7 @@ _FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO_BYTES = 232
+_FUSE = "fuse"
 _LOOP_MAJOR = 7
 _SYS_BLOCK = Path("/sys/block")
 
@@ -96,25 +97,33 @@ def backing_filesystem(number: int) -> int | None:
     """
     if os.major(number) != _LOOP_MAJOR:
         return None
+    folder = Path(f"/sys/dev/block/{blockdev.number_text(number)}/loop")
     try:
-        fd = os.open(blockdev.node_of(number), os.O_RDONLY | os.O_CLOEXEC)
+        path = (folder / "backing_file").read_text().rstrip("\n")
+        # The kernel gives the path as whoever attached it saw it, which need not be ours.
+        seen = mounts.mount_at(path, mounts.read_mounts())
+        if seen is not None and seen.filesystem.startswith(_FUSE):
+            # Whoever looks at the file waits for a process, and for ever if that does not answer.
+            return seen.device
+        device = _device_of_file(number)
     except (OSError, blockdev.NoDeviceError):
-        return None
-    try:
-        buffer = bytearray(_LOOP_INFO_BYTES)
-        fcntl.ioctl(fd, _LOOP_GET_STATUS64, buffer)
-    except OSError:
         # It is not attached.
         return None
-    finally:
-        os.close(fd)
-    device: int = struct.unpack_from("=Q", buffer)[0]
-    path = Path(f"/sys/dev/block/{blockdev.number_text(number)}/loop/backing_file").read_text().rstrip("\n")
     with contextlib.suppress(OSError):
-        # The kernel gives the path as whoever attached it saw it.
         mount = mounts.mount_under(path)
         if mount is not None and os.stat(path).st_dev == device:
             return mount.device
+    return device
+
+
+def _device_of_file(number: int) -> int:
+    fd = os.open(blockdev.node_of(number), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        buffer = bytearray(_LOOP_INFO_BYTES)
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, buffer)
+    finally:
+        os.close(fd)
+    device: int = struct.unpack_from("=Q", buffer)[0]
     return device
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -205,6 +206,32 @@ def test_the_mounting_process_killed(blocksnap: CommandLine, tmp_path: Path) -> 
         assert os.listdir(tree / "files")
         os.kill(children_of(process.pid)[1], signal.SIGKILL)
         assert digests_of(tree / "files").items() >= digests.items()
+
+
+def test_a_tree_that_does_not_answer_is_not_waited_for(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """Every backup asks what lies on loop devices, also where a file of one is served by a process."""
+    volume, tree = tmp_path / "volume.img", tmp_path / "tree"
+    volume.write_bytes(random.Random(6).randbytes(4 * MIB))
+    blocksnap.done("backup", volume, "-q")
+    script = (
+        "from blocksnap.system import freeze; import sys; print(freeze.backing_filesystem(int(sys.argv[1])))"
+    )
+    with shown(blocksnap, "latest", tree) as process:
+        loop = call("losetup", "--find", "--show", "--read-only", tree / "image").strip()
+        served = os.stat(tree).st_dev
+        processes = [process.pid, *children_of(process.pid)]
+        # The kernel has attributes for a moment without asking.
+        time.sleep(2)
+        try:
+            for pid in processes:
+                os.kill(pid, signal.SIGSTOP)
+            argv = [sys.executable, "-c", script, str(os.stat(loop).st_rdev)]
+            asked = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+            assert int(asked.stdout) == served
+        finally:
+            for pid in processes:
+                os.kill(pid, signal.SIGCONT)
+            call("losetup", "--detach", loop)
 
 
 def test_what_cannot_be_shown(blocksnap: CommandLine, tmp_path: Path) -> None:
