@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,19 @@ def loop_device(image: Path, *, size: int | None = None, read_only: bool = False
         yield device
     finally:
         call("losetup", "--detach", device)
+        _await_release(Path("/sys/block", Path(device).name, "loop/backing_file"), str(image))
+
+
+def _await_release(attached: Path, image: str) -> None:
+    """Wait until nobody who looks at new devices keeps the file: its filesystem could not be unmounted."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if attached.read_text().rstrip("\n") != image:
+                return
+        except OSError:
+            return
+        time.sleep(0.05)
 
 
 @contextmanager
