@@ -25,6 +25,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.databases import as_postgres
+
 POLICIES = {
     "none": "",
     "off": 'policy = "off"\n',
@@ -34,13 +38,11 @@ POLICIES = {
 _BLOCK = 1 << 20
 
 
-def run(*words: str | Path, user: str | None = None, check: bool = True) -> str:
-    """Run a program, as another user if asked for, and return what it says."""
-    argv = ["runuser", "--user", user, "--", *words] if user else list(words)
-    done = subprocess.run([str(word) for word in argv], check=False, capture_output=True, text=True)
+def run(*words: str | Path, check: bool = True) -> None:
+    """Run a program as the server's user."""
+    done = subprocess.run(as_postgres(*words), check=False, capture_output=True, text=True)
     if check and done.returncode:
-        raise SystemExit(f"{' '.join(map(str, argv))}: {done.stdout}{done.stderr}")
-    return done.stdout
+        raise SystemExit(f"{' '.join(map(str, words))}: {done.stdout}{done.stderr}")
 
 
 def programs() -> Path:
@@ -58,16 +60,16 @@ def database(folder: Path, scale: int) -> Iterator[tuple[Path, str]]:
     data.mkdir()
     shutil.chown(folder, "postgres")
     shutil.chown(data, "postgres")
-    run(binaries / "initdb", "-D", data, "--auth", "trust", user="postgres")
+    run(binaries / "initdb", "-D", data, "--auth", "trust")
     # Little memory, so that pages come from the disk.
     options = f"-k {folder} -c listen_addresses='' -c shared_buffers=32MB -c max_wal_size=256MB"
     words = (binaries / "pg_ctl", "-D", data, "-l", folder / "log", "-o", options, "-w")
-    run(*words, "start", user="postgres")
+    run(*words, "start")
     try:
         run(binaries / "pgbench", "-h", folder, "-U", "postgres", "-i", "-q", "-s", str(scale), "postgres")
         yield binaries, str(folder)
     finally:
-        run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "stop", user="postgres", check=False)
+        run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "stop", check=False)
 
 
 def make_image(path: Path, size: int) -> None:
