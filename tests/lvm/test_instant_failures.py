@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from blocksnap.cli.main import run
-from blocksnap.system import command, nbd
+from blocksnap.system import command
 from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
     NAME,
     clean_up,
     device_name,
+    disconnect_all,
     judge,
     lost_volume,
     mounted,
@@ -42,9 +43,7 @@ def lost(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> Iterator[dict[
 
 def crash(pool: ThinPool) -> None:
     """Take everything away that a crash of the machine takes away."""
-    for backend in Path("/sys/block").glob("nbd*/backend"):
-        if backend.read_text().startswith("blocksnap"):
-            nbd.disconnect(int(backend.parent.name.removeprefix("nbd")))
+    disconnect_all()
     name = device_name(pool)
     for device in (name, f"{name}-blocksnap"):
         # By force: what waits for a device that was left suspended has to be over, as it is after a crash.
@@ -208,11 +207,15 @@ def test_a_repository_that_is_away_is_waited_for(
     tool("mkfs.ext4", "-q", pool.node("store"))
     with mounted(pool.node("store"), tmp_path / "far") as far:
         blocksnap = InProcess(far, monkeypatch, capsysbinary)
+        # Only the repository goes; its filesystem is read-only once it could not note that it was read.
+        monkeypatch.setenv("BLOCKSNAP_STATE_DIRECTORY", str(tmp_path / "state"))
+        monkeypatch.setenv("BLOCKSNAP_CACHE", str(tmp_path / "cache"))
         blocksnap.done("init", "--no-encryption")
         with lost_volume(pool, blocksnap, tmp_path) as digests:
             volume, table = f"{pool.group}/{NAME}", tool("dmsetup", "table", pool.node("store")).strip()
             sectors = table.split()[1]
-            with restoring("latest", volume, "--rate", "8M") as run_:
+            # So slow that it is not over before the repository goes, on any machine.
+            with restoring("latest", volume, "--rate", "1M") as run_:
                 device = run_.until("usable")["device"]
                 with mounted(device, tmp_path / "mnt") as folder:
                     use(folder, 0, 5)
