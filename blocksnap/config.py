@@ -137,6 +137,8 @@ class JobSettings(_Model):
     base: BasePolicy = "none"
     quiet_files: bool = False
     """Whether files that are open for writing may be read where they are: nobody writes to them meanwhile."""
+    luks_headers: bool = False
+    """Whether the headers of the LUKS containers below are stored too: with one, an old passphrase opens."""
     tags: dict[str, str] = {}
     quiesce: QuiesceSettings = Field(default_factory=QuiesceSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)

@@ -167,6 +167,10 @@ def backup_command(
     )
     groups = [resolved] if job_settings.group else [[volume] for volume in resolved]
     groups = [with_nested(group, settings.reporter) for group in groups]
+    if job_settings.luks_headers:
+        from blocksnap.operations.recording import with_luks_headers
+
+        groups = [with_luks_headers(group, settings.reporter) for group in groups]
     if dry_run:
         plans = [
             plan

@@ -67,11 +67,17 @@ def newest_of(backups: list[StoredBackup], key: str) -> Backup | None:
     return found[-1] if found else None
 
 
+def is_luks_header(backup: Backup) -> bool:
+    """Tell whether a backup is of something that went along with the volumes that somebody named."""
+    return backup.volume.kind == "luks-header"
+
+
 def find_backup(repository: Repository, name: str) -> StoredBackup:
     """Return the backup that a name means.
 
-    ``latest``; ``VOLUME@latest``; ``VOLUME@TIME``, the last at or before an ISO time (local unless it says
-    otherwise); an id or a unique prefix of at least four digits. Raises NoSuchBackupError.
+    ``latest``, of all but LUKS headers; ``VOLUME@latest``; ``VOLUME@TIME``, the last at or before an ISO time
+    (local unless it says otherwise); an id or a unique prefix of at least four digits.
+    Raises NoSuchBackupError.
     """
     backups = repository.backups()
     volume, at, when = name.rpartition("@")
@@ -80,6 +86,8 @@ def find_backup(repository: Repository, name: str) -> StoredBackup:
         if when != "latest":
             limit = _parse_time(when)
             backups = [stored for stored in backups if stored.backup.time <= limit]
+    elif name == "latest":
+        backups = [stored for stored in backups if not is_luks_header(stored.backup)]
     if at or name == "latest":
         if not backups:
             raise _missing(repository, name)

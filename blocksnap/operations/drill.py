@@ -16,7 +16,7 @@ from functools import partial
 
 from blocksnap.config import JOB_TAG, Configuration, DrillSettings
 from blocksnap.errors import BlocksnapError, DamageError, StorageError, UsageError
-from blocksnap.operations.catalogue import find_backup, map_root
+from blocksnap.operations.catalogue import find_backup, is_luks_header, map_root
 from blocksnap.operations.images import OpenRepository, require_fuse, served_images
 from blocksnap.operations.reporting import Reporter
 from blocksnap.pipeline.flow import Geometry
@@ -71,7 +71,11 @@ def plan_drill(
     if job is None:
         stored = find_backup(repository, name)
         return [DrillPlan(stored.backup, _settings(stored, configuration))]
-    of_job = [stored for stored in backups if stored.manifest.tags.get(JOB_TAG) == job]
+    of_job = [
+        stored
+        for stored in backups
+        if stored.manifest.tags.get(JOB_TAG) == job and not is_luks_header(stored.backup)
+    ]
     newest: dict[str, StoredBackup] = {stored.backup.volume.key: stored for stored in of_job}
     if not newest:
         raise UsageError(f"there is no backup of job {job!r}", resolution=f"blocksnap backup --job {job}")

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.operations.reporting import Reporter
-from blocksnap.repository.documents import RecordedDisk, RecordedMount, Recovery
+from blocksnap.repository.documents import RecordedDisk, RecordedHeader, RecordedMount, Recovery
 from blocksnap.system import blockdev
 from blocksnap.system.command import has_program, run
 from blocksnap.system.lvm_text import parse, section_in
 from blocksnap.system.mounts import device_of, read_mounts
 from blocksnap.volumes.base import Volume
+from blocksnap.volumes.luks_header import LuksHeaderVolume, headers_below
 
 _FSTAB = Path("/etc/fstab")
 
@@ -26,16 +27,35 @@ def record_host(volumes: Sequence[Volume], report: Reporter) -> Recovery | None:
     """Return what the volumes of a run lie on; None where that says nothing."""
     if not any(volume.key.startswith("lvm:") or volume.kind == "device" for volume in volumes):
         return None
+    headers = tuple(_header(volume) for volume in volumes if isinstance(volume, LuksHeaderVolume))
     try:
         groups = _groups(volumes)
-        disks = _disks(volumes, groups)
-        return Recovery(groups=groups, disks=disks, mounts=_mounts(), fstab=_fstab())
+        numbers = (disk for device in _devices(volumes, groups) for disk in _whole_disks(device))
+        disks = tuple(_disk(number) for number in dict.fromkeys(numbers))
+        return Recovery(groups=groups, disks=disks, headers=headers, mounts=_mounts(), fstab=_fstab())
     except (BlocksnapError, OSError, ValueError, KeyError) as err:
         report.warn(
             f"what the volumes lie on was not recorded: {err}",
             resolution="the backup is whole; see that vgcfgbackup and sfdisk work",
         )
         return None
+
+
+def with_luks_headers(volumes: Sequence[Volume], report: Reporter) -> list[Volume]:
+    """Return volumes behind the headers of the LUKS containers that logical volumes and devices lie on.
+
+    They come first, so that the newest backup of a run is still that of a volume that was named.
+    """
+    found: dict[str, LuksHeaderVolume] = {}
+    try:
+        for number in _devices(volumes, _groups(volumes)):
+            found |= {header.key: header for header in headers_below(number)}
+    except (BlocksnapError, OSError, ValueError, KeyError) as err:
+        report.warn(
+            f"LUKS headers were not found: {err}",
+            resolution="the volumes are backed up without; see that vgcfgbackup works",
+        )
+    return [*found.values(), *volumes]
 
 
 def _groups(volumes: Sequence[Volume]) -> dict[str, str]:
@@ -49,17 +69,13 @@ def _groups(volumes: Sequence[Volume]) -> dict[str, str]:
     return {vg: lvm.group_text(vg, of_group) for vg, of_group in uuids.items()}
 
 
-def _disks(volumes: Sequence[Volume], groups: dict[str, str]) -> tuple[RecordedDisk, ...]:
-    """Return the disks below the physical volumes of the groups, and below devices."""
+def _devices(volumes: Sequence[Volume], groups: dict[str, str]) -> list[int]:
+    """Return the numbers of the physical volumes of the groups, and of devices."""
     paths = [volume.name for volume in volumes if volume.kind == "device"]
     for vg, text in groups.items():
         paths += physical_volumes(vg, text)
-    numbers: dict[int, None] = {}
-    for path in paths:
-        # A hint that is not true any more leads nowhere.
-        if os.path.exists(path):
-            numbers.update(dict.fromkeys(_whole_disks(os.stat(path).st_rdev)))
-    return tuple(_disk(number) for number in numbers)
+    # A hint that is not true any more leads nowhere.
+    return [os.stat(path).st_rdev for path in paths if os.path.exists(path)]
 
 
 def physical_volumes(vg: str, text: str) -> list[str]:
@@ -78,6 +94,10 @@ def _disk(number: int) -> RecordedDisk:
     size = int((blockdev.sysfs_folder(number) / "size").read_text()) * 512
     has_table = blockdev.partitions(number) and has_program("sfdisk")
     return RecordedDisk(path=node, size=size, table=run("sfdisk", "--dump", node) if has_table else "")
+
+
+def _header(volume: LuksHeaderVolume) -> RecordedHeader:
+    return RecordedHeader(volume=volume.name, path=volume.path, mapping=volume.mapping)
 
 
 def _mounts() -> tuple[RecordedMount, ...]:

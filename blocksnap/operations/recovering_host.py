@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blocksnap.errors import TargetError
 from blocksnap.operations.recording import physical_volumes
-from blocksnap.repository.documents import Recovery
+from blocksnap.repository.documents import RecordedHeader, Recovery
 from blocksnap.system import lvm
 from blocksnap.system.lvm_text import Section, number_in, parse, section_in, strings_in
 
@@ -82,6 +82,8 @@ def script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
     for disk in recovery.disks:
         if disk.table:
             yield f"sfdisk {shlex.quote(disk.path)} < {_plain(disk.path)}.sfdisk"
+    for header in recovery.headers:
+        yield from _header(header, set(backed_up))
     for name, text in recovery.groups.items():
         lvm.check_name(name)
         group = section_in(parse(text), name)
@@ -116,6 +118,20 @@ def read_volumes(name: str, group: Section) -> Iterator[RecordedVolume]:
 def _extents(volume: Section) -> int:
     segments = [section_in(volume, name) for name in volume if re.fullmatch(r"segment\d+", name)]
     return sum(number_in(segment, "extent_count") for segment in segments)
+
+
+def _header(header: RecordedHeader, backed_up: set[str]) -> Iterator[str]:
+    """The header first, then the container is opened as it was: its passphrase is asked for."""
+    path, file = shlex.quote(header.path), shlex.quote(f"{_plain(header.path)}.luks")
+    if header.volume not in backed_up:
+        yield f"# the LUKS header of {path} is in no backup of this repository any more"
+        return
+    yield f"# {path} is a LUKS container: its old header makes a new device one that the old keys open"
+    yield f"(umask 077 && blocksnap restore {shlex.quote(header.volume)}@latest {file})"
+    yield f"cryptsetup luksHeaderRestore --batch-mode --header-backup-file {file} {path}"
+    yield f"rm {file}"
+    if header.mapping:
+        yield f"cryptsetup open {path} {shlex.quote(header.mapping)}"
 
 
 def _volumes(volumes: Sequence[RecordedVolume], backed_up: set[str]) -> Iterator[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from blocksnap.errors import UsageError
+from blocksnap.operations.catalogue import is_luks_header
 from blocksnap.operations.losses import current_losses
 from blocksnap.repository.checked import load_states, newest
 from blocksnap.repository.documents import Drilled
@@ -140,6 +141,9 @@ def _warnings(
     if drill is not None and not drill.good:
         step = next((step for step in drill.steps if not step.ok), None)
         yield f"the last drill, of backup {drill.backup[:8]}, failed{f' at {step.step}' if step else ''}"
+    if is_luks_header(last.backup):
+        # There is nothing in it to mount.
+        ages = replace(ages, drill=None)
     if ages.drill and drill is None:
         yield "it was never drilled"
     elif ages.drill and drill is not None and drill.time < ages.drill.before(now):

@@ -255,6 +255,14 @@ class RecordedMount(Document):
     filesystem: str
 
 
+class RecordedHeader(Document):
+    """A LUKS container, under which name it was open, and the volume that is its header."""
+
+    volume: Line
+    path: str
+    mapping: str = ""
+
+
 class Recovery(Document):
     """What there has to be on a bare machine before volumes can be restored to it.
 
@@ -263,8 +271,16 @@ class Recovery(Document):
 
     groups: dict[str, str] = {}
     disks: tuple[RecordedDisk, ...] = ()
+    headers: tuple[RecordedHeader, ...] = ()
     mounts: tuple[RecordedMount, ...] = ()
     fstab: str = ""
+
+    @model_serializer(mode="wrap")
+    def _without_no_headers(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        document: dict[str, JsonValue] = serialize(self)
+        if not document.get("headers", True):
+            del document["headers"]
+        return document
 
 
 class Manifest(Document):

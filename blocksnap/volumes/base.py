@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from blocksnap.extents.btrfs import SubvolumeParent
     from blocksnap.extents.btrfs_changes import SubvolumeChanges
 
-VolumeKind = Literal["thin", "classic", "subvolume", "image", "device", "file"]
+VolumeKind = Literal["thin", "classic", "subvolume", "image", "device", "file", "luks-header"]
 Trace = dict[str, str]
 """What a snapshot will be called on the host, enough to find and remove it after a crash."""
 
@@ -192,7 +192,8 @@ class Volume(Protocol):
     def key(self) -> str:
         """What stays the same from backup to backup and belongs to no other volume.
 
-        ``lvm:VGUUID/LVUUID``, ``btrfs:FSUUID/UUID`` or ``HOSTID:path``; parents are looked up by it.
+        ``lvm:VGUUID/LVUUID``, ``btrfs:FSUUID/UUID``, ``luks:UUID`` or ``HOSTID:path``; parents are
+        looked up by it.
         """
         ...
 

@@ -7,7 +7,7 @@ import pytest
 from blocksnap.errors import TargetError, UsageError
 from blocksnap.operations.recording import physical_volumes
 from blocksnap.operations.recovering_host import export_host, script
-from blocksnap.repository.documents import RecordedDisk, RecordedMount, Recovery
+from blocksnap.repository.documents import RecordedDisk, RecordedHeader, RecordedMount, Recovery
 
 GROUP = """
 my-vg {
@@ -68,6 +68,24 @@ def test_names_that_are_no_names_of_lvm_never_reach_a_shell() -> None:
         list(script(Recovery(groups={"$(reboot)": hostile}), []))
     hostile = GROUP.replace('"/dev/sdb"', '"/dev/$(reboot)"')
     assert "'/dev/$(reboot)'" in "\n".join(script(Recovery(groups={"my-vg": hostile}), []))
+
+
+def test_headers_are_restored_and_containers_opened_before_groups_are_made() -> None:
+    header = RecordedHeader(volume="luks:1-2", path="/dev/sdb$1", mapping="my vault")
+    recovery = RECOVERY.model_copy(update={"headers": (header,)})
+    lines = list(script(recovery, ["luks:1-2"]))
+    at = lines.index("(umask 077 && blocksnap restore luks:1-2@latest sdb-1.luks)")
+    assert lines[at + 1 : at + 4] == [
+        "cryptsetup luksHeaderRestore --batch-mode --header-backup-file sdb-1.luks '/dev/sdb$1'",
+        "rm sdb-1.luks",
+        "cryptsetup open '/dev/sdb$1' 'my vault'",
+    ]
+    assert lines[at + 4].startswith("vgcreate")
+    assert lines[at - 2].startswith("sfdisk")
+    assert not any("luksHeaderRestore" in line for line in script(recovery, []))
+    # Where there is none, the document is what it was before there were headers.
+    assert "headers" not in RECOVERY.model_dump(mode="json")
+    assert Recovery.model_validate_json(recovery.model_dump_json()) == recovery
 
 
 def test_everything_is_exported(tmp_path: Path) -> None:
