@@ -294,6 +294,8 @@ def _advice_for(device: BlockDevice, points: tuple[str, ...], by_number: dict[in
     below = _volume_below(device.number, by_number)
     if below:
         return f"back up the logical volume that it lies on: {below}"
+    if not points and (above := _stacked(device.number, by_number)):
+        return f"back up what lies on it ({', '.join(above)}), or end that for the time of the backup"
     stop = "unmount it or stop what uses it for the time of the backup"
     if device.filesystem == "xfs" and points:
         return f"{stop}; images on it are cloned while they are in use: {points[0].rstrip('/')}/*"
