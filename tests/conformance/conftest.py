@@ -32,7 +32,7 @@ def on_xfs(_loops: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 @pytest.fixture(scope="module")
 def on_btrfs(_loops: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("btrfs")
-    with loop_device(place / "btrfs.img", size=400 << 20) as device:
+    with loop_device(place / "btrfs.img", size=2 << 30) as device:
         call("mkfs.btrfs", "-q", device)
         with mounted(device, place / "mnt") as folder:
             yield folder

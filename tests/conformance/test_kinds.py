@@ -1,4 +1,4 @@
-"""The conformance suite on what this host's kernel has: files, images on XFS and btrfs, devices."""
+"""The conformance suite on what this host's kernel has: files, images, subvolumes, devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from support.conformance import SIZE, Conformance, Kind
 from support.file_ioctls import set_immutable
-from support.kinds import DeviceKind, FileKind, ImageKind, fill
+from support.kinds import DeviceKind, FileKind, ImageKind, SubvolumeKind, fill
 from support.loops import loop_device
 
 
@@ -42,6 +42,17 @@ class TestDevice(Conformance):
             made = DeviceKind(device, tmp_path / "disk.img")
             fill(made)
             yield made
+
+
+class TestSubvolume(Conformance):
+    @pytest.fixture
+    def kind(self, on_btrfs: Path, state: Path) -> Iterator[Kind]:
+        made = SubvolumeKind(on_btrfs / "live", state)
+        fill(made)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 class TestImageOnXfs(Conformance):

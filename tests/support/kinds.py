@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
+from blocksnap.volumes.base import Snapshot, is_tree
 from blocksnap.volumes.image import FOLDER
+from blocksnap.volumes.subvolume import PREFIX
+from support import btrfs_calls
 from support.classic_volume import ClassicVolume
 from support.conformance import MIB, SIZE, Kind
-from support.file_ioctls import clone_file, opened, set_immutable
+from support.file_ioctls import clone_file, dedupe_range, opened, set_immutable
+from support.file_trees import rsync_differences
+from support.in_process import InProcess
 from support.loops import call
 from support.lvm_lab import ThinPool, tool
 
@@ -19,6 +25,15 @@ from support.lvm_lab import ThinPool, tool
 def fill(kind: Kind) -> None:
     """Write to the first half of a volume."""
     kind.write(0, random.Random(kind.name).randbytes(SIZE // 2))
+
+
+def share_equal_blocks(path: Path, other: Path) -> None:
+    """Copy the beginning of a file, and have it let go of its own bytes for those of the copy."""
+    with open(path, "rb") as file:
+        other.write_bytes(file.read(2 * MIB))
+    with opened(other, os.O_RDWR) as source, opened(path, os.O_RDWR) as target:
+        os.fsync(source)
+        assert dedupe_range(source, target, 0, 2 * MIB, 0) == 2 * MIB
 
 
 class FileKind(Kind):
@@ -90,9 +105,11 @@ class ImageKind(Kind):
 
     def disturb(self, chance: random.Random) -> None:
         """Move its bytes, or let another file share them for a while."""
-        chosen = chance.choice(("move", "share", "copy"))
+        chosen = chance.choice(("move", "share", "copy", "dedupe"))
         other = self.path.parent / "other"
-        if chosen == "move" and self.tracked == "fiemap":
+        if chosen == "dedupe":
+            share_equal_blocks(self.path, other)
+        elif chosen == "move" and self.tracked == "fiemap":
             subprocess.run(["xfs_fsr", self.path], check=False, capture_output=True)
         elif chosen == "move":
             call("btrfs", "filesystem", "defragment", "-f", self.path)
@@ -104,6 +121,70 @@ class ImageKind(Kind):
             other.write_bytes(self.content()[: 2 * MIB])
             with opened(other) as source, opened(self.path, os.O_RDWR) as target:
                 os.copy_file_range(source, target, MIB, 0, 0)
+
+
+class SubvolumeKind(Kind):
+    """A btrfs subvolume with one file in it."""
+
+    tracked = "btrfs-tree"
+    in_place = False
+
+    def __init__(self, path: Path, state: Path) -> None:
+        """``state`` is where blocksnap remembers which runs of this host were committed."""
+        self._top, self._state = path, state
+        self.name, self.path = str(path), path / "disk.img"
+        btrfs_calls.create_subvolume(self.name)
+        self.path.touch()
+        os.truncate(self.path, SIZE)
+
+    def ours(self) -> list[str]:
+        # The filesystem is mounted whole, and this subvolume at its top.
+        return [name for name in os.listdir(self._top.parent) if name.startswith(PREFIX)]
+
+    def lose(self, name: str) -> None:
+        btrfs_calls.delete_subvolume(str(self._top.parent / name))
+
+    def break_identity(self) -> str:
+        shutil.rmtree(self._state)
+        return "no record of the parent backup"
+
+    def resize(self, size: int) -> None:
+        os.truncate(self.path, size)
+
+    def disturb(self, chance: random.Random) -> None:
+        """Move its bytes, let another file share them, or let it be replaced by one that is like it."""
+        chosen = chance.choice(("move", "dedupe", "replace"))
+        other = self._top.parent / "other"
+        if chosen == "move":
+            call("btrfs", "filesystem", "defragment", "-f", self.path)
+            call("btrfs", "balance", "start", "-dusage=90", self._top.parent)
+        elif chosen == "dedupe":
+            share_equal_blocks(self.path, other)
+        else:
+            call("cp", "--archive", "--reflink=always", self.path, f"{self.path}.new")
+            os.replace(f"{self.path}.new", self.path)
+
+    def read(self, snapshot: Snapshot) -> bytes:
+        assert is_tree(snapshot)
+        with os.fdopen(snapshot.open_file(self.path.stat().st_ino), "rb") as file:
+            return file.read()
+
+    def restored(self, blocksnap: InProcess) -> bytes:
+        place = self._top.parent / "restored"
+        try:
+            return self.restored_to(blocksnap, place)
+        finally:
+            btrfs_calls.delete_subvolume(str(place))
+
+    def restored_to(self, blocksnap: InProcess, place: Path) -> bytes:
+        blocksnap.done("restore", "latest", place, "--verify")
+        assert rsync_differences(self._top, place) == ""
+        return (place / self.path.name).read_bytes()
+
+    def close(self) -> None:
+        """Delete it, and what it shared bytes with."""
+        btrfs_calls.delete_subvolume(self.name)
+        (self._top.parent / "other").unlink(missing_ok=True)
 
 
 class ThinKind(Kind):
