@@ -82,6 +82,8 @@ def script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
     for disk in recovery.disks:
         if disk.table:
             yield f"sfdisk {shlex.quote(disk.path)} < {_plain(disk.path)}.sfdisk"
+    for path in _arrays(recovery):
+        yield f"# {path!r} was an array: make it first (mdadm --create), or put another device in its place"
     for header in recovery.headers:
         yield from _header(header, set(backed_up))
     for name, text in recovery.groups.items():
@@ -120,13 +122,22 @@ def _extents(volume: Section) -> int:
     return sum(number_in(segment, "extent_count") for segment in segments)
 
 
+def _arrays(recovery: Recovery) -> list[str]:
+    """Return the arrays of md that there have to be before what lies on them is made."""
+    paths = [header.path for header in recovery.headers]
+    for name, text in recovery.groups.items():
+        paths += physical_volumes(name, text)
+    return [path for path in dict.fromkeys(paths) if path.startswith("/dev/md")]
+
+
 def _header(header: RecordedHeader, backed_up: set[str]) -> Iterator[str]:
     """The header first, then the container is opened as it was: its passphrase is asked for."""
     path, file = shlex.quote(header.path), shlex.quote(f"{_plain(header.path)}.luks")
     if header.volume not in backed_up:
-        yield f"# the LUKS header of {path} is in no backup of this repository any more"
+        yield f"# the LUKS header of {header.path!r} is in no backup of this repository any more"
         return
-    yield f"# {path} is a LUKS container: its old header makes a new device one that the old keys open"
+    # A path in a comment is written so that it has no second line.
+    yield f"# {header.path!r} is a LUKS container: its old header makes one of a new device, for the old keys"
     yield f"(umask 077 && blocksnap restore {shlex.quote(header.volume)}@latest {file})"
     yield f"cryptsetup luksHeaderRestore --batch-mode --header-backup-file {file} {path}"
     yield f"rm {file}"

@@ -88,6 +88,15 @@ def test_headers_are_restored_and_containers_opened_before_groups_are_made() -> 
     assert Recovery.model_validate_json(recovery.model_dump_json()) == recovery
 
 
+def test_arrays_are_to_be_made_by_hand() -> None:
+    on_array = GROUP.replace('"/dev/sdb"', '"/dev/md0"')
+    header = RecordedHeader(volume="luks:1-2", path="/dev/md/two\nreboot")
+    recovery = Recovery(groups={"my-vg": on_array}, headers=(header,))
+    found = [line for line in script(recovery, []) if "was an array" in line]
+    assert [line.partition(" was")[0] for line in found] == ["# '/dev/md/two\\nreboot'", "# '/dev/md0'"]
+    assert not any("was an array" in line for line in script(RECOVERY, []))
+
+
 def test_everything_is_exported(tmp_path: Path) -> None:
     written = export_host(RECOVERY, [], tmp_path / "host")
     assert {path.name for path in written} == {"my-vg.vgcfg", "sda.sfdisk", "fstab", "mounts", "recover.sh"}
