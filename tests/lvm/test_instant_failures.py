@@ -30,7 +30,7 @@ from support.instant_restore import (
     restoring,
     use,
 )
-from support.lvm_lab import ThinPool, tool, write_at
+from support.lvm_lab import ThinPool, switch, tool, write_at
 
 SOAK = bool(os.environ.get("BLOCKSNAP_SOAK"))
 
@@ -234,13 +234,6 @@ def test_a_repository_that_is_away_is_waited_for(
             nothing_is_left(pool, NAME)
     pool.remove("store")
     assert store
-
-
-def switch(device: str, table: str) -> None:
-    """Put another table in force at once."""
-    subprocess.run(["dmsetup", "load", device], input=table, text=True, check=True)
-    tool("dmsetup", "suspend", "--nolockfs", "--noflush", device)
-    tool("dmsetup", "resume", device)
 
 
 def write_much(path: Path) -> None:

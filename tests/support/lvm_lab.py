@@ -130,6 +130,13 @@ def tool(*argv: str) -> str:
     return done.stdout
 
 
+def switch(device: str, table: str) -> None:
+    """Put another table in force at once."""
+    subprocess.run(["dmsetup", "load", device], input=table, text=True, check=True)
+    tool("dmsetup", "suspend", "--nolockfs", "--noflush", device)
+    tool("dmsetup", "resume", device)
+
+
 @dataclass
 class ThinPool:
     """A volume group with a thin pool in it."""
