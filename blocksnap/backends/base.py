@@ -79,7 +79,10 @@ class Backend(ABC):
 
     @abstractmethod
     def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from ``offset`` of an object; raises EOFError when the object is too short."""
+        """Fill ``buffer`` from ``offset`` of an object; raises EOFError when the object is too short.
+
+        Raises BackendAwayError when nothing can be read, not of this object and not of any other.
+        """
 
     @abstractmethod
     def view(self, name: str) -> memoryview:

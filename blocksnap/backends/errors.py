@@ -42,6 +42,13 @@ class BackendFailedError(StorageError):
         )
 
 
+class BackendAwayError(BackendFailedError):
+    """Nothing can be read any more: the storage is away, which says nothing about the objects in it."""
+
+    def __init__(self, place: str, err: OSError) -> None:
+        super().__init__("read anything", place, err)
+
+
 class NoSuchPlaceError(NoRepositoryError):
     """The directory or bucket itself does not exist."""
 

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 
 from blocksnap.backends.base import Backend, Buffer, ObjectInfo, ObjectWriter, is_name, validate_name
 from blocksnap.backends.errors import (
+    BackendAwayError,
     BackendFailedError,
     NoSuchPlaceError,
     ObjectExistsError,
@@ -31,6 +32,8 @@ from blocksnap.backends.errors import (
 
 _TEMPORARY = "tmp"
 _OPEN_FILES = 64
+_ALWAYS_THERE = "config"
+"""An object that every repository has."""
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _NO_LINKS = {errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -103,11 +106,17 @@ class LocalBackend(Backend):
 
     def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill the buffer by pread from a descriptor that stays open for the next call."""
-        fd = self._borrow(name)
         try:
-            self._fill(fd, name, offset, buffer)
-        finally:
-            self._give_back(fd)
+            fd = self._borrow(name)
+            try:
+                self._fill(fd, name, offset, buffer)
+            finally:
+                self._give_back(fd)
+        except BackendFailedError as err:
+            # The kernel has one word for a bad sector and for a disk that was pulled out.
+            if err.errno == errno.EIO and not self._answers(name):
+                raise BackendAwayError(self._path, OSError(errno.EIO, os.strerror(errno.EIO))) from err
+            raise
 
     def view(self, name: str) -> memoryview:
         """Map the object."""
@@ -204,6 +213,28 @@ class LocalBackend(Backend):
                 done += count
         except OSError as err:
             raise BackendFailedError(f"read {name}", self._path, err) from err
+
+    def _answers(self, name: str) -> bool:
+        """Tell whether anything can be read from the storage itself: of this object, or of another."""
+        return any(
+            self._reads(*each)
+            for each in ((name, os.SEEK_SET), (name, os.SEEK_END), (_ALWAYS_THERE, os.SEEK_SET))
+        )
+
+    def _reads(self, name: str, whence: int) -> bool:
+        """Tell whether the first or the last byte of an object can be read, past the page cache."""
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._root)
+        except OSError:
+            return False
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            last = os.fstat(fd).st_size - 1
+            return last >= 0 and len(os.pread(fd, 1, last if whence == os.SEEK_END else 0)) == 1
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     def _walk(self, folder: str) -> Iterator[ObjectInfo]:
         root = self._open_root()

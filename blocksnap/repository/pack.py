@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from blocksnap.backends.base import Backend
-from blocksnap.backends.errors import BackendFailedError, ObjectMissingError
+from blocksnap.backends.errors import BackendAwayError, BackendFailedError, ObjectMissingError
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import HEADER as FRAME_HEADER
 from blocksnap.repository.frame import FrameHeader, FrameType, Opener, Sealer
@@ -175,7 +175,7 @@ def read_pack_range(backend: Backend, name: str, offset: int, buffer: memoryview
     except ObjectMissingError as err:
         raise DamagedObjectError(name, "the index lists it, but it is missing") from err
     except BackendFailedError as err:
-        if err.errno != errno.EIO:
+        if err.errno != errno.EIO or isinstance(err, BackendAwayError):
             raise
         # A bad sector is damage like any other: another pack may have the same.
         raise DamagedObjectError(name, f"it cannot be read at {offset}: {os.strerror(errno.EIO)}") from err
