@@ -153,14 +153,16 @@ def served_images(
     report: Reporter,
     *,
     end_users: Callable[[], object],
+    tell: Callable[[BlocksnapError], None] | None = None,
     patient: bool = False,
     writable: bool = False,
 ) -> Iterator[None]:
     """Serve backups as files of the folder ``IMAGES_FOLDER``, for other processes, never this one.
 
     ``end_users`` is called at the end: what is made of an image goes before the image, and not by the hand
-    that serves it. With ``patient`` their reads wait for a repository that is away; with
-    ``writable`` each image has an overlay that is thrown away.
+    that serves it. ``tell`` is called with what keeps a read waiting or fails it, each time; without it that
+    is a warning, once. With ``patient`` their reads wait for a repository that is away; with ``writable``
+    each image has an overlay that is thrown away.
     """
     from blocksnap.restore.serving import ServedImages
 
@@ -174,7 +176,7 @@ def served_images(
     }
     told: set[str] = set()
 
-    def tell(err: BlocksnapError) -> None:
+    def warn_once(err: BlocksnapError) -> None:
         if err.brief not in told:
             told.add(err.brief)
             report.warn(err.brief, resolution=err.resolution)
@@ -183,7 +185,7 @@ def served_images(
     _ = repository.index
     os.mkdir(IMAGES_FOLDER)
     with ServedImages(
-        repository, described, IMAGES_FOLDER, tell, patient=patient, writable=writable
+        repository, described, IMAGES_FOLDER, tell or warn_once, patient=patient, writable=writable
     ) as images:
         try:
             yield

@@ -313,7 +313,12 @@ class _Run:
         with (
             ExitStack() as users,
             served_images(
-                self._repository, [self._backup], self._report, end_users=users.close, patient=True
+                self._repository,
+                [self._backup],
+                self._report,
+                end_users=users.close,
+                tell=self._tell,
+                patient=True,
             ),
         ):
             server = ImageServer(image, self._arrival.token, self._keeper, self._tell)
