@@ -24,7 +24,11 @@ _WAIT_SECONDS = 30 * 86400.0
 def number_of(name: str) -> int | None:
     """Return the number of the device with this name; None when there is none."""
     for path in _SYS_BLOCK.glob("dm-*/dev"):
-        major, minor = path.read_text().split(":")
+        try:
+            major, minor = path.read_text().split(":")
+        except OSError:
+            # It has gone meanwhile.
+            continue
         number = os.makedev(int(major), int(minor))
         if dm_name(number) == name:
             return number
