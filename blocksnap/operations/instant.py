@@ -28,7 +28,14 @@ from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.arrival_devices import ArrivalDevices, Names, below_table, empty_store, store_bytes
+from blocksnap.restore.arrival_devices import (
+    ArrivalDevices,
+    Names,
+    StoreFullError,
+    below_table,
+    empty_store,
+    store_bytes,
+)
 from blocksnap.restore.arriving_target import ArrivingTarget
 from blocksnap.restore.engine import UnreadableRangeError, head_bytes, restore_to_target
 from blocksnap.restore.image_server import ImageServer
@@ -45,6 +52,8 @@ _MOST_NAME = 100
 _SECTOR = 512
 _AGAIN_SECONDS = 2.0
 _LOOK_SECONDS = 0.5
+_WRITES_SECONDS = 5.0
+"""How often it is asked whether what is written meanwhile still has room."""
 
 
 class UnevenSizeError(TargetError):
@@ -274,7 +283,8 @@ class _Run:
         self._report = report
         self._keeper = keeper
         self._bucket = TokenBucket(rate) if rate else None
-        self._bucket_lock = threading.Lock()
+        self._looked = began
+        self._lock = threading.Lock()
         self._began = began
         self._usable_seconds = 0.0
         self._devices = ArrivalDevices(_names(arrival))
@@ -391,7 +401,7 @@ class _Run:
 
     def _moved(self, lv_bytes: int, remote: int, reached: int) -> None:
         """Have what has arrived read from the volume from now on."""
-        self._devices.check_writes()
+        self._check_writes()
         self._move(lv_bytes, remote, reached)
 
     def _move(self, lv_bytes: int, remote: int, reached: int) -> None:
@@ -410,11 +420,22 @@ class _Run:
         """Return up to where the data is there, but for the beginning."""
         return ArrivingTarget.reached_of(self._devices.node, self._record)
 
+    def _check_writes(self) -> None:
+        """Tell when the room for writes is full: the data may arrive all the same. Raises WritesLostError."""
+        try:
+            self._devices.check_writes()
+        except StoreFullError as err:
+            self._tell(err)
+
     def _hold_back(self, length: int) -> None:
-        if self._bucket is None:
-            return
-        with self._bucket_lock:
-            delay = self._bucket.take(length, time.monotonic())
+        now = time.monotonic()
+        with self._lock:
+            is_due = now - self._looked >= _WRITES_SECONDS
+            if is_due:
+                self._looked = now
+            delay = self._bucket.take(length, now) if self._bucket is not None else 0.0
+        if is_due:
+            self._check_writes()
         time.sleep(delay)
 
     def _end(self) -> None:
@@ -434,8 +455,9 @@ class _Run:
         self._file.write(self._arrival)
 
     def _tell(self, err: BlocksnapError) -> None:
-        if err.brief in self._told:
-            return
-        self._told.add(err.brief)
+        with self._lock:
+            if err.brief in self._told:
+                return
+            self._told.add(err.brief)
         waits = "; what needs it waits" if isinstance(err, StorageError) else ""
         self._report.warn(f"{err.brief}{waits}", resolution=err.resolution)

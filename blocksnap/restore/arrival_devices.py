@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blocksnap.errors import BlocksnapError, TargetError
 from blocksnap.system import devmapper, dm_tables, lvm
 from blocksnap.system.blockdev import DeviceBusyError, number_text, sysfs_folder
+from blocksnap.system.command import CommandError
 from blocksnap.system.dm_status import lvm_uuid
 from blocksnap.system.mounts import users_of_device
 
@@ -40,13 +42,13 @@ class WritesLostError(TargetError):
 
 
 class StoreFullError(TargetError):
-    """There is no more room for what is written meanwhile."""
+    """There is no more room for what is written meanwhile; ``users`` are in the way of making some."""
 
-    def __init__(self, volume: str) -> None:
-        self.volume = volume
+    def __init__(self, volume: str, users: Sequence[str] = ()) -> None:
+        self.volume, self.users = volume, tuple(users)
         super().__init__(
             f"the room for what is written to {volume} meanwhile is full: writes fail, and what was written "
-            "before is kept",
+            f"before is kept{''.join(f'; it is {user}' for user in users)}",
             resolution="stop what uses it, unmount it, end this command, and make room with: "
             f"blocksnap restore --instant --resume {volume}",
         )
@@ -174,7 +176,7 @@ class ArrivalDevices:
             raise WritesLostError(self._names.volume, state)
 
     def make_room(self, lv_bytes: int) -> None:
-        """Where the store was full, make it large enough for all; raises DeviceBusyError while it is used."""
+        """Where the store was full, make it large enough for all; raises StoreFullError while it is used."""
         names = self._names
         number = dm_tables.number_of(names.device)
         if number is None or " snapshot" not in dm_tables.read_table(names.device):
@@ -182,9 +184,15 @@ class ArrivalDevices:
         if devmapper.snapshot_status(number).state != "overflow":
             return
         if users := users_of_device(number):
-            raise DeviceBusyError(names.volume, users)
+            raise StoreFullError(names.volume, users)
         # The kernel looks at the size of a store, and forgets that it was full, only when it is opened.
-        dm_tables.remove(names.device)
+        try:
+            dm_tables.remove(names.device)
+        except CommandError as err:
+            if "busy" not in err.message:
+                raise
+            # A mount that is younger than this process's own view of them need not be seen here.
+            raise StoreFullError(names.volume, ["in use"]) from err
         lvm.extend_volume(names.group, names.meanwhile, store_bytes(lv_bytes))
 
     def merge(self, lv_bytes: int) -> None:

@@ -244,8 +244,9 @@ def write_much(path: Path) -> None:
 
 
 @pytest.mark.skipif(not SOAK, reason="make soak-instant")
+@pytest.mark.parametrize("is_ended", [True, False], ids=["ended", "whole"])
 def test_room_that_is_too_small_fails_writes_and_loses_none(
-    pool: ThinPool, lost: dict[str, str], tmp_path: Path
+    pool: ThinPool, lost: dict[str, str], tmp_path: Path, is_ended: bool
 ) -> None:
     volume = f"{pool.group}/{NAME}"
     with restoring("latest", volume, "--write-room", "4M", "--rate", "1M") as first:
@@ -255,13 +256,24 @@ def test_room_that_is_too_small_fails_writes_and_loses_none(
             with pytest.raises(OSError, match=r"Input/output|Read-only"):
                 write_much(folder / "much")
             assert "full" in first.until("warning")["message"]
-        assert first.end(signal.SIGTERM) == 143
+            if not is_ended:
+                # The data arrives all the same; what was written has to wait for room.
+                assert first.ended() == 1
+                error = first.events[-1]
+                assert (error["event"], error["error"]) == ("error", "StoreFullError"), error
+                assert f"mounted on {folder}" in error["message"] or "in use" in error["message"]
+        if is_ended:
+            assert first.end(signal.SIGTERM) == 143
     with restoring("--resume", volume) as second:
-        second.until("usable")
+        if is_ended:
+            second.until("usable")
+        else:
+            assert second.done() == 0
         with mounted(device, tmp_path / "mnt") as folder:
             (folder / "much").write_bytes(bytes(8 * MIB))
             use(folder, 10, 10)
-            assert second.done() == 0
+            if is_ended:
+                assert second.done() == 0
             judge(folder, lost, 20)
     nothing_is_left(pool, NAME)
 
