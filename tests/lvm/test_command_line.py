@@ -127,7 +127,7 @@ def test_groups_share_an_instant_and_a_commit(pool: ThinPool, blocksnap: InProce
 def test_other_kinds_are_told_plainly(pool: ThinPool, blocksnap: InProcess) -> None:
     pool.create("data")
     tool("lvcreate", "-y", "-L", "8M", "-n", "classic", pool.group)
-    for name in ("classic", pool.pool, "nosuch"):
+    for name in (pool.pool, "nosuch"):
         code, _, err = blocksnap("backup", f"{pool.group}/{name}")
         assert code == 14, (name, err)
         assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
@@ -135,8 +135,9 @@ def test_other_kinds_are_told_plainly(pool: ThinPool, blocksnap: InProcess) -> N
     listed = json.loads(blocksnap.done("volumes", "--json"))["volumes"]
     by_name = {volume["name"]: volume for volume in listed}
     assert by_name[f"{pool.group}/data"]["tracking"] == "thin-time"
-    assert by_name[f"{pool.group}/classic"]["supported"] is False
-    assert by_name[f"{pool.group}/classic"]["obstacle"]
+    assert by_name[f"{pool.group}/data"]["supported"] is True
+    assert by_name[f"{pool.group}/classic"]["supported"] is True
+    assert by_name[f"{pool.group}/classic"]["tracking"] != "thin-time"
 
 
 @pytest.mark.parametrize(
