@@ -154,12 +154,12 @@ host-test:
 LAB_SOAKED := tests/lvm/test_quiesce.py
 # Two labs at once, one for each core; the second one's output follows the first one's.
 LAB_SECOND := $(addprefix tests/lvm/test_,thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
-	guard.py power_cut.py quiesce_commands.py quiesce_databases.py \
+	classic.py guard.py power_cut.py quiesce_commands.py quiesce_databases.py \
 	restore_failures.py restore_in_place.py instant.py instant_failures.py)
 lab-test:
 	@mkdir -p build
-	@vagrant/lab --timeout 2700 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
+	@vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
 	second=$$!; \
-	vagrant/lab --timeout 2700 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND) $(LAB_SOAKED)) tests/lvm; \
+	vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND) $(LAB_SOAKED)) tests/lvm; \
 	rest=$$?; wait $$second; code=$$?; cat build/lab-second.log; \
 	test $$rest -eq 0 && test $$code -eq 0
