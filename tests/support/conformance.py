@@ -244,7 +244,11 @@ class Conformance:
             if not killed(step, "backup", kind.name, *kind.options, "-q"):
                 break
             code, out, err = blocksnap("doctor", "--fix", "--json")
-            assert (code, json.loads(out)["failed"]) == (0, []), (step, out, err)
+            told = json.loads(out)
+            # Other tests have devices on this host too, which doctor tells of and leaves.
+            foreign = [each for each in told["findings"] if not each["ours"]]
+            assert told["failed"] == [], (step, out, err)
+            assert code == 0 or foreign, (step, out, err)
             # A base is kept until the next is committed.
             assert len(kind.ours()) <= kind.bases, step
             assert os.listdir(blocksnap.folder / "state" / "journal") == []

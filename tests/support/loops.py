@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+RELEASE_SECONDS = 60
+
 
 def call(*argv: str | Path) -> str:
     """Run a tool that has to succeed."""
@@ -32,8 +34,11 @@ def loop_device(image: Path, *, size: int | None = None, read_only: bool = False
 
 
 def _await_release(attached: Path, image: str) -> None:
-    """Wait until nobody who looks at new devices keeps the file: its filesystem could not be unmounted."""
-    deadline = time.monotonic() + 10
+    """Wait until nobody keeps the file: its filesystem could not be unmounted.
+
+    Whoever looks at new devices does, and what another test began meanwhile with mounts of its own.
+    """
+    deadline = time.monotonic() + RELEASE_SECONDS
     while time.monotonic() < deadline:
         try:
             if attached.read_text().rstrip("\n") != image:
@@ -41,6 +46,16 @@ def _await_release(attached: Path, image: str) -> None:
         except OSError:
             return
         time.sleep(0.05)
+
+
+def unmount(folder: Path) -> None:
+    """Unmount a filesystem, once nobody is in it any more."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while time.monotonic() < deadline:
+        if subprocess.run(["umount", folder], check=False, capture_output=True).returncode == 0:
+            return
+        time.sleep(0.2)
+    call("umount", folder)
 
 
 @contextmanager
@@ -51,4 +66,4 @@ def mounted(device: str, folder: Path, *options: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        call("umount", folder)
+        unmount(folder)
