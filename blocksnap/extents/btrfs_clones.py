@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import os
 
-from blocksnap.errors import VolumeError
 from blocksnap.extents.btrfs import compare_files
 from blocksnap.extents.changes import Changes, Parent
-from blocksnap.extents.clone_identity import doubt_about_base
-from blocksnap.extents.scan import data_near, data_of, read_all
-from blocksnap.system.btrfs import filesystem_info, subvolume_info
+from blocksnap.extents.clone_changes import CloneEngine, find_clone_changes
+from blocksnap.extents.model import ExtentList
+from blocksnap.system.btrfs import BtrfsError, filesystem_info, subvolume_info
 from blocksnap.system.clones import ClonedFile, look_at_file
 
 
@@ -26,47 +25,16 @@ def look_at(fd: int) -> ClonedFile:
     return look_at_file(fd, f"{filesystem_info(fd).uuid}/{subvolume_info(fd).uuid}")
 
 
-def find_clone_changes(base_fd: int | None, clone_fd: int, parent: Parent | None) -> Changes:
+def find_btrfs_clone_changes(base_fd: int | None, clone_fd: int, parent: Parent | None) -> Changes:
     """Say what of a clone to read.
 
     ``base_fd`` is the clone that was kept at the parent backup, if it is still there; ``clone_fd`` the new
     one, to which nobody writes. Raises VolumeError when somebody does, OSError when it cannot be looked at.
     """
-    clone = look_at(clone_fd)
-    found = _decide(base_fd, clone_fd, clone, parent)
-    if isinstance(found, str):
-        found = read_all(data_of(clone_fd, clone.size), found)
-    if look_at(clone_fd) != clone:
-        raise VolumeError(
-            "the clone was written to, or its attributes changed, while its changes were looked for",
-            resolution="run it again, and find out who works on the clones",
-        )
-    return found
+    engine = CloneEngine("btrfs-tree", "btrfs-clone", "extents", look_at, BtrfsError, _compare)
+    return find_clone_changes(engine, base_fd, clone_fd, look_at(clone_fd), parent)
 
 
-def _decide(base_fd: int | None, clone_fd: int, clone: ClonedFile, parent: Parent | None) -> Changes | str:
-    """Return the answer of the extents, or why there is none."""
-    if parent is None:
-        return "first backup of this volume"
-    if base_fd is None:
-        return "the parent's clone is not on this host any more"
-    base = look_at(base_fd)
-    doubt = doubt_about_base(base, clone, parent, "btrfs-clone")
-    if doubt:
-        return doubt
-    try:
-        found = compare_files(base_fd, os.fstat(base_fd).st_ino, clone_fd, clone.inode)
-    except (OSError, VolumeError) as err:
-        return f"the extents of the clones cannot be compared: {err}"
-    if look_at(base_fd) != base:
-        return "the base was changed while it was looked at"
-    return Changes(
-        "btrfs-tree",
-        "the parent's clone was kept as base and nobody has touched it",
-        inherits=True,
-        allocated=found.changed.union(
-            data_near(clone_fd, found.holes, size=clone.size, parent_size=parent.size)
-        ),
-        changed=found.changed,
-        discarded=found.holes,
-    )
+def _compare(base_fd: int, clone_fd: int) -> tuple[ExtentList, ExtentList]:
+    found = compare_files(base_fd, os.fstat(base_fd).st_ino, clone_fd, os.fstat(clone_fd).st_ino)
+    return found.changed, found.holes

@@ -11,20 +11,16 @@ as they are. So all that has to be proven is that the base holds what the parent
 * Nobody wrote to it: size, mtime and ctime are as remembered. Times alone move in ticks of some milliseconds,
   so the base is immutable (chattr +i) before it is remembered, and still is: nobody can write to it without
   taking that away, and that changes ctime. So does renaming, so it is remembered under its last name.
-
-The same looks at both files before and after make sure that they are what was compared.
 """
 
 from __future__ import annotations
 
 import os
 
-from blocksnap.errors import VolumeError
 from blocksnap.extents.changes import Changes, Parent
-from blocksnap.extents.clone_identity import doubt_about_base
+from blocksnap.extents.clone_changes import CloneEngine, find_clone_changes
 from blocksnap.extents.model import ExtentList
-from blocksnap.extents.scan import data_near, data_of, read_all
-from blocksnap.system.clones import ClonedFile
+from blocksnap.extents.scan import data_of, read_all
 from blocksnap.system.xfs import NotXfsError, look_at
 
 
@@ -39,46 +35,8 @@ def find_fiemap_changes(base_fd: int | None, clone_fd: int, parent: Parent | Non
     except NotXfsError as err:
         size = os.fstat(clone_fd).st_size
         return read_all(data_of(clone_fd, size), f"the clone's map cannot be believed: {err}")
-    found = _decide(base_fd, clone_fd, clone, parent)
-    if isinstance(found, str):
-        found = read_all(data_of(clone_fd, clone.size), found)
-    if look_at(clone_fd) != clone:
-        raise VolumeError(
-            "the clone was written to, or its attributes changed, while its changes were looked for",
-            resolution="run it again, and find out who works on the clones",
-        )
-    return found
-
-
-def _decide(base_fd: int | None, clone_fd: int, clone: ClonedFile, parent: Parent | None) -> Changes | str:
-    """Return the answer of the maps, or why there is none."""
-    if parent is None:
-        return "first backup of this volume"
-    if base_fd is None:
-        return "the parent's clone is not on this host any more"
-    try:
-        base = look_at(base_fd)
-    except NotXfsError as err:
-        return f"the base is not the parent's clone: {err}"
-    doubt = doubt_about_base(base, clone, parent, "xfs-clone")
-    if doubt:
-        return doubt
-    try:
-        changed, discarded = compare_maps(base_fd, clone_fd)
-    except (OSError, ValueError) as err:
-        return f"the maps of the clones cannot be compared: {err}"
-    if look_at(base_fd) != base:
-        return "the base was changed while it was looked at"
-    return Changes(
-        "fiemap",
-        "the parent's clone was kept as base and nobody has touched it",
-        inherits=True,
-        allocated=changed.union(
-            data_near(clone_fd, discarded, size=clone.size, parent_size=parent.size),
-        ),
-        changed=changed,
-        discarded=discarded,
-    )
+    engine = CloneEngine("fiemap", "xfs-clone", "maps", look_at, NotXfsError, compare_maps)
+    return find_clone_changes(engine, base_fd, clone_fd, clone, parent)
 
 
 def compare_maps(base_fd: int, clone_fd: int) -> tuple[ExtentList, ExtentList]:

@@ -166,9 +166,9 @@ class ImageSnapshot:
                 from blocksnap.extents.fiemap import find_fiemap_changes
 
                 return find_fiemap_changes(base, self._fd, parent)
-            from blocksnap.extents.btrfs_clones import find_clone_changes
+            from blocksnap.extents.btrfs_clones import find_btrfs_clone_changes
 
-            return find_clone_changes(base, self._fd, parent)
+            return find_btrfs_clone_changes(base, self._fd, parent)
 
     @contextmanager
     def open_reader(self) -> Iterator[int]:
