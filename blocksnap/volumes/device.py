@@ -7,17 +7,15 @@ can be kept from nobody, so it is looked at again before the commit.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
+from blocksnap.extents.changes import Binding, Changes, Parent
 from blocksnap.extents.scan import compare_all, scan_file
 from blocksnap.system import blockdev
 from blocksnap.system.files import is_being_written
 from blocksnap.system.host import host_id
 from blocksnap.system.mounts import mounts_of, users_of_device
-from blocksnap.volumes.base import Ledger, Level, SnapshotTiming, Trace, VolumeKind
+from blocksnap.volumes.base import Ledger, Trace, VolumeKind
+from blocksnap.volumes.cold import ColdSnapshot
 from blocksnap.volumes.errors import (
     FileInUseError,
     NoSuchVolumeError,
@@ -60,44 +58,6 @@ class _ColdVolume:
         return None
 
 
-class _ColdSnapshot:
-    """An open descriptor in place of a snapshot."""
-
-    def __init__(self, path: str, fd: int) -> None:
-        self._path = path
-        self._fd = fd
-        self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
-
-    @property
-    def timing(self) -> SnapshotTiming:
-        """When it was opened."""
-        return self._timing
-
-    @contextmanager
-    def open_reader(self) -> Iterator[int]:
-        """Yield the descriptor; the reads of a file go through the page cache."""
-        yield self._fd
-
-    def levels(self) -> tuple[Level, ...]:
-        """There is nothing that it fills."""
-        return ()
-
-    def drop(self) -> None:
-        """There is nothing that could be removed while it is read."""
-
-    def decide_base(self, policy: BasePolicy) -> None:
-        """There is nothing that could stay."""
-
-    def settle(self, owner: str, *, stays: bool) -> None:
-        """There is nothing that could stay."""
-
-    def remove(self) -> None:
-        """Close the descriptor."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 class FileVolume(_ColdVolume):
     """A plain file, read where it is."""
 
@@ -119,7 +79,7 @@ class FileVolume(_ColdVolume):
         return FileSnapshot(self._path)
 
 
-class FileSnapshot(_ColdSnapshot):
+class FileSnapshot(ColdSnapshot):
     """A file that is hoped to stay as it is; ``check`` tells whether it did."""
 
     def __init__(self, path: str) -> None:
@@ -127,7 +87,8 @@ class FileSnapshot(_ColdSnapshot):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
             raise NoSuchVolumeError(path, os.strerror(err.errno or 0)) from err
-        super().__init__(path, fd)
+        super().__init__(fd)
+        self._path = path
         self._state = self._look()
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
@@ -182,11 +143,12 @@ class DeviceVolume(_ColdVolume):
         return DeviceSnapshot(self._path, self._number)
 
 
-class DeviceSnapshot(_ColdSnapshot):
+class DeviceSnapshot(ColdSnapshot):
     """A device that is held so that nobody can begin to write to it."""
 
     def __init__(self, path: str, number: int) -> None:
-        super().__init__(path, _open_unused(path, number))
+        super().__init__(_open_unused(path, number))
+        self._path = path
         self._number = number
         self._size = blockdev.size_of(self._fd)
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from blocksnap.errors import VolumeError
-from blocksnap.extents.changes import BasePolicy, Binding, Changes, Parent
+from blocksnap.extents.changes import Binding, Changes, Parent
 from blocksnap.extents.scan import compare_all
 from blocksnap.system import blockdev, devmapper
 from blocksnap.system.luks import LuksHeader, read_header
-from blocksnap.volumes.base import Ledger, Level, SnapshotTiming, Trace, VolumeKind
+from blocksnap.volumes.base import Ledger, Trace, VolumeKind
+from blocksnap.volumes.cold import ColdSnapshot
 from blocksnap.volumes.errors import NoSuchVolumeError
 
 _ATTEMPTS = 10
@@ -110,18 +111,12 @@ class LuksHeaderVolume:
             raise NoSuchVolumeError(self.name, f"{self.path} has another header, or none")
 
 
-class LuksHeaderSnapshot:
-    """A header, in memory from when it is first looked at."""
+class LuksHeaderSnapshot(ColdSnapshot):
+    """A header, in memory from when it is first looked at, a little after the snapshots of the run."""
 
     def __init__(self, volume: LuksHeaderVolume) -> None:
+        super().__init__()
         self._volume = volume
-        self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
-        self._fd = -1
-
-    @property
-    def timing(self) -> SnapshotTiming:
-        """When the snapshots of the run were taken; it is read a little later."""
-        return self._timing
 
     @property
     def size(self) -> int:
@@ -154,25 +149,6 @@ class LuksHeaderSnapshot:
 
     def check(self) -> None:
         """What is in memory stays."""
-
-    def levels(self) -> tuple[Level, ...]:
-        """There is nothing that it fills."""
-        return ()
-
-    def drop(self) -> None:
-        """There is nothing that could be removed while it is read."""
-
-    def decide_base(self, policy: BasePolicy) -> None:
-        """There is nothing that could stay."""
-
-    def settle(self, owner: str, *, stays: bool) -> None:
-        """There is nothing that could stay."""
-
-    def remove(self) -> None:
-        """Forget the copy."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def header_on(number: int) -> LuksHeader | None:
