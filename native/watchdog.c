@@ -100,6 +100,8 @@ static void let_all_go(struct bs_watch *watch, const char *why)
                 watch->why = why;
                 watch->took_ms = watch->began_ms ? (int)(now - watch->began_ms) : 0;
         }
+        /* Said first: whoever finds a connection shut down then knows by whom. */
+        bs_watch_send(watch, BS_WATCH_EXPIRED, 0, watch->took_ms);
         let_kind_go(watch, BS_WATCH_WRITE);
         let_kind_go(watch, BS_WATCH_HANGUP);
         for (uint32_t i = watch->count; i-- > 0;) {
@@ -116,7 +118,6 @@ static void let_all_go(struct bs_watch *watch, const char *why)
         }
         start_afters(watch);
         let_kind_go(watch, BS_WATCH_THAW);
-        bs_watch_send(watch, BS_WATCH_EXPIRED, 0, watch->took_ms);
 }
 
 /* Try again what was not frozen yet, as long as somebody may be freezing it; return when to look again. */

@@ -45,7 +45,7 @@ enum bs_watch_word {
         BS_WATCH_KILL,    /* end the command, with all processes of its session */
         BS_WATCH_DISMISS, /* the controller needs no watchdog any more */
         BS_WATCH_ENDED,   /* the command ended: value is its exit code, or -N for signal N */
-        BS_WATCH_EXPIRED, /* everything was let go because the time was up: value is milliseconds */
+        BS_WATCH_EXPIRED, /* everything is being let go, the time was up: value is milliseconds */
 };
 
 struct bs_watch_message {

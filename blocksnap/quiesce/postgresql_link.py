@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
 Row = tuple[str, ...]
+_TICK_SECONDS = 0.001
+"""The watchdog counts in milliseconds."""
 
 
 class PostgresqlLink:
@@ -84,7 +86,10 @@ class PostgresqlLink:
                 results.append(result)
         except self._driver_error as err:
             self.close()
-            raise AgentError(self._server, f"was lost{doing}", str(err)) from err
+            # The watchdog hangs up at the same moment, and may be the first to.
+            late = time.monotonic() >= deadline - _TICK_SECONDS
+            problem = "did not answer in time" if late else "was lost"
+            raise AgentError(self._server, f"{problem}{doing}", str(err)) from err
         if link.status != ConnStatus.OK:
             # The last words of a session that was ended from elsewhere look like an answer.
             said = link.error_message.decode(errors="replace").strip()
