@@ -80,10 +80,10 @@ soak-images: bootstrap ## an image of 4 GiB on XFS and on btrfs, at work while i
 soak-kinds: bootstrap ## 20 rounds of anything that happens, and a kill at every step, for each kind of volume
 	BLOCKSNAP_SOAK_ROUNDS=20 BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 tests/conformance/test_kinds.py
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=20 --env BLOCKSNAP_SOAK=1 -- \
-		$(PYTEST) --timeout 7000 tests/lvm/test_conformance.py
+		$(PYTEST) --timeout 7000 tests/lvm/test_conformance.py tests/lvm/test_rounds.py
 
-soak-histories: bootstrap ## the difference of thin devices against thin_delta, forty times as long, in the lab
-	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=40 -- $(PYTEST) --timeout 7000 \
+soak-histories: bootstrap ## the difference of thin devices against thin_delta, a hundred times as long, in the lab
+	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=100 -- $(PYTEST) --timeout 7000 \
 		tests/lvm/test_thin_histories.py tests/lvm/test_thin_metadata.py -k 'random_histories or lock_free'
 
 soak-kill: bootstrap ## a backup of a group, killed at every step, and what doctor --fix makes of it, in the lab
@@ -148,7 +148,7 @@ native-test:
 	ctest --test-dir build/native-test --output-on-failure
 
 host-test:
-	$(PYTEST) $(SLOWEST) -n 2 $(HOST_TESTS)
+	$(PYTEST) $(SLOWEST) -n 3 $(HOST_TESTS)
 
 # It hung once in a full run, and has its own target until it is known why.
 LAB_SOAKED := tests/lvm/test_quiesce.py

@@ -140,9 +140,7 @@ def test_other_kinds_are_told_plainly(pool: ThinPool, blocksnap: InProcess) -> N
     assert by_name[f"{pool.group}/classic"]["tracking"] != "thin-time"
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_run_that_is_ended_by_a_signal(
     pool: ThinPool, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -25,7 +25,7 @@ def test_random_histories_against_the_tool_and_the_model(chunk_size: int) -> Non
     with dm_pool(seed=chunk_size, chunk_size=chunk_size) as pool:
         pool.write(40)
         pool.snapshot()
-        for _ in range(15 * SOAK):
+        for _ in range(6 * SOAK):
             pool.disturb()
             pool.snapshot()
             first, second = sorted(pool.dice.sample(pool.snapshots, 2))

@@ -95,7 +95,7 @@ def test_lock_free_reading_of_a_pool_that_commits_all_the_time(pool: ThinPool, v
     names: list[str] = []
     roots: dict[int, int] = {}
     with busy(pool.node("busy"), 64 * MIB):
-        for number in range(8 * SOAK):
+        for number in range(4 * SOAK):
             for _ in range(6):
                 write_at(pool.node("data"), dice.randrange(SIZE // 4096) * 4096, dice.randbytes(4096))
             at = dice.randrange(SIZE // 65536) * 65536
