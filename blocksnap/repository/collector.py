@@ -270,12 +270,12 @@ class Collector:
         index = NumberedIndex(self._repository.index.views)
         there = {name: 0 if name in doomed else size for name, size in sizes.items()}
         marker = self._new_marker(index, there, self._repository.aside())
-        for run in manifests.keys() - marked:
+        for run in sorted(manifests.keys() - marked):
             for backup in manifests[run].backups:
                 if backup.id not in forgotten:
                     self._mark_new(marker, backup, known.get(backup.parent or ""))
         kept = set()
-        for id_ in list(marker.lost):
+        for id_ in sorted(marker.lost):
             homes = {index.packs[row.pack].name for row in index.find(id_)} & sizes.keys()
             if homes:
                 kept.add(min(homes))

@@ -50,7 +50,7 @@ def read_runs(repository: Repository) -> dict[str, Run]:
     runs = {}
     for writer, records in names.items():
         # The epoch is said in the second record or never.
-        read = [_read_record(repository, name) for _, name in {*sorted(records)[:2], max(records)}]
+        read = [_read_record(repository, name) for _, name in sorted({*sorted(records)[:2], max(records)})]
         known = [record for record in read if record is not None]
         latest = max(known, key=lambda record: record.sequence, default=None)
         epochs = [record.epoch for record in known if record.epoch is not None]
@@ -91,7 +91,7 @@ def fence(repository: Repository, writer: str, now: datetime) -> bool:
 def fenced_runs(repository: Repository, writers: set[str]) -> set[str]:
     """Return which of these settled runs were shut out."""
     found = set()
-    for writer in writers:
+    for writer in sorted(writers):
         try:
             if repository.load_manifest(f"manifests/{writer}") is None:
                 found.add(writer)

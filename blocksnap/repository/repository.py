@@ -407,7 +407,7 @@ class Repository:
         self._set_aside = found
         records = found.values()
         objects = frozenset(name for record in records for name in record.objects)
-        for name in problems.keys() - objects:
+        for name in sorted(problems.keys() - objects):
             if self.backend.exists(name):
                 self.note(problems[name])
         return Aside(

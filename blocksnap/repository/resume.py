@@ -58,7 +58,7 @@ def _dead_runs(
         for writer, run in read_runs(repository).items()
         if run.record is not None and run.record.host == host and writer in writers
     }
-    for writer in mine.keys() - settled_runs(repository):
+    for writer in sorted(mine.keys() - settled_runs(repository)):
         if is_gone(mine[writer]):
             fence(repository, writer, now)
     # Asked again: the run may have committed in the last moment.

@@ -71,7 +71,7 @@ def _tidy_aside(repository: Repository, packs: set[str], backups: set[str]) -> N
 
 
 def _forget_history(repository: Repository, epoch: int, settled: set[str], now: datetime) -> None:
-    for run in settled:
+    for run in sorted(settled):
         found = repository.find_fence(run)
         if found is not None and found.time < now - KEPT_FOR:
             _delete(repository, f"manifests/{run}")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from blocksnap.backends.base import ObjectInfo
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import map_root, newest_of, root_document
-from blocksnap.repository import lookup, sweeping, victims, writer
+from blocksnap.repository import cache, lookup, sweeping, victims, writer
 from blocksnap.repository.blockmap import ZERO, MapReader, MapWriter
 from blocksnap.repository.collector import Collector
 from blocksnap.repository.documents import Backup, Forgotten, Manifest, Statistics, VolumeRecord
@@ -55,6 +57,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(lookup, "SMALL_ROWS", 8)
     monkeypatch.setattr(lookup, "_AT_ONCE", 40)
     monkeypatch.setattr(writer, "ThreadPoolExecutor", InlineExecutor)
+    monkeypatch.setattr(writer, "threading", SimpleNamespace(Event=threading.Event, Thread=Still))
     monkeypatch.setattr(writer, "pack_target", lambda _: 2000)
     monkeypatch.setattr(victims, "pack_target", lambda _: 2000)
     monkeypatch.setattr(writer, "SEGMENT_ROWS", 8)
@@ -62,6 +65,21 @@ def small_world(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(sweeping, "MANY_SEGMENTS", 3)
     monkeypatch.setattr(writer, "datetime", Clock)
     monkeypatch.setattr(os, "urandom", Clock.urandom)
+    # It asks the system for its numbers, and which of two tables is looked at first goes by their names.
+    monkeypatch.setattr(cache, "secrets", SimpleNamespace(token_hex=lambda count: Clock.urandom(count).hex()))
+
+
+class Still:
+    """The thread that says that a run is alive, in a world where chance decides who is thought to be dead."""
+
+    def __init__(self, **_: object) -> None:
+        """Take what a thread takes."""
+
+    def start(self) -> None:
+        """It never beats."""
+
+    def join(self) -> None:
+        """It is at its end."""
 
 
 def content_of(number: int) -> bytes:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from simulated_story import Story, small_world
 
 from blocksnap.errors import BlocksnapError, StorageError
@@ -70,5 +73,29 @@ def test_nothing_is_lost_in_any_world() -> None:
     assert collected > SEEDS // 2
 
 
-def test_a_seed_tells_the_same_story() -> None:
-    assert play(7).world.story == play(7).world.story
+def told(seeds: range, folder: Path) -> str:
+    """Return a digest of the stories that seeds tell."""
+    stories = blake3()
+    with pytest.MonkeyPatch.context() as patched:
+        small_world(patched, folder)
+        for seed in seeds:
+            stories.update("\n".join(play(seed).world.story).encode())
+    return stories.hexdigest()
+
+
+def test_a_seed_tells_the_same_story_in_every_process(tmp_path: Path) -> None:
+    """Sets of names are in another order in each."""
+    program = "import sys; from pathlib import Path; from test_simulation import told; "
+    program += "print(told(range(30), Path(sys.argv[1])))"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / order)],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": order},
+            stdout=subprocess.PIPE,
+        )
+        for order in ("1", "2")
+    ]
+    first, second = (process.communicate()[0] for process in running)
+    assert len(first) == 65
+    assert first == second

@@ -119,9 +119,10 @@ class SimulatedBackend(Backend):
         # Half of it at one instant and half at another: a listing is no instant.
         names = sorted(name for name in self._world.objects if name.startswith(prefix))
         self._world.luck.shuffle(names)
-        half = names[: len(names) // 2]
-        yield from [ObjectInfo(name, len(self._world.objects[name])) for name in half]
+        first = names[: len(names) // 2]
+        yield from [ObjectInfo(name, len(self._world.objects[name])) for name in first]
         self._world.step(f"list the rest of {prefix}")
+        half = frozenset(first)
         rest = sorted(n for n in self._world.objects if n.startswith(prefix) and n not in half)
         yield from [ObjectInfo(name, len(self._world.objects[name])) for name in rest]
 
