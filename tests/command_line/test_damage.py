@@ -23,14 +23,6 @@ def largest(folder: Path) -> Path:
 
 
 @pytest.fixture
-def blocksnap(tmp_path: Path) -> CommandLine:
-    command = CommandLine(tmp_path)
-    command.environment.pop("BLOCKSNAP_PASSPHRASE")
-    command.done("init", "--no-encryption", "--chunk-size", "16K")
-    return command
-
-
-@pytest.fixture
 def volumes(tmp_path: Path, blocksnap: CommandLine) -> list[Path]:
     paths = [tmp_path / f"volume-{number}.img" for number in range(2)]
     for number, path in enumerate(paths):

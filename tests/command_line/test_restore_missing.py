@@ -14,14 +14,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def blocksnap(tmp_path: Path) -> CommandLine:
-    command = CommandLine(tmp_path)
-    command.environment.pop("BLOCKSNAP_PASSPHRASE")
-    command.done("init", "--no-encryption", "--chunk-size", "16K")
-    return command
-
-
-@pytest.fixture
 def volume(tmp_path: Path, blocksnap: CommandLine) -> Path:
     path = tmp_path / "volume.img"
     path.write_bytes(random.Random(3).randbytes(4 * MIB) + bytes(MIB) + b"end")

@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.in_process import InProcess
 from support.loops import call, loop_device, mounted
 from support.require import require
 from support.xfs_work import xfs
@@ -45,19 +44,3 @@ def on_ext4(_loops: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         call("mkfs.ext4", "-q", device)
         with mounted(device, place / "mnt") as folder:
             yield folder
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    """A state directory."""
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    """A command line with an empty repository, for tests that are not about encryption."""
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init", "--no-encryption")
-    return command

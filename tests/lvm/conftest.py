@@ -10,7 +10,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.in_process import InProcess
 from support.lvm_lab import ThinPool, obstacle, thin_pool
 from support.require import require
 
@@ -26,19 +25,3 @@ def pool(_lab: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThinP
     """A pool for the tests of a module; each makes volumes of its own."""
     with thin_pool(tmp_path_factory.mktemp("pool")) as made:
         yield made
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    """A state directory."""
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    """A command line with an empty repository, for tests that are not about encryption."""
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init", "--no-encryption")
-    return command

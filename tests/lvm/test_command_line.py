@@ -27,15 +27,6 @@ def pool(tmp_path: Path) -> Iterator[ThinPool]:
         yield made
 
 
-@pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init")
-    return command
-
-
 def fill(node: str, size: int) -> bytes:
     content = os.urandom(size)
     write_at(node, 0, content)

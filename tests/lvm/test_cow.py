@@ -132,12 +132,7 @@ def test_a_file_system_in_use(volume: ClassicVolume, tmp_path: Path) -> None:
     assert rebuilt(before, changes, after) == after
 
 
-def test_a_full_store_and_one_that_overflowed(
-    volume: ClassicVolume,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsysbinary: pytest.CaptureFixture[bytes],
-) -> None:
+def test_a_full_store_and_one_that_overflowed(volume: ClassicVolume, in_process: InProcess) -> None:
     """A store of 4 MiB has 1,024 chunks: the header, four areas and 1,019 for what was written."""
     volume.take("snap-0", size="4M")
     volume.take("snap-1")
@@ -157,11 +152,10 @@ def test_a_full_store_and_one_that_overflowed(
     assert "became invalid" in volume.changed_since(parent, "snap-0", "snap-1").reason
     with volume.store("snap-0") as store, pytest.raises(ValueError, match="has invalidated the snapshot"):
         store.scan(SIZE, 0)
-    blocksnap = InProcess(tmp_path, monkeypatch, capsysbinary)
-    code, _, err = blocksnap("debug", "cow-extents", volume.node_of("snap-0", "-cow"))
+    code, _, err = in_process("debug", "cow-extents", volume.node_of("snap-0", "-cow"))
     assert code == 14
     assert "became invalid" in err
-    code, out, _ = blocksnap("debug", "cow-extents", volume.node_of("snap-1", "-cow"))
+    code, out, _ = in_process("debug", "cow-extents", volume.node_of("snap-1", "-cow"))
     assert code == 0
     assert out.decode().splitlines() == ["0 4169728", f"{5000 * BLOCK} {2 * BLOCK}"]
     assert "is not there any more" not in err

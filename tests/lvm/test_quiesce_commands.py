@@ -32,15 +32,7 @@ def hooks() -> Iterator[Path]:
         yield folder
 
 
-def test_a_job_with_hooks(
-    pool: ThinPool,
-    hooks: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsysbinary: pytest.CaptureFixture[bytes],
-) -> None:
-    blocksnap = InProcess(tmp_path, monkeypatch, capsysbinary)
-    blocksnap.done("init")
+def test_a_job_with_hooks(pool: ThinPool, hooks: Path, blocksnap: InProcess, tmp_path: Path) -> None:
     data, wal = pool.create("data", "8M"), pool.create("wal", "8M")
     for name in ("data", "wal"):
         write_at(pool.node(name), 0, b"content")

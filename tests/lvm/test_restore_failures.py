@@ -22,15 +22,10 @@ NAME = "blocksnap-failing"
 NODE = f"/dev/mapper/{NAME}"
 
 
-@pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init")
+@pytest.fixture(autouse=True)
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blocksnap.restore.plan._FIRST_CHUNKS", 32)
     monkeypatch.setattr("blocksnap.restore.place._RECORD_SECONDS", 0.0)
-    return command
 
 
 @pytest.fixture

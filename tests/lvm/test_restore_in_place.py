@@ -18,15 +18,6 @@ MIB = 1 << 20
 SIZE = 64 * MIB
 
 
-@pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init")
-    return command
-
-
 def write(node: str, offset: int, data: bytes) -> None:
     fd = os.open(node, os.O_WRONLY)
     os.pwrite(fd, data, offset)

@@ -102,14 +102,7 @@ class Disturber:
 
 
 @pytest.mark.timeout(90 * ROUNDS)
-def test_rounds_of_what_happens_to_a_volume(
-    pool: ThinPool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsysbinary: pytest.CaptureFixture[bytes],
-) -> None:
-    blocksnap = InProcess(tmp_path, monkeypatch, capsysbinary)
-    blocksnap.done("init")
+def test_rounds_of_what_happens_to_a_volume(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> None:
     volume = pool.create("data", "48M")
     disturber = Disturber(pool, "data", seed=20)
     disturber.write()

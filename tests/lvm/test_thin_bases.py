@@ -30,15 +30,6 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThinPool]:
 
 
 @pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
-    command = InProcess(tmp_path, monkeypatch, capsysbinary)
-    command.done("init")
-    return command
-
-
-@pytest.fixture
 def volume(pool: ThinPool) -> Iterator[str]:
     name = pool.create("data", "16M")
     write_at(pool.node("data"), 0, os.urandom(2 * MIB))

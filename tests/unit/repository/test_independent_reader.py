@@ -24,12 +24,10 @@ Shape = Callable[[Path, random.Random], None]
 
 
 @pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
+def blocksnap(in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
     # Durability is proven elsewhere; here it would only take time.
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    return InProcess(tmp_path, monkeypatch, capsysbinary)
+    return in_process
 
 
 def write(path: Path, offset: int, content: bytes, *, size: int | None = None) -> None:

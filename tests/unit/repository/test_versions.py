@@ -31,11 +31,9 @@ PUBLIC = KeyRing.plain(NO_REPOSITORY)
 
 
 @pytest.fixture
-def blocksnap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> InProcess:
+def blocksnap(in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InProcess:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    run = InProcess(tmp_path, monkeypatch, capsysbinary)
+    run = in_process
     run.done("init", "--no-encryption", "--chunk-size", "16K")
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(random.Random(name).randbytes(100_000))
