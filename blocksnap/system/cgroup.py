@@ -86,3 +86,15 @@ def wait_frozen(fd: int, deadline: float) -> bool:
         time.sleep(pause)
         pause = min(pause * 1.5, 0.005)
     return True
+
+
+def stands_still(pid: int) -> bool:
+    """Tell whether a process is in a group that is frozen as a whole; False when it is gone."""
+    top = root()
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        path = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+        events = (top / path.lstrip("/") / "cgroup.events").read_text() if top is not None else ""
+    except (OSError, StopIteration):
+        return False
+    return "frozen 1" in events

@@ -5,24 +5,93 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+from collections.abc import Iterator
+from typing import Literal
+
+from blocksnap.system import cgroup
+
+Writers = Literal["none", "frozen", "running"]
+"""Who has a file open, or mapped, for writing: nobody, processes that are frozen, or anybody else."""
 
 
 def is_being_written(path: str) -> bool:
     """Tell whether anybody has a file open, or mapped, for writing, a loop device too.
 
-    A read lease is granted only where nobody has (fcntl(2), F_SETLEASE); it is given back at once. False also
-    where the filesystem or our rights do not let us ask, and for what is not there.
+    False also for what is not there, or not ours to open, and where ``is_open_for_writing`` cannot ask.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
     try:
+        return is_open_for_writing(fd)
+    finally:
+        os.close(fd)
+
+
+def is_open_for_writing(fd: int) -> bool:
+    """Tell the same of a file that is open here, for reading only.
+
+    A read lease is granted only where nobody has (fcntl(2), F_SETLEASE); it is given back at once. False also
+    where the filesystem or our rights do not let us ask.
+    """
+    try:
+        # Who opens it in this very moment makes the kernel send us a signal; SIGIO would end the process.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as err:
         return err.errno == errno.EAGAIN
-    else:
+    return False
+
+
+def who_writes(fd: int) -> Writers:
+    """Say who has a file that is open here for reading open for writing.
+
+    ``frozen`` if all processes of which /proc tells that are in control groups that stand still; that the
+    kernel itself (a loop device, a file server) does not write besides is not known then.
+    """
+    if not is_open_for_writing(fd):
+        return "none"
+    pids = set(_writing_processes(os.fstat(fd)))
+    return "frozen" if pids and all(cgroup.stands_still(pid) for pid in pids) else "running"
+
+
+def _writing_processes(file: os.stat_result) -> Iterator[int]:
+    """Yield the processes that have a file open for writing, or map it, as far as /proc shows it.
+
+    Whatever maps a file of that number counts: a mapping does not say on what filesystem in the same terms.
+    """
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and (_has_open(int(name), file) or _has_mapped(int(name), file.st_ino)):
+            yield int(name)
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
         return False
-    finally:
-        os.close(fd)
+    return any(_is_writable(pid, name, file) for name in names)
+
+
+def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
+    try:
+        if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), file):
+            return False
+        with open(f"/proc/{pid}/fdinfo/{name}", encoding="ascii") as info:
+            flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
+    except (OSError, StopIteration):
+        return False
+    return flags & os.O_ACCMODE != os.O_RDONLY
+
+
+def _has_mapped(pid: int, inode: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            # address perms offset dev inode path (proc(5))
+            words = (line.split(None, 5) for line in maps)
+            return any(each[1].endswith("s") and each[4] == str(inode) for each in words)
+    except OSError:
+        return False
