@@ -35,11 +35,24 @@ class QuiesceRequest:
     def check(self, volumes: Sequence[Volume]) -> None:
         """Refuse what makes no sense; raises UsageError."""
         cold = [volume.name for volume in volumes if volume.snapshot_device is None]
-        if cold and not self.settings.asks_for_nothing:
+        if not cold or self.settings.asks_for_nothing:
+            return
+        if len(cold) < len(volumes):
             raise UsageError(
-                f"there is no snapshot of {', '.join(cold)} for which an application could stand still",
-                resolution="stop the application before and start it after the backup, without `quiesce`",
+                f"there is no snapshot of {', '.join(cold)}: applications would have to stand still until it "
+                "is read, and for the other volumes only for an instant",
+                resolution="back them up in two jobs",
             )
+        if self.settings.asks_for_an_instant:
+            raise UsageError(
+                f"there is no snapshot of {', '.join(cold)}: databases and guests stand still only for one",
+                resolution="have a hook stop what writes there: hooks = [...] in the job's quiesce",
+            )
+
+    def is_for_reading(self, volumes: Sequence[Volume]) -> bool:
+        """Tell whether applications stand still until the volumes are read, since they have no snapshots."""
+        cold = any(volume.snapshot_device is None for volume in volumes)
+        return cold and not self.settings.asks_for_nothing
 
     def assemble(self, volumes: Sequence[Volume], state_directory: str | Path) -> Standstill | None:
         """Look up what is to stand still; None where nothing was asked for and nothing needs to."""
@@ -48,13 +61,14 @@ class QuiesceRequest:
             for volume in volumes
             if volume.snapshot_device is not None
         ]
-        if not targets:
+        reading = self.is_for_reading(volumes)
+        if not targets and not reading:
             return None
         from blocksnap.quiesce.assemble import assemble
         from blocksnap.quiesce.places import Target
 
         protected = [*self.protected_paths, str(state_directory)]
-        standstill = assemble(self.settings, [Target(*each) for each in targets], protected)
+        standstill = assemble(self.settings, [Target(*each) for each in targets], protected, reading=reading)
         return None if standstill.is_empty else standstill
 
     def environment(self, volumes: Sequence[Volume], run: str) -> dict[str, str]:

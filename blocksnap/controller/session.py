@@ -43,9 +43,9 @@ class SnapshotSession:
     """A context in which every volume of a run has a snapshot.
 
     Entering takes the locks, removes what dead runs left of these volumes (``recovered``), writes down what
-    is about to be made, lets stand still what was asked for, and takes all snapshots back to back. Leaving,
-    by whatever exception, removes them all and goes on past errors; one that stays is reported in
-    ``warnings`` and left to the next run by the journal.
+    is about to be made, lets stand still what was asked for, and takes all snapshots back to back. What is
+    read as it is stands still until ``release``. Leaving, by whatever exception, removes them all and goes on
+    past errors; one that stays is reported in ``warnings`` and left to the next run by the journal.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class SnapshotSession:
         self.volumes = tuple(volumes)
         self.run = run
         self._quiesce = quiesce
+        self.is_for_reading = quiesce is not None and quiesce.is_for_reading(volumes)
+        """Whether applications stand still until ``release``, since there are no snapshots."""
+        self.is_released = False
         self._standstill: Standstill | None = None
         self._quiesced: Outcome | None = None
         self._left_standing = False
@@ -113,6 +116,36 @@ class SnapshotSession:
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leave()
+
+    def find_standing_failure(self) -> BlocksnapError | None:
+        """Return why what is to stand still does not any more; called from another thread."""
+        standstill = self._standstill
+        return standstill.find_failure() if standstill is not None else None
+
+    def check(self) -> None:
+        """Make sure that all the snapshots can be trusted to the last; raises VolumeError, QuiesceError.
+
+        That applications went on too early is the better reason than what they wrote since.
+        """
+        failure = self.find_standing_failure()
+        if failure is not None:
+            raise failure
+        for snapshot in self.snapshots:
+            snapshot.check()
+
+    def release(self) -> None:
+        """Call when all was read and looked at: what stood still for that goes on, and nothing is read again.
+
+        Does nothing where there were snapshots. Raises QuiesceError where it did not stand still to the last
+        and the policy is that the backup then fails.
+        """
+        if self._standstill is not None and self._journal is not None:
+            self.is_released = True
+            for _, snapshot in self._taken:
+                # A device that is held could not be used again.
+                snapshot.remove()
+            self._standstill.end()
+            self._conclude(self._standstill, self._journal)
 
     def committing(self) -> None:
         """Call right before the commit: write the run down, so that the backup can be a parent.
@@ -192,7 +225,9 @@ class SnapshotSession:
     def _take_all(self, journal: Journal) -> None:
         announced: list[tuple[Step, dict[str, object]]] = []
         for volume in self.volumes:
-            volume.prepare()
+            if not self.is_for_reading:
+                # Else it may be in use: it is looked at when nobody is to use it any more.
+                volume.prepare()
             trace = volume.trace(self.run)
             if trace is not None:
                 announced.append(("snapshot", {"volume": volume.key, "name": volume.name, "trace": trace}))
@@ -208,22 +243,27 @@ class SnapshotSession:
         if standstill is None:
             self._take_back_to_back(journal, self.volumes)
         else:
-            early, late = _in_order(standstill, self.volumes)
-            try:
-                standstill.begin()
-                self._take_back_to_back(journal, early)
-                if late:
-                    standstill.advance()
-                    self._take_back_to_back(journal, late)
-            finally:
-                standstill.end()
+            self._take_standing(standstill, journal)
         self._taken.sort(key=lambda taken: self.volumes.index(taken[0]))
         if announced:
             journal.append("taken")
-        if standstill:
+        if standstill and not self.is_for_reading:
             self._conclude(standstill, journal)
         for _, snapshot in self._taken:
             snapshot.check()
+
+    def _take_standing(self, standstill: Standstill, journal: Journal) -> None:
+        """Take the snapshots while all stands still; what is read as it is goes on standing still."""
+        early, late = _in_order(standstill, self.volumes)
+        try:
+            standstill.begin()
+            self._take_back_to_back(journal, early)
+            if late:
+                standstill.advance()
+                self._take_back_to_back(journal, late)
+        finally:
+            if not self.is_for_reading:
+                standstill.end()
 
     def _take_back_to_back(self, journal: Journal, volumes: Sequence[Volume]) -> None:
         # Nothing but the snapshots themselves from here to the last: what happens in between is skew.
@@ -242,9 +282,12 @@ class SnapshotSession:
         # Reading takes hours; nobody has to be watched for that.
         self._let_go()
         if self._quiesced.state == "failed":
-            self.warnings.append(
-                f"the snapshots are only crash-consistent, as the job allows: {self._quiesced.reason}"
+            worth = (
+                "nobody was kept from writing, and nobody wrote while it was read"
+                if self.is_for_reading
+                else "the snapshots are only crash-consistent, as the job allows"
             )
+            self.warnings.append(f"{worth}: {self._quiesced.reason}")
 
     def _leave(self) -> None:
         interrupt: BaseException | None = None

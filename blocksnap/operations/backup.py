@@ -74,6 +74,9 @@ def back_up(
             try:
                 return _store(repository, writer, session, guard, known, options, report, began)
             except FencedError as err:
+                if session.is_released:
+                    # Applications go on, and what has no snapshots cannot be read once more.
+                    raise
                 writer.stop()
                 report.warn(err.brief, resolution="it goes on as another run, with what it has stored")
                 return _store_again(repository, writer.stored, session, guard, options, report, began)
@@ -187,8 +190,8 @@ def _store(
         drafts.append(
             _store_one(repository, writer, session, volume, snapshot, parent, before, options, report)
         )
-    for snapshot in session.snapshots:
-        snapshot.check()
+    session.check()
+    session.release()
     guard.release()
     session.committing()
     bases = session.decide_bases(options.base)

@@ -90,7 +90,7 @@ class Draft:
             mapped=self.mapped,
             inodes=self.inodes,
             source={**snapshot.binding, **(base.to_binding() if base else {})},
-            consistency=_consistency(volume, quiesced),
+            consistency=_consistency(volume, snapshot, quiesced),
             quiesced=_quiesced_document(quiesced),
             statistics=Statistics(
                 changed_bytes=self.changed_bytes,
@@ -108,10 +108,14 @@ class Draft:
         )
 
 
-def _consistency(volume: Volume, quiesced: Outcome | None) -> Literal["crash", "application", "cold"]:
-    if volume.snapshot_device is None:
-        return "cold"
-    return "application" if quiesced is not None and quiesced.state == "application" else "crash"
+def _consistency(
+    volume: Volume, snapshot: Snapshot, quiesced: Outcome | None
+) -> Literal["crash", "application", "cold"]:
+    """Return what a backup is worth: of something that no running process could write to it is ``cold``."""
+    if quiesced is not None and quiesced.state == "application":
+        return "application"
+    is_cold = volume.snapshot_device is None and snapshot.binding.get("writers") != "frozen"
+    return "cold" if is_cold else "crash"
 
 
 def _quiesced_document(outcome: Outcome | None) -> Quiesced | None:

@@ -1,4 +1,7 @@
-"""Put a guard beside a session: what its snapshots fill, how old they are, the room for what is stored."""
+"""Put a guard beside a session: what its snapshots fill, how old they are, the room for what is stored.
+
+Where something stands still until all is read, the guard also ends a reading that has lost that.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,8 @@ def guarded(
         LevelWatch(snapshot, (of_volumes or {}).get(volume.key, limits))
         for volume, snapshot in zip(session.volumes, session.snapshots, strict=True)
     ]
+    if session.is_for_reading:
+        watches.append(session.find_standing_failure)
     if limits.snapshot_seconds is not None:
         watches.append(AgeWatch(limits.snapshot_seconds))
     if backend is not None and limits.repository_free:

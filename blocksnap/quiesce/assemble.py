@@ -23,12 +23,16 @@ from blocksnap.system.freeze import Layer, layers_above
 
 
 def assemble(
-    settings: QuiesceSettings, targets: Iterable[Target], protected_paths: Iterable[str]
+    settings: QuiesceSettings,
+    targets: Iterable[Target],
+    protected_paths: Iterable[str],
+    *,
+    reading: bool = False,
 ) -> Standstill:
     """Look everything up that is to stand still, in the order in which it will.
 
     ``targets`` are what snapshots are taken of, ``protected_paths`` what we write to ourselves. What cannot
-    be found makes a standstill that has failed already.
+    be found makes a standstill that has failed already. ``reading``: it lasts until everything was read.
     """
     found = _Found(settings, tuple(targets), tuple(protected_paths))
     try:
@@ -36,11 +40,11 @@ def assemble(
     except BlocksnapError as err:
         # What was opened before is closed again.
         found.close()
-        return Standstill((), settings, err)
+        return Standstill((), settings, err, reading=reading)
     except BaseException:
         found.close()
         raise
-    return Standstill(found.quiescers(), settings, stages=found.stages())
+    return Standstill(found.quiescers(), settings, stages=found.stages(), reading=reading)
 
 
 @dataclass(slots=True)

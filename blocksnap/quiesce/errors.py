@@ -61,9 +61,10 @@ class DeadlineError(QuiesceError):
         self.allowed_seconds = allowed_seconds
         self.took_seconds = took_seconds
         super().__init__(
-            f"the snapshots were not taken within {allowed_seconds:g} s: the watchdog ended the standstill",
+            f"it took longer than {allowed_seconds:g} s: the watchdog ended the standstill",
             details=f"applications and filesystems go on since second {took_seconds:.1f}",
-            resolution="raise deadline_seconds if the application may wait so long, or find what was slow",
+            resolution="raise deadline_seconds (reading_seconds for what has no snapshots) if applications "
+            "may wait so long, or find what was slow",
         )
 
 

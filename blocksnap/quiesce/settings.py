@@ -23,6 +23,7 @@ GuestPolicy = Literal["auto", "never"]
 """Whether guests of libvirt that run freeze their filesystems when a disk of theirs is backed up."""
 
 DEFAULT_DEADLINE_SECONDS = 10.0
+DEFAULT_READING_SECONDS = 600.0
 MOST_OF_A_KIND = 16
 """Of hooks, units or groups: the watchdog has room for 128 things."""
 
@@ -134,10 +135,12 @@ class QuiesceSettings(_Model):
     """How the applications that use the volumes of a job stand still for its snapshots.
 
     Everything is begun in the order hooks, databases, guests, units and cgroups, filesystems, and ended in
-    the opposite one. The deadline counts from the first of them to the end of the last.
+    the opposite one. The deadline counts from the first of them to the end of the last; where files are read
+    that have no snapshots, only until all stand still, and ``reading_seconds`` are added for the reading.
     """
 
     deadline_seconds: Annotated[float, Field(gt=0, le=600)] = DEFAULT_DEADLINE_SECONDS
+    reading_seconds: Annotated[float, Field(gt=0, le=86400)] = DEFAULT_READING_SECONDS
     on_failure: FailurePolicy = "fail"
     hooks: Annotated[tuple[HookSettings, ...], Field(max_length=MOST_OF_A_KIND)] = ()
     units: Annotated[tuple[UnitName, ...], Field(max_length=MOST_OF_A_KIND)] = ()
@@ -154,11 +157,9 @@ class QuiesceSettings(_Model):
     @property
     def asks_for_nothing(self) -> bool:
         """Whether no application is concerned; filesystems may be."""
-        return not (
-            self.hooks
-            or self.units
-            or self.cgroups
-            or self.postgresql
-            or self.mariadb
-            or self.guests == "auto"
-        )
+        return not (self.hooks or self.units or self.cgroups or self.asks_for_an_instant)
+
+    @property
+    def asks_for_an_instant(self) -> bool:
+        """Whether something is to stand still that is never held for longer than snapshots take."""
+        return bool(self.postgresql or self.mariadb or self.guests == "auto")

@@ -9,6 +9,7 @@ and end, writes to a filesystem that may be frozen, or imports what was not impo
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,15 +70,19 @@ class Standstill:
         failure: BlocksnapError | None = None,
         *,
         stages: Stages = Stages(),
+        reading: bool = False,
     ) -> None:
+        """``reading``: it is held until everything was read, and may take as much longer."""
         self._quiescers = tuple(quiescers)
         self._stages = stages
         self._settings = settings
+        self._limit_seconds = settings.deadline_seconds + (settings.reading_seconds if reading else 0.0)
         self._failure = failure
         self._watchdog: Watchdog | None = None
         self._began_at: float | None = None
         self._seconds = 0.0
         self._ended = False
+        self._looking = threading.Lock()
         self.warnings: list[str] = []
         self.left = False
 
@@ -92,7 +97,7 @@ class Standstill:
 
     @property
     def deadline_seconds(self) -> float:
-        """How long all of it may take."""
+        """How long it may take until all stand still, and how long the snapshots where there are any."""
         return self._settings.deadline_seconds
 
     def attend(self, journal: int, environment: Mapping[str, str]) -> None:
@@ -155,12 +160,13 @@ class Standstill:
 
     def end(self) -> None:
         """Let everything go on, whatever fails; ``conclude`` tells what."""
-        if self._ended:
-            return
-        self._ended = True
+        with self._looking:
+            if self._ended:
+                return
+            self._ended = True
+            self._note_expiry()
         interrupt: BaseException | None = None
-        self._note_expiry()
-        deadline = (self._began_at or time.monotonic()) + self._settings.deadline_seconds
+        deadline = (self._began_at or time.monotonic()) + self._limit_seconds
         for quiescer in reversed(self._quiescers):
             try:
                 quiescer.end(deadline)
@@ -176,6 +182,14 @@ class Standstill:
             self._seconds = time.monotonic() - self._began_at
         if interrupt is not None:
             raise interrupt
+
+    def find_failure(self) -> BlocksnapError | None:
+        """Return why it is over before its end, if that ends the run; called from another thread."""
+        with self._looking:
+            if self._ended:
+                return None
+            self._note_expiry()
+            return self._failure if self._settings.on_failure == "fail" else None
 
     def conclude(self) -> Outcome:
         """Say what it was worth, after ``end``.
@@ -209,7 +223,7 @@ class Standstill:
         safeguards = [each.safeguards() for each in self._quiescers]
         self._watchdog = Watchdog(
             [safeguard for group in safeguards for safeguard in group],
-            self._settings.deadline_seconds,
+            self._limit_seconds,
             journal=journal,
             environment=environment,
         )
@@ -223,7 +237,7 @@ class Standstill:
             return
         expired = self._watchdog.expired_after
         if expired is not None:
-            self._failure = DeadlineError(self._settings.deadline_seconds, expired)
+            self._failure = DeadlineError(self._limit_seconds, expired)
         elif self._watchdog.is_lost:
             self._failure = WatchdogError("was killed while everything stood still")
 

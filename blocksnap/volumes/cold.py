@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ class ColdSnapshot:
 
     def __init__(self, fd: int = -1) -> None:
         self._fd = fd
+        self._lock = threading.Lock()
         self._timing = SnapshotTiming(taken_at=time.time(), freeze_seconds=0.0)
 
     @property
@@ -33,7 +35,12 @@ class ColdSnapshot:
         return ()
 
     def drop(self) -> None:
-        """There is nothing that could be removed while it is read."""
+        """Make reads end, with /dev/null in its place: there is nothing to be removed."""
+        with self._lock:
+            if self._fd >= 0:
+                nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                os.dup2(nothing, self._fd, inheritable=False)
+                os.close(nothing)
 
     def decide_base(self, policy: BasePolicy) -> None:
         """There is nothing that could stay."""
@@ -43,6 +50,7 @@ class ColdSnapshot:
 
     def remove(self) -> None:
         """Close the descriptor."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1

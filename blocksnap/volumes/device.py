@@ -1,17 +1,19 @@
 """What has no snapshots: a block device that nobody uses, and a plain file.
 
 Both are read as they are. A device is held exclusively meanwhile, so nobody can mount it; a file
-can be kept from nobody, so it is looked at again before the commit.
+can be kept from nobody, so it is looked at again before the commit. Where hooks stop who uses it, that is
+looked at when they have, and they hold until it was read (docs/design.md, section 4.3).
 """
 
 from __future__ import annotations
 
 import os
+import time
 
 from blocksnap.extents.changes import Binding, Changes, Parent
 from blocksnap.extents.scan import compare_all, scan_file
 from blocksnap.system import blockdev
-from blocksnap.system.files import is_being_written
+from blocksnap.system.files import Writers, who_writes
 from blocksnap.system.host import host_id
 from blocksnap.system.mounts import mounts_of, users_of_device
 from blocksnap.volumes.base import Ledger, Trace, VolumeKind
@@ -23,6 +25,8 @@ from blocksnap.volumes.errors import (
     VolumeInUseError,
 )
 
+_SECOND_NS = 1_000_000_000
+_TICK_NS = 20_000_000
 _STATE_WORDS = ("its size", "its content", "its owner, mode or name")
 
 
@@ -70,26 +74,30 @@ class FileVolume(_ColdVolume):
         self._quiet = quiet
 
     def prepare(self) -> None:
-        """Make sure that nobody has it open for writing."""
-        if not self._quiet and is_being_written(self._path):
-            raise FileInUseError(self._path)
+        """Make sure that nobody who runs has it open for writing."""
+        FileSnapshot(self._path, quiet=self._quiet).remove()
 
     def take_snapshot(self, run: str, ledger: Ledger | None = None) -> FileSnapshot:  # noqa: ARG002 - protocol
-        """Open the file and remember its state."""
-        return FileSnapshot(self._path)
+        """Open the file and remember its state; raises FileInUseError."""
+        return FileSnapshot(self._path, quiet=self._quiet)
 
 
 class FileSnapshot(ColdSnapshot):
     """A file that is hoped to stay as it is; ``check`` tells whether it did."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, quiet: bool = False) -> None:
+        """``quiet``: nobody asks who has it open for writing. Raises NoSuchVolumeError, FileInUseError."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
             raise NoSuchVolumeError(path, os.strerror(err.errno or 0)) from err
         super().__init__(fd)
         self._path = path
-        self._state = self._look()
+        self._writers: Writers | None = None if quiet else who_writes(fd)
+        if self._writers == "running":
+            self.remove()
+            raise FileInUseError(path)
+        self._state = self._look_when_settled()
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @property
@@ -101,7 +109,13 @@ class FileSnapshot(ColdSnapshot):
     def binding(self) -> Binding:
         """The file's state, for people to see."""
         size, modified, _ = self._state
-        return {"source": "file", "path": self._path, "size": size, "modified_ns": modified}
+        return {
+            "source": "file",
+            "path": self._path,
+            "size": size,
+            "modified_ns": modified,
+            "writers": self._writers or "not asked",
+        }
 
     def find_changes(self, parent: Parent | None) -> Changes:
         """Everything that holds data is read."""
@@ -115,6 +129,24 @@ class FileSnapshot(ColdSnapshot):
                 word for word, now, then in zip(_STATE_WORDS, state, self._state, strict=True) if now != then
             )
             raise VolumeChangedError(self._path, what)
+        # What is written through a mapping need not show in its times.
+        if self._writers is not None and who_writes(self._fd) not in ("none", self._writers):
+            raise VolumeChangedError(self._path, "somebody has opened it for writing")
+
+    def _look_when_settled(self) -> tuple[int, int, int]:
+        """Look at a time from which on a write gives it other times than it has.
+
+        The kernel stamps with a clock that lags behind by a tick of up to 10 ms; some filesystems keep
+        seconds, or two (FAT).
+        """
+        _, modified, changed = state = self._look()
+        newest = max(modified, changed)
+        grain = _TICK_NS if newest % _SECOND_NS else 2 * _SECOND_NS
+        left = newest + grain - time.time_ns()
+        if 0 < left <= grain:
+            time.sleep(left / _SECOND_NS)
+            state = self._look()
+        return state
 
     def _look(self) -> tuple[int, int, int]:
         status = os.fstat(self._fd)
@@ -127,8 +159,12 @@ class DeviceVolume(_ColdVolume):
     kind: VolumeKind = "device"
 
     def __init__(self, path: str) -> None:
-        self._number = os.stat(path).st_rdev
-        fd = _open_unused(path, self._number)
+        """It may be in use: ``prepare`` and ``take_snapshot`` look whether it is."""
+        try:
+            self._number = os.stat(path).st_rdev
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as err:
+            raise NoSuchVolumeError(path, os.strerror(err.errno or 0)) from err
         try:
             super().__init__(path, blockdev.size_of(fd))
         finally:

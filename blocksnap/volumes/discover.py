@@ -166,7 +166,7 @@ def describe_image(path: str) -> Candidate:
     obstacle, advice = None, None
     if method is None and is_being_written(volume.name):
         obstacle = f"somebody has it open for writing, and its filesystem ({filesystem}) makes no clones"
-        advice = "stop who writes to it, or say quiet_files if nothing is written, or keep it on XFS or btrfs"
+        advice = "have a hook stop who writes to it, or say quiet_files if nobody does, or use XFS or btrfs"
     elif method is not None and not bases:
         advice = 'everything is read each time; base = "auto" tracks changes'
     return Candidate(

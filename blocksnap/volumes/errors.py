@@ -57,8 +57,8 @@ class FileInUseError(VolumeError):
         self.path = path
         super().__init__(
             f"somebody has {path} open for writing, and its filesystem can make no clone of it",
-            resolution="stop who writes to it for the time of the backup, or say --quiet-files if nothing is "
-            "written meanwhile (quiet_files in a job), or keep it on XFS or btrfs",
+            resolution="have a hook of the job stop who writes to it until it is read (quiesce), or say "
+            "--quiet-files if nobody writes meanwhile (quiet_files in a job), or keep it on XFS or btrfs",
         )
 
 

@@ -151,10 +151,21 @@ class Cold:
     name, snapshot_device = "/srv/disk.img", None
 
 
-def test_an_application_cannot_stand_still_for_what_has_no_snapshot() -> None:
+class WithSnapshots:
+    name, snapshot_device = "vg0/data", 0x801
+
+
+def test_what_has_no_snapshot_is_no_matter_of_an_instant() -> None:
     request = QuiesceRequest(QuiesceSettings(units=("shop.service",)))
-    with pytest.raises(UsageError, match="there is no snapshot of /srv/disk"):
-        request.check([Cold()])  # type: ignore[list-item]
+    request.check([Cold()])  # type: ignore[list-item]
+    assert request.is_for_reading([Cold()])  # type: ignore[list-item]
+    assert not request.is_for_reading([WithSnapshots()])  # type: ignore[list-item]
+    assert not QuiesceRequest(QuiesceSettings()).is_for_reading([Cold()])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"there is no snapshot of /srv/disk.*: applications would"):
+        request.check([WithSnapshots(), Cold()])  # type: ignore[list-item]
+    server = QuiesceSettings.model_validate({"postgresql": [{}]})
+    with pytest.raises(UsageError, match=r"there is no snapshot of /srv/disk.*: databases and guests"):
+        QuiesceRequest(server).check([Cold()])  # type: ignore[list-item]
     # Filesystems are looked for by themselves, and there are none.
     QuiesceRequest(QuiesceSettings()).check([Cold()])  # type: ignore[list-item]
     assert QuiesceRequest(QuiesceSettings()).assemble([Cold()], "/var/lib/blocksnap") is None  # type: ignore[list-item]

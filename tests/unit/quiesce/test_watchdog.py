@@ -89,7 +89,7 @@ def test_a_controller_that_was_stopped_learns_that_it_was_too_late(tmp_path: Pat
         standstill.begin()
         time.sleep(1.5)
         standstill.end()
-        with pytest.raises(QuiesceError, match=r"were not taken within 0.5 s: the watchdog"):
+        with pytest.raises(QuiesceError, match=r"it took longer than 0.5 s: the watchdog"):
             standstill.conclude()
         # `after` was run by it, and is not run again.
         assert sorted(read_log(hooks)[2:]) == ["after by watchdog", "end"]

@@ -100,7 +100,7 @@ def test_exclusive_is_exclusive_and_says_who_uses_it(loop: str, mounted: Callabl
         blockdev.open_exclusive(loop)
     assert mounts.users_of_device(os.stat(loop).st_rdev) == [f"mounted on {point}"]
     with pytest.raises(VolumeInUseError, match=f"mounted on {point}") as caught:
-        resolve_volume(loop)
+        resolve_volume(loop).prepare()
     assert caught.value.exit_code == 14
 
 
