@@ -12,9 +12,10 @@ from blocksnap.controller.journal import Journal, Step, rotation_facts
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.quiescing import QuiesceRequest, announce
 from blocksnap.controller.recover import recover, remove_trace
+from blocksnap.controller.skew import find_torn
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.extents.changes import BaseDecision, BasePolicy
-from blocksnap.volumes.base import Snapshot, Trace, Volume
+from blocksnap.volumes.base import Snapshot, Trace, Volume, holds_snapshots
 
 if TYPE_CHECKING:
     from blocksnap.quiesce.standstill import Outcome, Standstill
@@ -71,6 +72,8 @@ class SnapshotSession:
         self.is_for_reading = quiesce is not None and quiesce.is_for_reading(volumes)
         """Whether applications stand still until ``release``, since there are no snapshots."""
         self.is_released = False
+        self.torn: tuple[str, ...] = ()
+        """Subvolumes that were written to before the last snapshot of their filesystem was taken."""
         self._standstill: Standstill | None = None
         self._quiesced: Outcome | None = None
         self._left_standing = False
@@ -241,7 +244,8 @@ class SnapshotSession:
         if announced:
             journal.append_all(announced)
         if standstill is None:
-            self._take_back_to_back(journal, self.volumes)
+            self._take_back_to_back(journal, sorted(self.volumes, key=holds_snapshots))
+            self.torn = find_torn(self._taken)
         else:
             self._take_standing(standstill, journal)
         self._taken.sort(key=lambda taken: self.volumes.index(taken[0]))
@@ -261,6 +265,7 @@ class SnapshotSession:
             if late:
                 standstill.advance()
                 self._take_back_to_back(journal, late)
+            self.torn = find_torn(self._taken)
         finally:
             if not self.is_for_reading:
                 standstill.end()
@@ -351,5 +356,6 @@ def _in_order(standstill: Standstill, volumes: Sequence[Volume]) -> tuple[list[V
 
     ranks = {volume.key: standstill.rank(volume.key) for volume in volumes}
     early = [volume for volume in volumes if ranks[volume.key] < LATE]
-    early.sort(key=lambda volume: ranks[volume.key])
-    return early, [volume for volume in volumes if ranks[volume.key] == LATE]
+    early.sort(key=lambda volume: (ranks[volume.key], holds_snapshots(volume)))
+    late = [volume for volume in volumes if ranks[volume.key] == LATE]
+    return early, sorted(late, key=holds_snapshots)

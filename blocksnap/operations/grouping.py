@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.operations.reporting import Reporter
-from blocksnap.volumes.base import TreeSnapshot, Volume, is_tree
+from blocksnap.volumes.base import Volume
 
 
 def with_nested(volumes: Sequence[Volume], report: Reporter) -> list[Volume]:
@@ -38,23 +38,9 @@ def with_nested(volumes: Sequence[Volume], report: Reporter) -> list[Volume]:
 
 
 def tell_of_skew(session: SnapshotSession, report: Reporter) -> None:
-    """Warn when snapshots of subvolumes of one filesystem are not of one instant.
-
-    They are when their transactions are equal, or when nothing was written to the earlier ones since.
-    """
-    by_filesystem: dict[object, list[tuple[Volume, TreeSnapshot]]] = {}
-    for volume, snapshot in zip(session.volumes, session.snapshots, strict=True):
-        if is_tree(snapshot):
-            by_filesystem.setdefault(snapshot.binding.get("filesystem"), []).append((volume, snapshot))
-    for group in by_filesystem.values():
-        newest = max(snapshot.transaction for _, snapshot in group)
-        torn = [
-            volume.name
-            for volume, snapshot in group
-            if snapshot.transaction != newest and not snapshot.source_is_as_it_was()
-        ]
-        if torn:
-            report.warn(
-                f"not of the same instant as the others: the snapshot of {', '.join(sorted(torn))}",
-                resolution="let the applications stand still for it: quiesce in the job",
-            )
+    """Warn when snapshots of subvolumes of one filesystem are not of one instant."""
+    if session.torn:
+        report.warn(
+            f"not of the same instant as the others: the snapshot of {', '.join(session.torn)}",
+            resolution="let the applications stand still for it: quiesce in the job",
+        )

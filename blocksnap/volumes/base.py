@@ -150,11 +150,6 @@ class ImageSnapshot(Snapshot, Protocol):
 class TreeSnapshot(Snapshot, Protocol):
     """A snapshot that is a tree of files."""
 
-    @property
-    def transaction(self) -> int:
-        """The transaction of the filesystem that it is part of: equal ones are of one instant."""
-        ...
-
     def find_tree_changes(self, parent: SubvolumeParent | None) -> SubvolumeChanges:
         """Say which inodes to read, and what of them; ``parent`` None asks for everything."""
         ...
@@ -163,8 +158,12 @@ class TreeSnapshot(Snapshot, Protocol):
         """Open a regular file by its inode number; raises OSError."""
         ...
 
+    def flush_source(self) -> None:
+        """Write out what is dirty in the filesystem of the volume; raises BlocksnapError."""
+        ...
+
     def source_is_as_it_was(self) -> bool:
-        """Tell whether nothing was written to the volume since the snapshot."""
+        """Tell whether nothing that was written out since the snapshot changed the volume."""
         ...
 
 
@@ -178,6 +177,11 @@ def as_image(snapshot: Snapshot) -> ImageSnapshot:
 def is_tree(snapshot: Snapshot) -> TypeGuard[TreeSnapshot]:
     """Tell whether a snapshot is a tree of files."""
     return hasattr(snapshot, "find_tree_changes")
+
+
+def holds_snapshots(volume: Volume) -> bool:
+    """Tell whether snapshots of other volumes are made in it: taking them changes it, so it comes last."""
+    return bool(getattr(volume, "is_top", False))
 
 
 class Volume(Protocol):

@@ -24,6 +24,7 @@ from blocksnap.extents.btrfs_identity import BtrfsIdentity
 from blocksnap.extents.changes import BasePolicy, Binding
 from blocksnap.system import btrfs, mounts
 from blocksnap.system.btrfs_places import (
+    TOP_TREE,
     NotReachedError,
     nested_subvolumes,
     open_inode,
@@ -77,6 +78,11 @@ class SubvolumeVolume:
         return self._device
 
     @property
+    def is_top(self) -> bool:
+        """Whether it is the one that a filesystem was made with, in which our snapshots stand."""
+        return self._info.tree_id == TOP_TREE
+
+    @property
     def read_only(self) -> bool:
         """Whether it is a snapshot, or else somebody has made it read-only."""
         return self._info.read_only
@@ -110,6 +116,10 @@ class SubvolumeVolume:
         """See that the place for the snapshot can be reached, and write out what it would wait for."""
         with open_top(self._filesystem):
             os.close(self._open())
+        self.flush()
+
+    def flush(self) -> None:
+        """Write out what is dirty in its filesystem; raises CommandError."""
         mounts.flush(self._path)
 
     def take_snapshot(self, run: str, ledger: Ledger | None = None) -> SubvolumeSnapshot:  # noqa: ARG002 - protocol
@@ -168,11 +178,6 @@ class SubvolumeSnapshot:
         return self._timing
 
     @property
-    def transaction(self) -> int:
-        """The transaction that it is part of."""
-        return self._info.snapshot_transaction
-
-    @property
     def binding(self) -> Binding:
         """Identity of the filesystem, the subvolume and this snapshot."""
         identity = BtrfsIdentity.of(btrfs.filesystem_info(self._fd), self._info)
@@ -186,10 +191,16 @@ class SubvolumeSnapshot:
         """Open a regular file of the snapshot by its inode number; raises OSError."""
         return open_inode(self._fd, self._info.tree_id, inode)
 
-    def source_is_as_it_was(self) -> bool:
-        """Tell whether nothing was written to the subvolume since the snapshot.
+    def flush_source(self) -> None:
+        """Write out and commit what is dirty in the filesystem; raises CommandError."""
+        self._volume.flush()
 
-        Then it is a snapshot of any later instant too, up to this one.
+    def source_is_as_it_was(self) -> bool:
+        """Tell whether nothing that was written out since the snapshot changed the subvolume.
+
+        Where all was written out before, it is then a snapshot of any later instant too, up to that. The
+        kernel tells the generation of the last commit, and a write to a file shows in it only when the data
+        is on the disk.
         """
         return btrfs.subvolume_info(self._source_fd).generation <= self._info.snapshot_transaction
 

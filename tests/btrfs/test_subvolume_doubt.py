@@ -83,7 +83,7 @@ def test_a_snapshot_that_goes_away_is_not_committed(lab: BtrfsLab) -> None:
         snapshot.check()
         assert snapshot.source_is_as_it_was()
         (lab.live / "later").write_text("written after it")
-        lab.sync()
+        snapshot.flush_source()
         assert not snapshot.source_is_as_it_was()
         calls.set_read_only(str(lab.mount / name), read_only=False)
         with pytest.raises(SnapshotLostError, match="writable"):
