@@ -72,6 +72,8 @@ class DeviceTarget(Place):
         begun = self._record is not None
         try:
             self.kept = keep and self.keep_record()
+            if not self.kept:
+                self.take_back()
         finally:
             self.release()
         return self.kept or (begun and not self.is_new)

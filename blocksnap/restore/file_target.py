@@ -210,12 +210,16 @@ class ExistingFileTarget(_FilePlace):
         """Punch a hole."""
         self.punch(offset, length)
 
-    def finish(self) -> None:
-        """Cut the file to the backup's length, and flush."""
+    def flush(self) -> None:
+        """Cut the file to the backup's length, and make what was written durable."""
         try:
             os.ftruncate(self._fd, self._size)
         except OSError as err:
             raise self.failed(err) from err
+        super().flush()
+
+    def finish(self) -> None:
+        """Flush."""
         self.finish_writing()
 
     def reader(self) -> int:
@@ -225,7 +229,11 @@ class ExistingFileTarget(_FilePlace):
     def close(self, *, keep: bool = False) -> bool:  # noqa: ARG002
         """Close; the record stays at the beginning of what is not finished."""
         begun = self._record is not None and self._fd >= 0
-        self.release()
+        try:
+            if begun:
+                self.take_back()
+        finally:
+            self.release()
         return begun
 
 

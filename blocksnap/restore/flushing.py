@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 
 _STEP_BYTES = 128 << 20
 
@@ -11,7 +12,8 @@ _STEP_BYTES = 128 << 20
 class Flusher:
     """One thread that flushes a descriptor whenever another ``_STEP_BYTES`` have been written to it.
 
-    A write-back error is kept and raised by ``finish``.
+    The kernel tells of a write that it lost once, to whoever flushes first. So all flushing of the descriptor
+    is done here, and an error is kept and raised each time.
     """
 
     def __init__(self, fd: int) -> None:
@@ -20,6 +22,7 @@ class Flusher:
         self._ended = False
         self._written = 0
         self._error: OSError | None = None
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="blocksnap-flush", daemon=True)
         self._thread.start()
 
@@ -36,12 +39,18 @@ class Flusher:
         self._due.set()
         self._thread.join()
 
+    def sync(self) -> None:
+        """Flush now; raises OSError, also for what failed earlier."""
+        self._flush(os.fdatasync)
+        if self._error is not None:
+            raise self._error
+
     def finish(self) -> None:
         """Flush the rest; raises OSError, also for what failed earlier."""
         self.stop()
+        self._flush(os.fsync)
         if self._error is not None:
             raise self._error
-        os.fsync(self._fd)
 
     def _run(self) -> None:
         while True:
@@ -49,9 +58,11 @@ class Flusher:
             self._due.clear()
             if self._ended:
                 return
+            self._flush(os.fdatasync)
+
+    def _flush(self, flush: Callable[[int], None]) -> None:
+        with self._lock:
             try:
-                os.fdatasync(self._fd)
+                flush(self._fd)
             except OSError as err:
-                # The kernel tells of a lost write once; it must not be forgotten here.
-                self._error = err
-                return
+                self._error = self._error or err

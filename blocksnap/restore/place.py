@@ -7,6 +7,7 @@ through the page cache, and what is dirty is flushed while the rest still arrive
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -75,7 +76,7 @@ class Place:
             if self._size > HEAD_BYTES:
                 self._write_record(record)
                 self._clear_head()
-                os.fdatasync(self._fd)
+                self._flusher.sync()
         except OSError as err:
             raise self.failed(err) from err
         return self._reached
@@ -117,20 +118,27 @@ class Place:
         if self._record is None or self._size <= HEAD_BYTES or self._reached <= HEAD_BYTES:
             return False
         try:
-            os.fdatasync(self._fd)
-            self._write_record(self._record.model_copy(update={"reached": self._reached}))
-            os.fdatasync(self._fd)
+            self._flusher.sync()
+            self._begin_unfinished(self._reached)
         except OSError as err:
             raise self.failed(err) from err
         return True
 
+    def take_back(self) -> None:
+        """Have a target begin as one that is not finished, though its beginning may have been written."""
+        if self._record is None or not self._head_is_due or self._size <= HEAD_BYTES:
+            return
+        # A failure here must not hide what led to it.
+        with contextlib.suppress(OSError):
+            self._begin_unfinished(0)
+
     def flush(self) -> None:
         """Make what was written durable; after it the beginning is written, over the record."""
-        self._head_is_due = True
         try:
-            os.fdatasync(self._fd)
+            self._flusher.sync()
         except OSError as err:
             raise self.failed(err) from err
+        self._head_is_due = True
 
     def finish_writing(self) -> None:
         """Make everything durable: it is complete; raises TargetFailedError, also for earlier losses."""
@@ -185,6 +193,15 @@ class Place:
         while view:
             count = os.pwrite(self._fd, view, offset)
             view, offset = view[count:], offset + count
+
+    def _begin_unfinished(self, reached: int) -> None:
+        """Write the record again, and clear what of the beginning may be there; raises OSError."""
+        if self._record is None:
+            raise ValueError("nothing was begun, or all is finished")
+        self._write_record(self._record.model_copy(update={"reached": reached}))
+        if self._head_is_due:
+            self._clear_head()
+        self._flusher.sync()
 
     def _write_record(self, record: RestoreRecord) -> None:
         self._write_cached(memoryview(encode_record(record)), 0)

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.restore import flushing
+from blocksnap.restore.place import Place
+from blocksnap.restore.record import RestoreRecord
+from blocksnap.restore.targets import TargetFailedError
 from support.commands import CommandLine
-from support.loops import call, loop_device, mounted
+from support.loops import call, loop_device, mounted, unmount
 from support.require import require
 
 MIB = 1 << 20
@@ -153,3 +157,29 @@ def test_a_signal_says_what_became_of_it(blocksnap: CommandLine, source: Path, t
             assert b"run again" in stderr
         blocksnap.done("restore", "latest", device)
         assert same(device, source)
+
+
+def test_a_lost_write_that_was_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells whoever flushes first; what is flushed afterwards must not be believed to be there."""
+    monkeypatch.setattr(flushing, "_STEP_BYTES", 4 * MIB)
+    record = RestoreRecord(repository="00" * 16, backup="11" * 16, mode="whole")
+    (tmp_path / "small").mkdir()
+    call("mount", "-t", "tmpfs", "-o", "size=8m", "none", tmp_path / "small")
+    try:
+        with loop_device(tmp_path / "small/image", size=64 * MIB) as device:
+            place = Place(os.open(device, os.O_RDWR | os.O_CLOEXEC), device, 64 * MIB, is_device=True)
+            try:
+                place.begin_with(record)
+                for number in range(1, 20):
+                    place.write(number * MIB, random.Random(number).randbytes(MIB))
+                time.sleep(1)
+                place.reached(20 * MIB)
+                with pytest.raises(TargetFailedError):
+                    place.keep_record()
+                with pytest.raises(TargetFailedError):
+                    place.flush()
+                assert place.head() == record
+            finally:
+                place.release()
+    finally:
+        unmount(tmp_path / "small")

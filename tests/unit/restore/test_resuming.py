@@ -199,6 +199,25 @@ def test_the_beginning_comes_last(
     assert any(content[:HEAD_BYTES])
 
 
+def test_what_turns_out_wrong_at_the_end_begins_as_unfinished(
+    stored: tuple[Path, list[Entry]], tmp_path: Path
+) -> None:
+    """The beginning is there when the rest is read back, which can fail or be interrupted."""
+    (tmp_path / "there").write_bytes(b"before")
+    over = ExistingFileTarget(str(tmp_path / "there"), GEOMETRY.size, RECORD)
+    restore(stored, over)
+    assert over.close()
+    new = new_file(tmp_path)
+    restore(stored, new)
+    assert new.close(keep=True)
+    for path, reached in ((tmp_path / "there", 0), (tmp_path / ".out.12345678.partial", HEAD_BYTES + 1)):
+        head = path.read_bytes()[:HEAD_BYTES]
+        record = decode_record(head[:512])
+        assert record is not None, path
+        assert record.reached == 0 if not reached else record.reached >= reached
+        assert not any(head[512:]), path
+
+
 @given(st.binary(max_size=600))
 @settings(max_examples=200)
 def test_no_other_bytes_are_a_record(data: bytes) -> None:
