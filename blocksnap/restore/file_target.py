@@ -19,6 +19,7 @@ from blocksnap.restore.targets import (
     TargetFailedError,
 )
 from blocksnap.system import blockdev
+from blocksnap.system.files import is_being_written
 
 _TOKEN_DIGITS = 8
 _PATIENT_FILESYSTEMS = frozenset({"ext4", "xfs"})
@@ -179,6 +180,9 @@ class ExistingFileTarget(_FilePlace):
         from blocksnap.system.mounts import loop_devices_of
 
         path = os.path.realpath(path)
+        if is_being_written(path):
+            loops = loop_devices_of(path)
+            raise TargetBusyError(path, ", ".join(loops) or "a process that has it open for writing")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as err:

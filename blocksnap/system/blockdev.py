@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.system.openers import device_writers
 
 # linux/fs.h
 _BLKROGET = 0x125E
@@ -28,6 +29,7 @@ _BLKGETSIZE64 = 0x80081272
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _SYSFS = Path("/sys/dev/block")
+_MOMENT_SECONDS = 0.5
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 
 
@@ -105,6 +107,8 @@ def open_by_number(number: int, *, direct: bool = True, wait_seconds: float = 5.
 def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) -> int:
     """Open a device that nobody uses, and keep others from mounting or holding it meanwhile.
 
+    One that is to be written is also refused while a process has it, its disk or a partition of it open for
+    writing, as a virtual machine has; that nobody opens it so afterwards cannot be helped.
     Raises DeviceBusyError naming who uses it, NoDeviceError.
     """
     access = os.O_RDWR if writable else os.O_RDONLY
@@ -117,7 +121,9 @@ def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) ->
             raise DeviceBusyError(path, users_of_device(os.stat(path).st_rdev)) from err
         raise NoDeviceError(path, os.strerror(err.errno or 0)) from err
     try:
-        device_number(fd)
+        number = device_number(fd)
+        if writable and (writers := _lasting_writers(number)):
+            raise DeviceBusyError(path, writers)
         if writable and is_read_only(fd):
             raise DeviceError(
                 f"{path} is read-only", resolution="make it writable (blockdev --setrw, lvchange -prw)"
@@ -126,6 +132,17 @@ def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) ->
         os.close(fd)
         raise
     return fd
+
+
+def _lasting_writers(number: int) -> list[str]:
+    disks = [disk for disk in slaves(number) if number in partitions(disk)]
+    numbers = {number, *partitions(number), *disks}
+    writers = device_writers(numbers)
+    if writers:
+        # Programs that look after devices open one for a moment.
+        time.sleep(_MOMENT_SECONDS)
+        writers = device_writers(numbers)
+    return writers
 
 
 def device_number(fd: int) -> int:

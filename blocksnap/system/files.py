@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from blocksnap.system import cgroup
+from blocksnap.system.openers import may_write
 
 Writers = Literal["none", "frozen", "running"]
 """Who has a file open, or mapped, for writing: nobody, processes that are frozen, or anybody else."""
@@ -80,11 +81,9 @@ def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
     try:
         if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), file):
             return False
-        with open(f"/proc/{pid}/fdinfo/{name}", encoding="ascii") as info:
-            flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
-    except (OSError, StopIteration):
+        return may_write(f"/proc/{pid}", name)
+    except OSError:
         return False
-    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def _has_mapped(pid: int, inode: int) -> bool:

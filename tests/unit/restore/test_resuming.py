@@ -161,6 +161,8 @@ def test_two_at_once(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(TargetError, match="has locked it"):
             ExistingFileTarget(str(locked), 100, RECORD)
+    with locked.open("r+b"), pytest.raises(TargetError, match="open for writing"):
+        ExistingFileTarget(str(locked), 100, RECORD)
 
 
 @pytest.mark.parametrize("length", [0, 5, GEOMETRY.size, GEOMETRY.size + 5000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,6 +103,20 @@ def test_exclusive_is_exclusive_and_says_who_uses_it(loop: str, mounted: Callabl
     with pytest.raises(VolumeInUseError, match=f"mounted on {point}") as caught:
         resolve_volume(loop).prepare()
     assert caught.value.exit_code == 14
+
+
+def test_device_that_a_process_writes_is_no_target(loop: str) -> None:
+    """As a virtual machine has its disk: not exclusively, and nothing in sysfs tells of it."""
+    script = "import os, sys; os.open(sys.argv[1], os.O_RDWR); print(flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", script, loop]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as machine:
+        assert machine.stdout is not None
+        machine.stdout.readline()
+        with pytest.raises(blockdev.DeviceBusyError, match=f"for writing by process {machine.pid} "):
+            blockdev.open_exclusive(loop)
+        os.close(blockdev.open_exclusive(loop, writable=False))
+        machine.communicate()
+    os.close(blockdev.open_exclusive(loop))
 
 
 def test_read_only_device_is_no_target(loop: str) -> None:
