@@ -74,15 +74,12 @@ class MissingRange:
 
 
 class _FileLosses(Losses):
-    def __init__(self, geometry: Geometry, files: TreeFiles, missing: list[MissingRange]) -> None:
+    def __init__(self, geometry: Geometry, files: TreeFiles) -> None:
         super().__init__(geometry)
         self._files = files
-        self._missing = missing
 
     def note(self, begin: int, end: int, _: DamageError) -> None:
-        for number in range(begin, end):
-            path, offset = self._files.place(number)
-            self._missing.append(MissingRange(printable(path), offset, self._files.length(number)))
+        self._files.lose(begin, end)
 
 
 @dataclass(slots=True)
@@ -115,6 +112,7 @@ class TreeRestore:
         self._linked: dict[int, bytes] = {}
         self._entered: set[int] = set()
         self._final: list[tuple[bytes, InodeRecord]] = []
+        self._losses: _FileLosses | None = None
         self._top: InodeRecord | None = None
         self._inodes = self._file_bytes = 0
 
@@ -125,13 +123,16 @@ class TreeRestore:
         DamageError, TargetFailedError, UnreadableFileError.
         """
         geometry = self._files.geometry()
-        losses = None if missing is None else _FileLosses(geometry, self._files, missing)
+        self._losses = None if missing is None else _FileLosses(geometry, self._files)
         try:
             restore_runs(
-                self._repository, geometry, self._walk(), self._files, progress, losses,
+                self._repository, geometry, self._walk(), self._files, progress, self._losses,
                 window_chunks=_WINDOW_CHUNKS,
             )  # fmt: skip
             self._files.finish()
+            if missing is not None:
+                found = self._files.lost()
+                missing += [MissingRange(printable(each.path), each.offset, each.length) for each in found]
             for path, record in self._final:
                 fd = self.open_path(path, os.O_RDONLY)
                 try:
@@ -281,7 +282,15 @@ class TreeRestore:
             os.close(fd)
             raise
         self._file_bytes += record.size
-        runs = self._reader.maps.runs(record.content, 0, places)
+
+        def lose(begin: int, end: int, err: DamageError) -> None:
+            if self._losses is None:
+                offset = begin * self._chunk_size
+                length = min(end * self._chunk_size, record.size) - offset
+                raise UnreadableFileError(path, offset, length, err) from err
+            self._losses.note(file.first + begin, file.first + end, err)
+
+        runs = self._reader.maps.runs(record.content, 0, places, lose)
         yield from self._files.add(file, runs, may_share=not record.flags & _NODATACOW)
 
     def _make_node(self, folder: int, name: bytes, kind: int, path: bytes, record: InodeRecord) -> None:

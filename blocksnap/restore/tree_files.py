@@ -50,6 +50,15 @@ class _Clone:
     place: int
 
 
+@dataclass(frozen=True, slots=True)
+class LostRange:
+    """A range of a file, in bytes, that holds zeros because the repository has lost it."""
+
+    path: bytes
+    offset: int
+    length: int
+
+
 @dataclass(slots=True)
 class OpenFile:
     """A file that is being written."""
@@ -85,6 +94,7 @@ class TreeFiles:
         self._lock = threading.Lock()
         self._next = 0
         self._shared: OrderedDict[bytes, _Shared] = OrderedDict()
+        self._lost: dict[bytes, list[LostRange]] = {}
         self.can_share = True
         self.shared_bytes = 0
 
@@ -106,6 +116,22 @@ class TreeFiles:
         """Return the path and the offset of a chunk."""
         file = self._file(number)
         return file.path, (number - file.first) * self._chunk_size
+
+    def lose(self, begin: int, end: int) -> None:
+        """Note that chunks of one file are zeros because the repository has lost them; from any thread."""
+        file = self._file(begin)
+        offset = (begin - file.first) * self._chunk_size
+        length = min((end - begin) * self._chunk_size, file.record.size - offset)
+        with self._lock:
+            self._lost.setdefault(file.path, []).append(LostRange(file.path, offset, length))
+
+    def lost(self) -> list[LostRange]:
+        """Return what is zeros for that reason, by the paths of files."""
+        with self._lock:
+            return sorted(
+                (each for ranges in self._lost.values() for each in ranges),
+                key=lambda each: (each.path, each.offset),
+            )
 
     def add(
         self, file: OpenFile, runs: Iterable[tuple[int, int, Entry]], *, may_share: bool
@@ -222,8 +248,19 @@ class TreeFiles:
             file.clones.append(_Clone(known.path, known.offset, length, offset))
         return True
 
+    def _lose_too(self, file: OpenFile, clone: _Clone) -> None:
+        """What is shared with a range that was lost is lost here as well."""
+        end, shift = clone.offset + clone.length, clone.place - clone.offset
+        with self._lock:
+            for lost in tuple(self._lost.get(clone.source, ())):
+                begin, until = max(lost.offset, clone.offset), min(lost.offset + lost.length, end)
+                if begin < until:
+                    found = LostRange(file.path, begin + shift, until - begin)
+                    self._lost.setdefault(file.path, []).append(found)
+
     def _share_all(self, file: OpenFile) -> None:
         for clone in file.clones:
+            self._lose_too(file, clone)
             source = file.fd if clone.source == file.path else self._open_path(clone.source, os.O_RDONLY)
             try:
                 if self.can_share and clone_range(source, clone.offset, clone.length, file.fd, clone.place):

@@ -14,10 +14,12 @@ from blocksnap.operations.catalogue import find_backup
 from blocksnap.operations.reporting import Quiet
 from blocksnap.operations.restore_tree import RestoredTree, restore_tree
 from blocksnap.repository.frame import FrameType
+from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.listings import DirectoryEntry
+from blocksnap.repository.repository import Repository
 from blocksnap.restore.tree_layout import is_layout, read_layout
 from blocksnap.restore.unkept import Unkept
-from support.inode_trees import Node, chunk, store_tree
+from support.inode_trees import Node, chunk, inode_map, store_tree
 from support.repositories import CHUNK, make_repository, open_repository, open_writer
 
 FILE, FOLDER, LINK, SUBVOLUME = 1, 2, 7, 8
@@ -124,25 +126,57 @@ def test_what_is_there_is_not_replaced(place: Path) -> None:
 
 def test_a_lost_chunk_ends_it_or_becomes_zeros(place: Path) -> None:
     repository = open_repository(place / "repository")
-    tree = {256: names((b"file", 257, FILE), (b"other", 258, FILE)), 257: Node({0: 1, 1: 2}, 2), 258: GOOD}
+    tree = {
+        256: names((b"file", 257, FILE), (b"other", 258, FILE), (b"shared", 259, FILE)),
+        257: Node({0: 1, 1: 2}, 2),
+        258: GOOD,
+        259: Node({0: 3, 1: 1, 2: 2, 3: 4}, 4),
+    }
     with open_writer(repository) as writer:
         store_tree(writer, repository, tree)()
     repository = open_repository(place / "repository")
-    location = repository.locate(FrameType.DATA, repository.keys.identify(FrameType.DATA, chunk(2)))
-    pack = place / "repository" / location.pack.name
-    data = bytearray(pack.read_bytes())
-    data[location.offset + 200] ^= 1
-    pack.chmod(0o600)
-    pack.write_bytes(data)
+    lose(place, repository, FrameType.DATA, repository.keys.identify(FrameType.DATA, chunk(2)))
     backup = find_backup(repository, "latest").backup
     out = place / "targets" / "out"
     with pytest.raises(BlocksnapError, match=f"bytes {CHUNK} to {2 * CHUNK} of file cannot be restored"):
         restore_tree(repository, backup, str(out), Quiet())
     assert os.listdir(place / "targets") == []
     done = restore_tree(repository, backup, str(out), Quiet(), zero_missing=True)
-    assert [(each.path, each.offset, each.length) for each in done.missing] == [("file", CHUNK, CHUNK)]
+    assert [(each.path, each.offset, each.length) for each in done.missing] == [
+        ("file", CHUNK, CHUNK), ("shared", 2 * CHUNK, CHUNK),
+    ]  # fmt: skip
     assert (out / "file").read_bytes() == chunk(1) + bytes(CHUNK)
     assert (out / "other").read_bytes() == chunk(1)
+    assert (out / "shared").read_bytes() == chunk(3) + chunk(1) + bytes(CHUNK) + chunk(4)
+
+
+def test_a_lost_map_of_a_file_is_that_of_zeros(place: Path) -> None:
+    repository = open_repository(place / "repository")
+    tree = {256: names((b"file", 257, FILE), (b"other", 258, FILE)), 257: Node({0: 1, 1: 2}, 2), 258: GOOD}
+    with open_writer(repository) as writer:
+        store_tree(writer, repository, tree)()
+    repository = open_repository(place / "repository")
+    backup = find_backup(repository, "latest").backup
+    record = InodeReader(repository, inode_map(backup)).find(257)
+    assert record is not None
+    lose(place, repository, FrameType.NODE, record.content.entry)
+    out = place / "targets" / "out"
+    with pytest.raises(BlocksnapError, match=f"bytes 0 to {2 * CHUNK} of file cannot be restored"):
+        restore_tree(repository, backup, str(out), Quiet())
+    done = restore_tree(repository, backup, str(out), Quiet(), zero_missing=True)
+    assert [(each.path, each.offset, each.length) for each in done.missing] == [("file", 0, 2 * CHUNK)]
+    assert (out / "file").read_bytes() == bytes(2 * CHUNK)
+    assert (out / "other").read_bytes() == chunk(1)
+
+
+def lose(place: Path, repository: Repository, kind: FrameType, id_: bytes) -> None:
+    """Change a byte of what the repository has of something."""
+    location = repository.locate(kind, id_)
+    pack = place / "repository" / location.pack.name
+    data = bytearray(pack.read_bytes())
+    data[location.offset + location.length // 2] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(data)
 
 
 def test_layouts() -> None:
