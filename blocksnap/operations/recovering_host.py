@@ -17,7 +17,7 @@ from blocksnap.errors import TargetError
 from blocksnap.operations.recording import physical_volumes
 from blocksnap.repository.documents import RecordedHeader, Recovery
 from blocksnap.system import lvm
-from blocksnap.system.lvm_text import Section, number_in, parse, section_in, strings_in
+from blocksnap.system.lvm_text import LvmTextError, Section, Value, number_in, parse, section_in, strings_in
 
 SCRIPT = "recover.sh"
 _SECTOR = 512
@@ -77,11 +77,11 @@ def script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
     yield "# Written by blocksnap. READ IT FIRST: it overwrites the disks that it names. Put in the names"
     yield "# of the new ones, which have to be at least as large, and leave out what is there already."
     for disk in recovery.disks:
-        yield f"# {disk.path} had {disk.size} bytes"
+        yield f"# {disk.path!r} had {disk.size} bytes"
     yield 'cd "$(dirname "$0")"'
     for disk in recovery.disks:
         if disk.table:
-            yield f"sfdisk {shlex.quote(disk.path)} < {_plain(disk.path)}.sfdisk"
+            yield f"sfdisk {_device(disk.path)} < {_plain(disk.path)}.sfdisk"
     for path in _arrays(recovery):
         yield f"# {path!r} was an array: make it first (mdadm --create), or put another device in its place"
     for header in recovery.headers:
@@ -90,7 +90,7 @@ def script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
         lvm.check_name(name)
         group = section_in(parse(text), name)
         extent = number_in(group, "extent_size") * _SECTOR
-        disks = shlex.join(physical_volumes(name, text))
+        disks = " ".join(_device(path) for path in physical_volumes(name, text))
         yield f"vgcreate --yes --physicalextentsize {extent}b {name} {disks}"
         yield from _volumes(list(read_volumes(name, group)), set(backed_up))
 
@@ -109,12 +109,24 @@ def read_volumes(name: str, group: Section) -> Iterator[RecordedVolume]:
         yield RecordedVolume(
             group=name,
             name=lvm.check_name(lv),
-            kind=str(first.get("type", "")),
+            kind=_name(first.get("type", "")),
             size=_extents(facts) * extent,
-            pool=str(first.get("thin_pool", "")),
+            pool=_name(first.get("thin_pool", "")),
             metadata_size=_extents(metadata) * extent,
             chunk_size=number_in(first, "chunk_size") * _SECTOR if is_pool else 0,
         )
+
+
+def _name(value: Value) -> str:
+    """Return a name that may be missing; raises UsageError for what LVM would not take."""
+    return lvm.check_name(value) if isinstance(value, str) and value else ""
+
+
+def _device(path: str) -> str:
+    """Return a path for a shell, where it is never taken for an option; raises LvmTextError."""
+    if not path.startswith("/"):
+        raise LvmTextError(f"{path!r} is no path of a device")
+    return shlex.quote(path)
 
 
 def _extents(volume: Section) -> int:
@@ -132,7 +144,7 @@ def _arrays(recovery: Recovery) -> list[str]:
 
 def _header(header: RecordedHeader, backed_up: set[str]) -> Iterator[str]:
     """The header first, then the container is opened as it was: its passphrase is asked for."""
-    path, file = shlex.quote(header.path), shlex.quote(f"{_plain(header.path)}.luks")
+    path, file = _device(header.path), shlex.quote(f"{_plain(header.path)}.luks")
     if header.volume not in backed_up:
         yield f"# the LUKS header of {header.path!r} is in no backup of this repository any more"
         return

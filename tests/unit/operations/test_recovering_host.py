@@ -8,6 +8,7 @@ from blocksnap.errors import TargetError, UsageError
 from blocksnap.operations.recording import physical_volumes
 from blocksnap.operations.recovering_host import export_host, script
 from blocksnap.repository.documents import RecordedDisk, RecordedHeader, RecordedMount, Recovery
+from blocksnap.system.lvm_text import LvmTextError
 
 GROUP = """
 my-vg {
@@ -68,6 +69,16 @@ def test_names_that_are_no_names_of_lvm_never_reach_a_shell() -> None:
         list(script(Recovery(groups={"$(reboot)": hostile}), []))
     hostile = GROUP.replace('"/dev/sdb"', '"/dev/$(reboot)"')
     assert "'/dev/$(reboot)'" in "\n".join(script(Recovery(groups={"my-vg": hostile}), []))
+    for old, new in (
+        ('thin_pool = "pool"', 'thin_pool = "pool;reboot"'),
+        ('type = "striped"', 'type = "x\nreboot\n"'),
+        ('"/dev/sdb"', '"--config=x"'),
+    ):
+        with pytest.raises((UsageError, LvmTextError)):
+            list(script(Recovery(groups={"my-vg": GROUP.replace(old, new)}), ["my-vg/data"]))
+    disk = RecordedDisk(path="/dev/sda\nreboot\n", size=1)
+    lines = "\n".join(script(Recovery(disks=(disk,)), [])).splitlines()
+    assert not any(line.startswith("reboot") for line in lines)
 
 
 def test_headers_are_restored_and_containers_opened_before_groups_are_made() -> None:
