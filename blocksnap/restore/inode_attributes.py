@@ -58,11 +58,13 @@ def finish_open(
     fd: int, record: InodeRecord, xattrs: Xattrs, path: bytes, unkept: Unkept, *, may_be_final: bool = True
 ) -> None:
     """Give a file or directory that is complete the rest; raises OSError."""
+    is_owned = True
     try:
         os.fchown(fd, record.uid, record.gid)
     except OSError as err:
         _pass(err, "owner", path, unkept)
-    os.fchmod(fd, stat.S_IMODE(record.mode))
+        is_owned = False
+    os.fchmod(fd, _mode(record, path, unkept, is_owned=is_owned))
     if record.is_directory:
         # Before the property: chattr +c sets that to the algorithm of the mount.
         _set_flags(fd, record.flags & _EARLY, path, unkept)
@@ -84,12 +86,14 @@ def finish_by_name(
     folder: int, name: bytes, record: InodeRecord, xattrs: Xattrs, path: bytes, unkept: Unkept
 ) -> None:
     """Give a link, node, fifo or socket its attributes, without opening it; raises OSError."""
+    is_owned = True
     try:
         os.chown(name, record.uid, record.gid, dir_fd=folder, follow_symlinks=False)
     except OSError as err:
         _pass(err, "owner", path, unkept)
+        is_owned = False
     if not stat.S_ISLNK(record.mode):
-        os.chmod(name, stat.S_IMODE(record.mode), dir_fd=folder)
+        os.chmod(name, _mode(record, path, unkept, is_owned=is_owned), dir_fd=folder)
     place = b"/proc/self/fd/%d/%s" % (folder, name)
     for key, value in xattrs:
         try:
@@ -100,6 +104,16 @@ def finish_by_name(
     _see_time(os.stat(name, dir_fd=folder, follow_symlinks=False), record, path, unkept)
     if record.flags & FINAL:
         unkept.note("flags of what is neither file nor directory", path)
+
+
+def _mode(record: InodeRecord, path: bytes, unkept: Unkept, *, is_owned: bool) -> int:
+    """Return the mode: what runs as its owner or group must not run as those of whoever restores it."""
+    mode = stat.S_IMODE(record.mode)
+    special = mode & (stat.S_ISUID | stat.S_ISGID)
+    if special and not is_owned:
+        unkept.note("set-user-ID or set-group-ID, without its owner", path)
+        return mode & ~special
+    return mode
 
 
 def _set_xattr(fd: int, name: bytes, value: bytes, path: bytes, unkept: Unkept) -> None:
