@@ -17,9 +17,10 @@ from typing import Self
 from blocksnap.errors import TargetError
 from blocksnap.restore.naming import flush_folder, give_name, hidden_name
 from blocksnap.restore.targets import NameFailedError, NameTakenError, TargetBusyError, TargetFailedError
-from blocksnap.system import btrfs, mounts
+from blocksnap.system import btrfs
 from blocksnap.system.btrfs_places import create_subvolume
 from blocksnap.system.file_attributes import APPEND, IMMUTABLE, clear_flags
+from blocksnap.system.files import flush_filesystem_of
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -91,8 +92,8 @@ class NewTree:
         return self._hidden
 
     def flush(self) -> None:
-        """Make everything durable."""
-        mounts.flush(self._hidden)
+        """Make everything durable; raises OSError, also for what was lost since the tree was begun."""
+        flush_filesystem_of(self._fd)
 
     def finish(self) -> None:
         """Give it its name, durably; raises NameTakenError, NameFailedError: then it stays, complete."""

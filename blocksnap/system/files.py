@@ -31,6 +31,20 @@ def is_being_written(path: str) -> bool:
         os.close(fd)
 
 
+def flush_filesystem_of(fd: int) -> None:
+    """Write out all that is dirty in the filesystem of an open file (syncfs); raises OSError.
+
+    Also for what was lost since it was opened: the kernel tells that once to each open file, and to one that
+    is opened later only if nobody has been told yet (errseq_t).
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(fd):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 def is_open_for_writing(fd: int) -> bool:
     """Tell the same of a file that is open here, for reading only.
 

@@ -14,6 +14,7 @@ from blocksnap.restore import flushing
 from blocksnap.restore.place import Place
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import TargetFailedError
+from blocksnap.restore.tree_place import NewTree
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted, unmount
 from support.require import require
@@ -181,5 +182,27 @@ def test_a_lost_write_that_was_told_once(tmp_path: Path, monkeypatch: pytest.Mon
                 assert place.head() == record
             finally:
                 place.release()
+    finally:
+        unmount(tmp_path / "small")
+
+
+def test_a_tree_of_which_something_was_lost(tmp_path: Path) -> None:
+    """Also when somebody else has flushed the filesystem, and was told, in between."""
+    (tmp_path / "small").mkdir()
+    call("mount", "-t", "tmpfs", "-o", "size=24m", "none", tmp_path / "small")
+    try:
+        with loop_device(tmp_path / "small/image", size=64 * MIB) as device:
+            call("mkfs.ext4", "-q", "-O", "^has_journal", device)
+            with (
+                mounted(device, tmp_path / "mnt") as folder,
+                NewTree(str(folder / "out"), "12345678") as tree,
+            ):
+                fd = os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=tree.fd)
+                os.write(fd, random.Random(1).randbytes(40 * MIB))
+                os.close(fd)
+                told = subprocess.run(["sync", "--file-system", folder], check=False, capture_output=True)
+                assert told.returncode == 1
+                with pytest.raises(OSError, match=r"error|space"):
+                    tree.flush()
     finally:
         unmount(tmp_path / "small")
