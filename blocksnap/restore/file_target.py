@@ -139,12 +139,12 @@ class FileTarget(_FilePlace):
         try:
             self.kept = keep and self._temporary is not None and self.keep_record()
         finally:
-            self.release()
             if self._temporary is not None and not self.kept:
-                # A failure here must not hide what led to it.
+                # While it is locked: after that it can be another's. A failure must not hide what led to it.
                 with contextlib.suppress(OSError):
                     os.unlink(self._temporary)
             self._temporary = None
+            self.release()
         return self.kept
 
     def _open(self) -> int:
@@ -159,6 +159,10 @@ class FileTarget(_FilePlace):
             os.close(fd)
             raise TargetBusyError(self._temporary, "another restore of this backup") from err
         status = os.fstat(fd)
+        if not _is_called(status, self._temporary):
+            # Whoever had it has just finished it, and it is complete, under its own name.
+            os.close(fd)
+            raise TargetBusyError(self._temporary, "another restore of this backup, which has just ended")
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
         if mine and not status.st_mode & 0o077:
             return fd
@@ -239,6 +243,13 @@ class ExistingFileTarget(_FilePlace):
         finally:
             self.release()
         return begun
+
+
+def _is_called(status: os.stat_result, path: str) -> bool:
+    try:
+        return os.path.samestat(status, os.lstat(path))
+    except OSError:
+        return False
 
 
 def _require_free(path: str, hidden: str) -> None:

@@ -165,6 +165,23 @@ def test_two_at_once(tmp_path: Path) -> None:
         ExistingFileTarget(str(locked), 100, RECORD)
 
 
+def test_another_ends_while_this_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has just given its name is not written to by who opened it under the hidden one."""
+    hidden = tmp_path / ".out.12345678.partial"
+    hidden.write_bytes(b"complete")
+    hidden.chmod(0o600)
+    lock = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        hidden.rename(tmp_path / "out")
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(TargetError, match="has just ended"):
+        new_file(tmp_path)
+    assert (tmp_path / "out").read_bytes() == b"complete"
+
+
 @pytest.mark.parametrize("length", [0, 5, GEOMETRY.size, GEOMETRY.size + 5000])
 def test_a_file_that_is_there(
     stored: tuple[Path, list[Entry]], content: bytes, tmp_path: Path, length: int
