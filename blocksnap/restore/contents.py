@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from blocksnap.restore.inside import Answering, Inner, InsideError, Request
+from blocksnap.restore.naming import flush_folder, give_name
+from blocksnap.system import mounts
 from blocksnap.system.command import run
 
 _COPY_SECONDS = 30 * 86400.0
@@ -62,7 +67,11 @@ def _list(inner: Inner, request: Request) -> Iterator[object]:
 
 
 def _copy(inner: Inner, request: Request) -> Iterator[object]:
-    """Copy a file, or a folder with all in it, into a folder: owners, times, modes, links, xattrs, holes."""
+    """Copy a file, or a folder with all in it, into a folder: owners, times, modes, links, xattrs, holes.
+
+    It gets its name when all of it is there and durable. Until then it is where nobody else can put anything
+    in the way, such as a link that would be followed.
+    """
     folder, target = inner.folder(request["backup"]), request["to"]
     path, name = _follow(folder, request["path"])
     last = name.rpartition("/")[2]
@@ -70,18 +79,28 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
     for each in names:
         if os.path.lexists(os.path.join(target, each)):
             raise InsideError(f"{os.path.join(target, each)} exists already")
-    for each in names:
-        source = path if last else os.path.join(path, each)
-        run(
-            "cp",
-            "--archive",
-            "--no-target-directory",
-            "--",
-            source,
-            os.path.join(target, each),
-            timeout_seconds=_COPY_SECONDS,
-        )
-        yield {"path": os.path.join(target, each)}
+    with _private_folder(target) as private:
+        for each in names:
+            source, copy = path if last else os.path.join(path, each), os.path.join(private, each)
+            run("cp", "--archive", "--no-target-directory", "--", source, copy, timeout_seconds=_COPY_SECONDS)
+        mounts.flush(private)
+        for each in names:
+            made = os.path.join(target, each)
+            try:
+                give_name(os.path.join(private, each), made)
+            except FileExistsError as err:
+                raise InsideError(f"{made} exists already") from err
+            yield {"path": made}
+        flush_folder(target)
+
+
+@contextmanager
+def _private_folder(above: str) -> Iterator[str]:
+    private = tempfile.mkdtemp(prefix=".blocksnap-", suffix=".partial", dir=above)
+    try:
+        yield private
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def _follow(folder: str, path: str) -> tuple[str, str]:

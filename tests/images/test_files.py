@@ -96,6 +96,21 @@ def test_copying(blocksnap: CommandLine, volume: Path, tmp_path: Path) -> None:
     assert (tmp_path / "all" / "big").read_bytes() == random.Random(1).randbytes(40 * MIB)
 
 
+def test_what_cannot_be_read_is_not_there_in_part(
+    blocksnap: CommandLine, volume: Path, tmp_path: Path
+) -> None:
+    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
+    content = bytearray(pack.read_bytes())
+    content[len(content) // 2] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(content)
+    out = tmp_path / "out"
+    out.mkdir()
+    failed = blocksnap("files", "latest", "big", "--to", out)
+    assert failed.code == 1, failed
+    assert os.listdir(out) == []
+
+
 def test_nothing_leads_out_of_the_backup(blocksnap: CommandLine, volume: Path, tmp_path: Path) -> None:
     for path, why in (
         ("../../etc/passwd", "leads out"),
