@@ -24,7 +24,8 @@ def mount_command(settings: Settings, *, backup: str, folder: str) -> None:
     """Show a BACKUP, or all of a VOLUME by their times, in the directory DIR, read-only.
 
     Each has its raw volume as the file image, and where the kernel can mount its filesystem (ext4, XFS or
-    btrfs, without a replay of the journal) what is in it under files. It runs until DIR is unmounted.
+    btrfs, without a replay of the journal) what is in it under files; of a disk with partitions under p1, p2
+    and so on, while the file partitions says what each is. It runs until DIR is unmounted.
     """
     from blocksnap.extents import memory
     from blocksnap.operations.images import show_backups
@@ -57,7 +58,8 @@ def files_command(
 ) -> None:
     """List the files in a BACKUP, or copy them out, without mounting anything by hand.
 
-    PATH is that of a file or directory in the volume's filesystem, its root if not given. Copies keep owners,
+    PATH is that of a file or directory in the volume's filesystem, its root if not given. Of a disk with
+    partitions it begins with one of them (p1/etc/fstab), and without it they are listed. Copies keep owners,
     modes, times, links, extended attributes and holes, and never replace anything.
     """
     from blocksnap.extents import memory
@@ -102,6 +104,9 @@ _TYPES = {
 
 
 def _line(entry: dict[str, Any]) -> str:
+    if entry["kind"] == "partition":
+        content = f"not shown: {entry['reason']}" if entry["reason"] else entry["content"]
+        return f"{entry['path']:<5} {format_size(entry['size']):>10} {content}"
     mode = stat.filemode(entry["mode"] | _TYPES.get(entry["kind"], 0))
     when = datetime.fromtimestamp(entry["modified"], UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     target = f" -> {_printable(entry['target'])}" if entry["target"] is not None else ""

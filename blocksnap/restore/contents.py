@@ -1,7 +1,7 @@
 """What the inner process answers about the files in an image: mount it, list, copy out.
 
 A path is followed inside the image only: a symbolic link on the way is refused, because it would lead out of
-it, to files of this host.
+it, to files of this host. Where the image has partitions a path begins with the name of one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from contextlib import contextmanager
 
 from blocksnap.restore.inside import Answering, Inner, InsideError, Request
 from blocksnap.restore.naming import flush_folder, give_name
+from blocksnap.restore.partitions import Contents, Partition
 from blocksnap.system import mounts
 from blocksnap.system.command import run
 
+PARTITIONS = "partitions"
+"""The name of a file that says which partitions there are."""
 _COPY_SECONDS = 30 * 86400.0
 _KINDS = {
     stat.S_IFREG: "file",
@@ -33,19 +36,52 @@ _KINDS = {
 
 def answers() -> dict[str, Answering]:
     """Return what can be asked, by name."""
-    return {"mount": _mount, "list": _list, "copy": _copy}
+    return {"look": _look, "mount": _mount, "list": _list, "copy": _copy}
+
+
+def _look(inner: Inner, request: Request) -> Iterator[object]:
+    """Yield the names of the partitions that can be mounted, if there are any, and of what tells of all.
+
+    That is a file in the image's own folder.
+    """
+    contents = inner.contents(request["backup"])
+    if contents.partitions:
+        with open(f"{inner.own_folder(request['backup'])}/{PARTITIONS}", "w", encoding="utf-8") as file:
+            file.write(contents.describe())
+        yield from [*(partition.name for partition in contents.shown()), PARTITIONS]
 
 
 def _mount(inner: Inner, request: Request) -> Iterator[object]:
-    inner.folder(request["backup"])
+    inner.folder(request["backup"], request["partition"])
     return iter(())
 
 
 def _list(inner: Inner, request: Request) -> Iterator[object]:
-    """Yield the entries of a folder, or the one a path names; all below it if asked, and only some names."""
-    folder = inner.folder(request["backup"])
-    path, name = _follow(folder, request["path"])
+    """Yield the entries of a folder, or the one a path names; all below it if asked, and only some names.
+
+    Where only the backup of a disk is named these are its partitions.
+    """
+    contents = inner.contents(request["backup"])
+    named, rest = _split(contents, request["path"])
     pattern, recursive = request["find"], request["recursive"] or bool(request["find"])
+    if not contents.partitions or named:
+        yield from _list_below(
+            inner.folder(request["backup"], named), named, rest, pattern, recursive=recursive
+        )
+        return
+    if not pattern:
+        yield from map(_partition_entry, contents.partitions)
+    if recursive:
+        for partition in contents.shown():
+            folder = inner.folder(request["backup"], partition.name)
+            yield from _list_below(folder, partition.name, "", pattern, recursive=True)
+
+
+def _list_below(
+    folder: str, prefix: str, rest: str, pattern: str | None, *, recursive: bool
+) -> Iterator[dict[str, object]]:
+    path, name = _follow(folder, rest)
+    name = _joined(prefix, name)
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         yield _entry(name, path, status)
@@ -57,7 +93,7 @@ def _list(inner: Inner, request: Request) -> Iterator[object]:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
         below = []
         for entry in entries:
-            here = f"{shown}/{entry.name}" if shown else entry.name
+            here = _joined(shown, entry.name)
             status = entry.stat(follow_symlinks=False)
             if not pattern or fnmatch.fnmatchcase(entry.name, pattern):
                 yield _entry(here, entry.path, status)
@@ -72,19 +108,25 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
     It gets its name when all of it is there and durable. Until then it is where nobody else can put anything
     in the way, such as a link that would be followed.
     """
-    folder, target = inner.folder(request["backup"]), request["to"]
-    path, name = _follow(folder, request["path"])
-    last = name.rpartition("/")[2]
-    names = [last] if last else sorted(os.listdir(path))
-    for each in names:
+    backup, target = request["backup"], request["to"]
+    contents = inner.contents(backup)
+    named, rest = _split(contents, request["path"])
+    if contents.partitions and not named:
+        sources = {partition.name: inner.folder(backup, partition.name) for partition in contents.shown()}
+    else:
+        path, name = _follow(inner.folder(backup, named), rest)
+        last = _joined(named, name).rpartition("/")[2]
+        names = sorted(os.listdir(path)) if not last else []
+        sources = {last: path} if last else {each: os.path.join(path, each) for each in names}
+    for each in sources:
         if os.path.lexists(os.path.join(target, each)):
             raise InsideError(f"{os.path.join(target, each)} exists already")
     with _private_folder(target) as private:
-        for each in names:
-            source, copy = path if last else os.path.join(path, each), os.path.join(private, each)
+        for each, source in sources.items():
+            copy = os.path.join(private, each)
             run("cp", "--archive", "--no-target-directory", "--", source, copy, timeout_seconds=_COPY_SECONDS)
         mounts.flush(private)
-        for each in names:
+        for each in sources:
             made = os.path.join(target, each)
             try:
                 give_name(os.path.join(private, each), made)
@@ -101,6 +143,40 @@ def _private_folder(above: str) -> Iterator[str]:
         yield private
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+def _split(contents: Contents, path: str) -> tuple[str, str]:
+    """Return the partition that a path begins with, nothing where there is none, and the rest of it."""
+    if not contents.partitions:
+        return "", path
+    first, _, rest = "/".join(part for part in path.split("/") if part not in ("", ".")).partition("/")
+    if first == "..":
+        raise InsideError(f"{path}: .. leads out of the backup")
+    if first:
+        # It is a partition, and can be looked into: raises otherwise.
+        contents.get(first)
+    return first, rest
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and name else folder or name
+
+
+def _split(contents: Contents, path: str) -> tuple[str, str]:
+    """Return the partition that a path begins with, nothing where there is none, and the rest of it."""
+    if not contents.partitions:
+        return "", path
+    first, _, rest = "/".join(part for part in path.split("/") if part not in ("", ".")).partition("/")
+    if first == "..":
+        raise InsideError(f"{path}: .. leads out of the backup")
+    if first:
+        # It is a partition, and can be looked into: raises otherwise.
+        contents.get(first)
+    return first, rest
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and name else folder or name
 
 
 def _follow(folder: str, path: str) -> tuple[str, str]:
@@ -121,6 +197,21 @@ def _follow(folder: str, path: str) -> tuple[str, str]:
             link = "/".join(parts[: number + 1])
             raise InsideError(f"{link} is a symbolic link to {os.readlink(at)}: name the file by that")
     return at, "/".join(parts)
+
+
+def _partition_entry(partition: Partition) -> dict[str, object]:
+    return {
+        "path": partition.name,
+        "kind": "partition",
+        "size": partition.size,
+        "mode": None,
+        "uid": None,
+        "gid": None,
+        "modified": None,
+        "target": None,
+        "content": partition.content,
+        "reason": partition.reason,
+    }
 
 
 def _entry(name: str, path: str, status: os.stat_result) -> dict[str, object]:

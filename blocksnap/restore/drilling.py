@@ -1,8 +1,9 @@
 """What the inner process does to prove that a backup is of use: its filesystem, and the job's check command.
 
-All happens on a loop device over an image with an overlay, in mounts and processes that die with the inner
-process. Each step yields ``{"step": NAME, "seconds": N, "ok": BOOL, "said": TEXT}``; the first that fails is
-the last.
+All happens on loop devices over an image with an overlay, in mounts and processes that die with the inner
+process. A disk with partitions has each of its filesystems put to the same steps, and one command for all.
+
+Each step yields ``{"step": NAME, "seconds": N, "ok": BOOL, "said": TEXT}``; the first that fails is the last.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.restore.filesystems import Inside
-from blocksnap.restore.inside import Answering, Inner, NoFilesystemError, Request, look_inside
+from blocksnap.restore.inside import Answering, Inner, Request
+from blocksnap.restore.partitions import Contents
 from blocksnap.system import namespace
 from blocksnap.system.contained import TIMED_OUT, run_contained
 
@@ -36,15 +40,11 @@ def _drill(inner: Inner, request: Request) -> Iterator[object]:
         inner.is_apart = True
     image = inner.image(request["backup"])
     folder = f"{namespace.PRIVATE_FOLDER}/drill"
-    loop = namespace.attach_image(image)
-    try:
-        node = os.readlink(f"/proc/self/fd/{loop}")
-        try:
-            inside: Inside | None = look_inside(image)
-        except NoFilesystemError:
-            inside = None
-        os.makedirs(folder, exist_ok=True)
-        for name, act in _steps(inside, node, folder, request):
+    os.makedirs(folder, exist_ok=True)
+    with ExitStack() as stack:
+        contents = inner.contents(request["backup"])
+        drilled = [_attach(image, each, folder, stack) for each in _filesystems(contents)]
+        for name, act in _steps(contents, drilled, _Check.of(request, image, folder)):
             began = time.monotonic()
             try:
                 said, ok = act(), True
@@ -54,47 +54,118 @@ def _drill(inner: Inner, request: Request) -> Iterator[object]:
             yield {"step": name, "seconds": seconds, "ok": ok, "said": said[-_SAID_BYTES:]}
             if not ok:
                 return
-    finally:
-        namespace.unmount(folder)
-        os.close(loop)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filesystem:
+    """A filesystem of an image (``name``: of its partition), its device, and where it is mounted."""
+
+    name: str
+    inside: Inside
+    node: str
+    folder: str
+
+    def mount(self) -> str:
+        namespace.mount_device(self.node, self.folder, self.inside.filesystem, self.inside.replaying)
+        return self.inside.filesystem
+
+    def unmount(self) -> str:
+        namespace.unmount_for_good(self.folder)
+        return self.inside.filesystem
+
+    def replay(self) -> str:
+        self.mount()
+        return self.unmount()
+
+    def find_fault(self) -> str:
+        return _run([*self.inside.check, self.node], _CHECK_SECONDS, {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """The job's own command, and what it is told."""
+
+    image: str
+    folder: str
+    backup: str
+    command: tuple[str, ...]
+    seconds: float
+
+    @classmethod
+    def of(cls, request: Request, image: str, folder: str) -> _Check:
+        return cls(image, folder, request["backup"], tuple(request["command"]), request["seconds"])
+
+    def run(self, device: str | None, *, is_mounted: bool) -> str:
+        """Run it; without a ``device`` it is given one of the whole image, attached only for it.
+
+        A device attached earlier would go on having in memory what was there before filesystems changed it.
+        """
+        environment = {"BLOCKSNAP_DRILL_BACKUP": self.backup}
+        if is_mounted:
+            environment["BLOCKSNAP_DRILL_FOLDER"] = self.folder
+        loop = namespace.attach_image(self.image) if device is None else -1
+        try:
+            environment["BLOCKSNAP_DRILL_DEVICE"] = device or _node_of(loop)
+            return _run(list(self.command), self.seconds, environment)
+        finally:
+            if loop >= 0:
+                os.close(loop)
+
+
+def _filesystems(contents: Contents) -> list[tuple[str, Inside, int, int]]:
+    """Return the partition, if there are any, the filesystem, and where it begins and how long it may be."""
+    if contents.whole is not None:
+        return [("", contents.whole, 0, 0)]
+    return [
+        (each.name, each.inside, each.offset, each.size)
+        for each in contents.shown()
+        if each.inside is not None
+    ]
+
+
+def _attach(image: str, found: tuple[str, Inside, int, int], folder: str, stack: ExitStack) -> _Filesystem:
+    name, inside, offset, size = found
+    loop = namespace.attach_image(image, offset=offset, size=size)
+    stack.callback(os.close, loop)
+    own = f"{folder}/{name}" if name else folder
+    os.makedirs(own, exist_ok=True)
+    # What is left of it when a step fails goes before its device.
+    stack.callback(namespace.unmount, own)
+    return _Filesystem(name, inside, _node_of(loop), own)
 
 
 def _steps(
-    inside: Inside | None, node: str, folder: str, request: Request
+    contents: Contents, drilled: list[_Filesystem], check: _Check
 ) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield what there is to do, by name."""
-    command: list[str] = request["command"]
-    environment = {"BLOCKSNAP_DRILL_DEVICE": node, "BLOCKSNAP_DRILL_BACKUP": request["backup"]}
+    if contents.partitions:
+        yield "partitions", lambda: _judge(contents)
+    # As after a power cut: first a filesystem brings itself in order, then nobody may find fault with it.
+    for each in drilled:
+        yield _named("replay", each), each.replay
+        yield _named("fsck", each), each.find_fault
+    for each in drilled:
+        yield _named("mount", each), each.mount
+    if check.command:
+        device = drilled[0].node if contents.whole is not None else None
+        yield "check", lambda: check.run(device, is_mounted=bool(drilled))
+    for each in drilled:
+        yield _named("unmount", each), each.unmount
 
-    def check() -> str:
-        return _run(command, request["seconds"], environment)
 
-    if inside is None:
-        if command:
-            yield "check", check
-        return
-    kind, options, fault_finder = inside.filesystem, inside.replaying, inside.check
+def _named(step: str, filesystem: _Filesystem) -> str:
+    return f"{step} {filesystem.name}" if filesystem.name else step
 
-    def mount() -> str:
-        namespace.mount_device(node, folder, kind, options)
-        return kind
 
-    def unmount() -> str:
-        namespace.unmount_for_good(folder)
-        return kind
+def _judge(contents: Contents) -> str:
+    faults = [contents.fault, *(f"{each.name}: {each.fault}" for each in contents.partitions if each.fault)]
+    if any(faults):
+        raise _StepFailedError("; ".join(fault for fault in faults if fault))
+    return "; ".join(each.describe() for each in contents.partitions)
 
-    def replay() -> str:
-        mount()
-        return unmount()
 
-    # As after a power cut: first the filesystem brings itself in order, then nobody may find fault with it.
-    yield "replay", replay
-    yield "fsck", lambda: _run([*fault_finder, node], _CHECK_SECONDS, {})
-    yield "mount", mount
-    if command:
-        environment["BLOCKSNAP_DRILL_FOLDER"] = folder
-        yield "check", check
-    yield "unmount", unmount
+def _node_of(loop: int) -> str:
+    return os.readlink(f"/proc/self/fd/{loop}")
 
 
 def _run(argv: list[str], seconds: float, environment: dict[str, str]) -> str:

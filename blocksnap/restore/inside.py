@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from blocksnap.errors import BlocksnapError
-from blocksnap.restore.filesystems import HEAD_BYTES, Inside, recognise
+from blocksnap.restore.partitions import Contents, NoFilesystemError, look_inside
 from blocksnap.system import namespace
 from blocksnap.system.children import fork_child
 
@@ -48,22 +48,13 @@ class NoFuseError(BlocksnapError):
         )
 
 
-class NoFilesystemError(BlocksnapError):
-    """The volume holds nothing that can be mounted."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "no ext4, XFS or btrfs filesystem begins at the start of this volume",
-            resolution="restore it, or look at the image itself: blocksnap mount",
-        )
-
-
 class Inner:
     """What the inner process knows: where the images are, and what of them is mounted."""
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._mounted: dict[str, str] = {}
+        self._contents: dict[str, Contents] = {}
+        self._mounted: dict[tuple[str, str], str] = {}
         self.is_apart = False
         """Whether its mounts are no other process's."""
 
@@ -71,24 +62,46 @@ class Inner:
         """Return where the image of a backup is."""
         return f"{self._root}/images/{backup}"
 
-    def folder(self, backup: str) -> str:
-        """Return where the filesystem of an image is mounted, now at the latest; raises BlocksnapError."""
-        found = self._mounted.get(backup)
+    def contents(self, backup: str) -> Contents:
+        """Return what is in an image; raises BlocksnapError, OSError."""
+        found = self._contents.get(backup)
         if found is None:
-            found = self._mounted[backup] = self._mount(backup)
+            found = self._contents[backup] = look_inside(self.image(backup))
         return found
+
+    def folder(self, backup: str, partition: str = "") -> str:
+        """Return where the filesystem of an image, or of a partition, is mounted, now at the latest.
+
+        Raises NoFilesystemError, UnnamedPartitionError, PartitionNotShownError, NotMountedError, OSError.
+        """
+        found = self._mounted.get((backup, partition))
+        if found is None:
+            found = self._mounted[backup, partition] = self._mount(backup, partition)
+        return found
+
+    def own_folder(self, backup: str) -> str:
+        """Return the folder of an image's own, in which what is in the image is mounted."""
+        folder = f"{self._root}/files/{backup}"
+        os.makedirs(folder, exist_ok=True)
+        return folder
 
     def close(self) -> None:
         """Take all mounts away, while their images are still served."""
         for folder in self._mounted.values():
             namespace.unmount(folder)
 
-    def _mount(self, backup: str) -> str:
+    def _mount(self, backup: str, name: str) -> str:
+        contents, folder = self.contents(backup), self.own_folder(backup)
+        inside, offset, size = contents.whole, 0, 0
+        if contents.partitions:
+            partition = contents.get(name)
+            inside, offset, size = partition.inside, partition.offset, partition.size
+            folder = f"{folder}/{partition.name}"
+            os.makedirs(folder, exist_ok=True)
+        if inside is None:
+            raise NoFilesystemError
         image = self.image(backup)
-        folder = f"{self._root}/files/{backup}"
-        inside = look_inside(image)
-        os.makedirs(folder, exist_ok=True)
-        namespace.mount_image(image, folder, inside.filesystem, inside.options)
+        namespace.mount_image(image, folder, inside.filesystem, inside.options, offset=offset, size=size)
         return folder
 
 
@@ -155,15 +168,3 @@ def _answer_all(answers: dict[str, Answering], root: str, questions: socket.sock
         questions.sendall(json.dumps(answer).encode())
     inner.close()
     return True
-
-
-def look_inside(image: str) -> Inside:
-    """Tell which filesystem is in an image; raises NoFilesystemError, OSError."""
-    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        inside = recognise(os.pread(fd, HEAD_BYTES, 0))
-    finally:
-        os.close(fd)
-    if inside is None:
-        raise NoFilesystemError
-    return inside

@@ -1,7 +1,10 @@
 """The tree that users see: a folder for each backup with its image and the files in it.
 
+A volume with a filesystem has them in ``files``, one with a table of partitions in ``p1``, ``p2`` and so on,
+and a text ``partitions`` that says what each is.
+
 A process of its own serves it: it passes on what the private mounts have, which it reaches through
-descriptors. The filesystem of an image is mounted when somebody first looks into ``files``. When the user
+descriptors. A filesystem is mounted when somebody first looks into it. When the user
 unmounts the tree the process ends, and so does all the rest; when the process that began it all dies, it
 unmounts the tree.
 """
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from mfusepy import Operations
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.restore.contents import PARTITIONS
 from blocksnap.restore.fuse import serve
 from blocksnap.restore.inside import ask
 from blocksnap.system import namespace
@@ -48,7 +52,8 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
         self._root = root
         self._inner = inner
         self._lock = threading.Lock()
-        self._inside: dict[str, int | OSError] = {}
+        self._names: dict[str, list[str]] = {}
+        self._inside: dict[tuple[str, str], int | OSError] = {}
         self._handles: dict[int, int] = {}
         self._numbers = itertools.count(1)
         self._ready = ready
@@ -71,7 +76,8 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
         if not rest:
             when = int(shown.taken_at * 1e9)
             return {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2, "st_mtime": when, "st_ctime": when}
-        if rest == FILES and not isinstance(self._inside.get(shown.backup), int):
+        is_mounted = isinstance(self._inside.get((shown.backup, rest)), int)
+        if not is_mounted and self._is_root_of_files(shown, rest):
             # Looking at the name alone mounts nothing.
             return {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2, "st_mtime": int(shown.taken_at * 1e9)}
         folder, name = self._place(shown, rest)
@@ -84,7 +90,7 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
         if shown is None:
             names = [*self._shown, *(["latest"] if len(self._shown) > 1 else [])]
         elif not rest:
-            names = [IMAGE, FILES]
+            names = [IMAGE, *self._inside_of(shown)]
         else:
             folder, name = self._place(shown, rest)
             fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -138,7 +144,7 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
 
     def _xattr_path(self, path: str) -> str:
         shown, rest = self._find(path)
-        if shown is None or not rest.startswith(FILES + "/"):
+        if shown is None or "/" not in rest:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         folder, name = self._place(shown, rest)
         return f"/proc/self/fd/{folder}/{name}"
@@ -156,22 +162,41 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
         if rest == IMAGE:
             return self._root, f"images/{shown.backup}"
         first, _, name = rest.partition("/")
-        if first != FILES:
+        if first not in self._inside_of(shown):
             raise _missing(rest)
-        return self._open_inside(shown.backup), name or "."
+        if first == PARTITIONS:
+            return self._root, f"files/{shown.backup}/{rest}"
+        return self._open_inside(shown.backup, first), name or "."
 
-    def _open_inside(self, backup: str) -> int:
-        """Return the root of the filesystem in an image, mounted now at the latest; raises OSError."""
+    def _is_root_of_files(self, shown: Shown, rest: str) -> bool:
+        return rest not in (IMAGE, PARTITIONS) and rest in self._inside_of(shown)
+
+    def _inside_of(self, shown: Shown) -> list[str]:
+        """Return the names of what is made of an image."""
         with self._lock:
-            found = self._inside.get(backup)
+            found = self._names.get(shown.backup)
             if found is None:
                 try:
-                    list(ask(self._inner, {"do": "mount", "backup": backup}))
+                    found = list(ask(self._inner, {"do": "look", "backup": shown.backup}))
+                except BlocksnapError:
+                    # Who looks into the files is told that they cannot be had.
+                    found = []
+                self._names[shown.backup] = found = found or [FILES]
+        return found
+
+    def _open_inside(self, backup: str, name: str) -> int:
+        """Return the root of a filesystem in an image, mounted now at the latest; raises OSError."""
+        partition = "" if name == FILES else name
+        with self._lock:
+            found = self._inside.get((backup, name))
+            if found is None:
+                try:
+                    list(ask(self._inner, {"do": "mount", "backup": backup, "partition": partition}))
                     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-                    found = os.open(f"files/{backup}", flags, dir_fd=self._root)
+                    found = os.open(f"files/{backup}/{partition}", flags, dir_fd=self._root)
                 except BlocksnapError as err:
                     found = OSError(errno.EMEDIUMTYPE, err.brief)
-                self._inside[backup] = found
+                self._inside[backup, name] = found
         if isinstance(found, OSError):
             raise found
         return found

@@ -27,8 +27,9 @@ _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LO_READ_ONLY, _LO_AUTOCLEAR = 1, 4
 _LOOP_CONFIG_BYTES = 304
-_LOOP_FLAGS_AT = 8 + 52
-"""In struct loop_config: u32 fd, u32 block_size, struct loop_info64 (lo_flags at 52), u64[8]."""
+_LOOP_PLACE_AT, _LOOP_FLAGS_AT = 8 + 24, 8 + 52
+"""In struct loop_config: u32 fd, u32 block_size, struct loop_info64 (lo_offset and lo_sizelimit at 24,
+lo_flags at 52), u64[8]."""
 _LOOP_ATTEMPTS = 16
 
 PRIVATE_FOLDER = "/sys/fs/fuse/connections"
@@ -61,7 +62,7 @@ def leave_mounts(*, passable: bool = False) -> None:
             PRIVATE_FOLDER,
             "tmpfs",
             _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
-            f"mode={'0711' if passable else '0700'},size=1m",
+            f"mode={'0711' if passable else '0700'},size=16m",
         )
     except OSError as err:
         raise NotMountedError("a private folder", err) from err
@@ -80,13 +81,15 @@ def part_mounts() -> None:
         raise NotMountedError("anything apart from others", err) from err
 
 
-def mount_image(image: str, folder: str, filesystem: str, options: str) -> None:
-    """Mount the filesystem in an image file, read-only; its loop device goes with the mount.
+def mount_image(
+    image: str, folder: str, filesystem: str, options: str, *, offset: int = 0, size: int = 0
+) -> None:
+    """Mount the filesystem in an image file, or in a part of it, read-only.
 
-    Raises NotMountedError.
+    Its loop device goes with the mount. Raises NotMountedError.
     """
     try:
-        loop = _attach(image)
+        loop = _attach(image, offset=offset, size=size)
         try:
             node = os.readlink(f"/proc/self/fd/{loop}")
             _mount(node, folder, filesystem, _MS_RDONLY | _MS_NOSUID | _MS_NODEV, options)
@@ -96,13 +99,13 @@ def mount_image(image: str, folder: str, filesystem: str, options: str) -> None:
         raise NotMountedError(f"the {filesystem} filesystem", err) from err
 
 
-def attach_image(image: str) -> int:
-    """Return the descriptor of a loop device over an image that can be written to; it goes when it is closed.
+def attach_image(image: str, *, offset: int = 0, size: int = 0) -> int:
+    """Return the descriptor of a loop device over an image, or a part of it, that can be written to.
 
-    Raises NotMountedError.
+    It goes when it is closed. Raises NotMountedError.
     """
     try:
-        return _attach(image, writable=True)
+        return _attach(image, writable=True, offset=offset, size=size)
     except OSError as err:
         raise NotMountedError("a loop device", err) from err
 
@@ -134,13 +137,17 @@ def die_with_parent() -> None:
     _check(_libc().prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0))
 
 
-def _attach(image: str, *, writable: bool = False) -> int:
-    """Return the descriptor of a loop device that is gone when nobody uses it."""
+def _attach(image: str, *, writable: bool = False, offset: int = 0, size: int = 0) -> int:
+    """Return the descriptor of a loop device that is gone when nobody uses it.
+
+    Without LO_FLAGS_PARTSCAN: the host would see its partitions, scan them, and activate what is in them.
+    """
     access = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
     backing = os.open(image, access)
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     config = bytearray(_LOOP_CONFIG_BYTES)
     struct.pack_into("<I", config, 0, backing)
+    struct.pack_into("<QQ", config, _LOOP_PLACE_AT, offset, size)
     struct.pack_into("<I", config, _LOOP_FLAGS_AT, (0 if writable else _LO_READ_ONLY) | _LO_AUTOCLEAR)
     try:
         for _ in range(_LOOP_ATTEMPTS):

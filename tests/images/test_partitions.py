@@ -1,0 +1,223 @@
+"""Backups of whole disks: the filesystems in their partitions shown, copied out and drilled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from images.test_drill import configure, drilled
+from images.test_mount import children_of, digests_of, is_mounted, shown, wait_for
+from support.commands import CommandLine
+from support.disks import MIB, boot_sector, make_gpt, make_mbr, make_sectors
+from support.loops import call
+
+
+def host_partitions() -> list[str]:
+    """Return the partitions of loop devices that the host has: ours are never among them."""
+    return sorted(path.name for path in Path("/sys/class/block").glob("loop*p*"))
+
+
+@pytest.fixture(autouse=True)
+def _no_partition_appears(blocksnap: CommandLine) -> object:
+    before = host_partitions()
+    yield
+    assert host_partitions() == before
+
+
+@pytest.fixture
+def disk(blocksnap: CommandLine, tmp_path: Path) -> tuple[Path, dict[str, dict[str, str]]]:
+    """A backed up disk with a GPT."""
+    image = tmp_path / "disk.img"
+    digests = make_gpt(image)
+    blocksnap.done("backup", image, "-q")
+    return image, digests
+
+
+def test_a_disk_is_shown_listed_copied_and_drilled(
+    blocksnap: CommandLine, tmp_path: Path, disk: tuple[Path, dict[str, dict[str, str]]]
+) -> None:
+    image, digests = disk
+    assert sorted(digests) == ["p1", "p2", "p4"]
+    tree = tmp_path / "tree"
+    with shown(blocksnap, "latest", tree):
+        assert sorted(os.listdir(tree)) == ["image", "p1", "p2", "p4", "partitions"]
+        for name, files in digests.items():
+            found = digests_of(tree / name)
+            assert {path: found[path] for path in files} == files
+        with pytest.raises(FileNotFoundError):
+            os.stat(tree / "files")
+        lines = (tree / "partitions").read_text().splitlines()
+        assert [line.split()[0] for line in lines[1:]] == ["p1", "p2", "p3", "p4", "p5"]
+        assert lines[3].endswith("not shown: it holds LVM2_member")
+        assert lines[5].endswith("not shown: it holds crypto_LUKS")
+
+    entries = blocksnap.done("files", "latest", "--json").document["entries"]
+    assert [(e["path"], e["kind"], e["content"], bool(e["reason"])) for e in entries] == [
+        ("p1", "partition", "ext4", False),
+        ("p2", "partition", "xfs", False),
+        ("p3", "partition", "LVM2_member", True),
+        ("p4", "partition", "btrfs", False),
+        ("p5", "partition", "crypto_LUKS", True),
+    ]
+    assert "not shown: it holds crypto_LUKS" in blocksnap.done("files", "latest").text
+    listed = blocksnap.done("files", "latest", "/p2/etc", "--json").document["entries"]
+    assert [e["path"] for e in listed] == ["p2/etc/app.conf", "p2/etc/fstab"]
+    found = blocksnap.done("files", "latest", "--find", "*.conf", "--json").document["entries"]
+    assert [e["path"] for e in found] == [f"{name}/etc/app.conf" for name in ("p1", "p2", "p4")]
+    for path, why in (
+        ("etc/fstab", "there is no etc in this backup: it is of a disk with partitions"),
+        ("p3/x", "p3 is not shown: it holds LVM2_member"),
+        ("../p1", "leads out"),
+        ("p1/../p2", "leads out"),
+        ("p9", "p4 btrfs"),
+    ):
+        refused = blocksnap("files", "latest", path, "--to", tmp_path)
+        assert (refused.code, len(refused.errors)) == (1, 1), refused
+        assert why in refused.stderr
+
+    out = tmp_path / "out"
+    out.mkdir()
+    blocksnap.done("files", "latest", "p4/etc", "--to", out)
+    assert _digest(out / "etc" / "fstab") == digests["p4"]["etc/fstab"]
+    blocksnap.done("files", "latest", "p1", "--to", out)
+    assert _digest(out / "p1" / "data") == digests["p1"]["data"]
+    everything = tmp_path / "everything"
+    everything.mkdir()
+    blocksnap.done("files", "latest", "--to", everything)
+    assert {name: _digest(everything / name / "data") for name in digests} == {
+        name: files["data"] for name, files in digests.items()
+    }
+
+    check = (
+        '#!/bin/sh -e\nls "$BLOCKSNAP_DRILL_FOLDER"\ncat $BLOCKSNAP_DRILL_FOLDER/p*/etc/fstab > /dev/null\n'
+    )
+    check += 'partx --show "$BLOCKSNAP_DRILL_DEVICE" | wc -l\necho x > "$BLOCKSNAP_DRILL_FOLDER/p4/new"\n'
+    configure(blocksnap, image, check)
+    blocksnap.done("backup", "--job", "images")
+    result = drilled(blocksnap, "latest")
+    steps = {step["step"]: step["said"] for step in result["steps"]}
+    names = ("p1", "p2", "p4")
+    assert list(steps) == [
+        *("sample", "partitions"),
+        *(f"{step} {name}" for name in names for step in ("replay", "fsck")),
+        *(f"mount {name}" for name in names),
+        "check",
+        *(f"unmount {name}" for name in names),
+    ]
+    assert steps["check"].split() == ["p1", "p2", "p4", "6"]
+    assert "p3 (not shown: it holds LVM2_member)" in steps["partitions"]
+
+
+def test_logical_partitions(blocksnap: CommandLine, tmp_path: Path) -> None:
+    image, tree = tmp_path / "disk.img", tmp_path / "tree"
+    digests = make_mbr(image)
+    assert sorted(digests) == ["p1", "p6"]
+    blocksnap.done("backup", image, "-q")
+    with shown(blocksnap, str(image), tree):
+        folder = tree / "latest" if (tree / "latest").exists() else next(tree.iterdir())
+        assert sorted(os.listdir(folder)) == ["image", "p1", "p6", "partitions"]
+        for name, files in digests.items():
+            found = digests_of(folder / name)
+            assert {path: found[path] for path in files} == files
+        assert "not shown: it holds swap" in (folder / "partitions").read_text()
+    assert drilled(blocksnap, "latest")["good"]
+
+
+HOSTILE = {
+    "overlapping": (
+        {0: boot_sector([(0x83, 2048, 8192), (0x83, 4096, 8192)])},
+        "p1 (not shown: it overlaps p2)",
+    ),
+    "beyond": ({0: boot_sector([(0x83, 2048, 1 << 20)])}, "behind the end of the volume"),
+    "far beyond": ({0: boot_sector([(0x83, 0xFFFFFFF0, 0xFFFFFFF0)])}, "behind the end of the volume"),
+    "upon the table": ({0: boot_sector([(0x83, 0, 8192)])}, "begins in the table"),
+    "endless": (
+        {
+            0: boot_sector([(0x05, 2048, 8192)]),
+            2048: boot_sector([(0x83, 64, 100), (0x05, 4096, 100)]),
+            2048 + 4096: boot_sector([(0x83, 64, 100), (0x05, 0, 100)]),
+        },
+        "p5 (not shown: it holds no filesystem that is known)",
+    ),
+}
+
+
+def test_tables_that_cannot_be_right(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """They are told, by what lists and what drills, and nothing waits for them."""
+    images = {kind: tmp_path / f"{kind}.img" for kind in HOSTILE}
+    for kind, image in images.items():
+        make_sectors(image, 8 * MIB, HOSTILE[kind][0])
+    blocksnap.done("backup", *images.values(), "-q")
+    for kind, image in images.items():
+        refused = blocksnap("files", f"{image}@latest", "etc")
+        assert (refused.code, len(refused.errors)) == (1, 1), refused
+        assert HOSTILE[kind][1] in refused.stderr
+    for kind in ("overlapping", "endless"):
+        last = drilled(blocksnap, f"{images[kind]}@latest", code=1)["steps"][-1]
+        assert (last["step"], last["ok"]) == ("partitions", False)
+
+
+def test_a_table_is_told_from_a_boot_sector(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """A filesystem may have one, with rubbish where a table would have its list; and one may be left over."""
+    image = tmp_path / "volume.img"
+    with image.open("wb") as file:
+        file.truncate(32 * MIB)
+    call("mkfs.ext4", "-q", image)
+    with image.open("r+b") as file:
+        file.write(boot_sector([(0x83, 4096, 8192)]))
+    blocksnap.done("backup", image, "-q")
+    entries = blocksnap.done("files", "latest", "--json").document["entries"]
+    assert [entry["path"] for entry in entries] == ["lost+found"]
+    # A table and a filesystem in its partition, made over a filesystem whose superblock is still there.
+    call("mkfs.ext4", "-q", "-F", "-E", f"offset={2 * MIB}", image, "4096k")
+    blocksnap.done("backup", image, "-q")
+    entries = blocksnap.done("files", "latest", "--json").document["entries"]
+    assert [(entry["path"], entry["content"]) for entry in entries] == [("p1", "ext4")]
+
+
+@pytest.mark.parametrize("what", ["mount", "drill"])
+def test_nothing_is_left_after_kill(blocksnap: CommandLine, tmp_path: Path, what: str) -> None:
+    """No mount, no loop device, no partition: what the fixtures insist upon."""
+    image, tree, mark = tmp_path / "disk.img", tmp_path / "tree", tmp_path / "began"
+    make_mbr(image)
+    configure(blocksnap, image, f"#!/bin/sh\ntouch {mark}\nsleep 654321\n")
+    blocksnap.done("backup", "--job", "images")
+    tree.mkdir()
+    process = blocksnap.start(*(("mount", "latest", tree) if what == "mount" else ("drill", "latest")))
+    try:
+        if what == "mount":
+            wait_for(process, tree)
+            assert os.listdir(tree / "p1")
+            assert os.listdir(tree / "p6")
+        deadline = time.monotonic() + 60
+        while what == "drill" and not mark.exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        loops = json.loads(call("losetup", "--list", "--json", "--output", "NAME,OFFSET"))["loopdevices"]
+        assert len([loop for loop in loops if int(loop["offset"])]) >= 2
+        for pid in [process.pid, *children_of(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        deadline = time.monotonic() + 30
+        if what == "mount":
+            call("umount", tree)
+        while is_mounted(tree):
+            assert time.monotonic() < deadline, "the tree is still mounted"
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
+    assert "drill" not in Path("/proc/mounts").read_text()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
