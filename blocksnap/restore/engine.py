@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO, Protocol, TypeVar
 
@@ -24,6 +23,7 @@ from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.lookup import Location
 from blocksnap.repository.repository import Repository
+from blocksnap.restore.outstanding import Outstanding
 from blocksnap.restore.plan import WINDOW_CHUNKS, FrameFetch, RangeFetch, Window, plan_windows
 from blocksnap.restore.record import HEAD_BYTES
 from blocksnap.restore.targets import Target, write_stream
@@ -261,8 +261,9 @@ class _Restoring:
         self._losses = losses
         self._fetcher = ChunkFetcher(repository, geometry, losses)
         self._threads = threading.local()
-        self._pending: dict[Future[int], _Outstanding] = {}
-        self._windows: deque[_Outstanding] = deque()
+        self._pending: dict[Future[int], tuple[Outstanding, int]] = {}
+        self._windows: deque[Outstanding] = deque()
+        self._reached = 0
 
     def bring(self, runs: Iterator[tuple[int, int, Entry]], window_chunks: int = WINDOW_CHUNKS) -> None:
         """Write these runs."""
@@ -270,11 +271,12 @@ class _Restoring:
             try:
                 for window in plan_windows(runs, _locator(self._repository), window=window_chunks):
                     self._begin_window(window)
-                    outstanding = _Outstanding(window.end, len(window.ranges))
+                    firsts = [min(min(frame.numbers) for frame in fetch.frames) for fetch in window.ranges]
+                    outstanding = Outstanding(firsts, window.end)
                     self._windows.append(outstanding)
-                    for fetch in window.ranges:
+                    for number, fetch in enumerate(window.ranges):
                         self._await(_PENDING - 1)
-                        self._pending[pool.submit(self._bring, fetch)] = outstanding
+                        self._pending[pool.submit(self._bring, fetch)] = outstanding, number
                 self._await(0)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -295,11 +297,16 @@ class _Restoring:
         while len(self._pending) > most:
             done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
             for future in done:
-                outstanding = self._pending.pop(future)
+                outstanding, number = self._pending.pop(future)
                 if future.exception() is None:
-                    outstanding.ranges -= 1
-            while self._windows and not self._windows[0].ranges:
-                self._target.reached(self._windows.popleft().end * self._geometry.chunk_size)
+                    outstanding.written(number)
+            while self._windows:
+                if (reached := self._windows[0].reached) > self._reached:
+                    self._reached = reached
+                    self._target.reached(reached * self._geometry.chunk_size)
+                if not self._windows[0].is_whole:
+                    break
+                self._windows.popleft()
             self._progress(sum(future.result() for future in done))
 
     def _bring(self, fetch: RangeFetch) -> int:
@@ -311,14 +318,6 @@ class _Restoring:
             batch.add(numbers, length)
         batch.flush()
         return batch.written - before
-
-
-@dataclass(slots=True)
-class _Outstanding:
-    """A window up to the chunk ``end``, and how many of its ranges are not written yet."""
-
-    end: int
-    ranges: int
 
 
 def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:
