@@ -66,7 +66,12 @@ EXIT_WARNINGS = 3
     default="raw",
     help="Format of a new file; qcow2 is made by qemu-img.",
 )
-@click.option("--verify", is_flag=True, help="Read back what was written and compare it with the backup.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read back what was written and compare it with the backup; with --instant before what was written "
+    "meanwhile goes to it.",
+)
 @click.option(
     "--missing",
     type=click.Choice(["fail", "zero"]),
@@ -109,12 +114,15 @@ def restore_command(
     BACKUP is an id or a unique prefix, latest, VOLUME@latest, or VOLUME@TIME.
     """
     if instant:
-        if create or in_place or image != "raw" or verify or missing != "fail":
-            raise UsageError("--instant makes a volume, and goes with --pool, --classic, --size only")
+        if create or in_place or image != "raw" or missing != "fail":
+            raise UsageError(
+                "--instant makes a volume, and goes with --pool, --classic, --size, --verify only"
+            )
         if abandon:
             _abandon(settings, backup, target)
             return
-        _restore_instantly(settings, backup, target, (pool, classic, size), write_room, rate, resume=resume)
+        made = (pool, classic, size)
+        _restore_instantly(settings, backup, target, made, write_room, rate, verify=verify, resume=resume)
         return
     if resume or abandon or write_room or rate:
         raise UsageError("--resume, --abandon, --write-room and --rate go with --instant")
@@ -189,6 +197,7 @@ def _restore_instantly(
     write_room: str | None,
     rate: str | None,
     *,
+    verify: bool,
     resume: bool,
 ) -> None:
     from blocksnap.extents import memory
@@ -203,11 +212,16 @@ def _restore_instantly(
     if resume:
         if target or made != NewVolumeOptions() or write_room:
             raise UsageError("write it as: blocksnap restore --instant --resume VG/NAME")
-        result = resume_instant(settings.open_repository, backup, per_second, *where)
+        result = resume_instant(settings.open_repository, backup, per_second, *where, verify=verify)
     else:
-        options = InstantOptions(made, parse_size(write_room) if write_room else 0, per_second)
+        options = InstantOptions(made, parse_size(write_room) if write_room else 0, per_second, verify)
         result = begin_instant(settings.open_repository, backup, target, options, *where)
-    facts = {"device": result.device, "backup": result.backup, "volume_bytes": result.volume_bytes}
+    facts = {
+        "device": result.device,
+        "backup": result.backup,
+        "volume_bytes": result.volume_bytes,
+        "verified": result.verified,
+    }
     seconds = {"usable_seconds": round(result.usable_seconds, 3), "seconds": round(result.seconds, 3)}
     if settings.json:
         print_json_line({"event": "done", **facts, **seconds})
@@ -215,6 +229,7 @@ def _restore_instantly(
         click.echo(
             f"restored {result.backup[:8]} to {result.device}: {format_size(result.volume_bytes)}, "
             f"usable after {result.usable_seconds:.1f} s, whole after {result.seconds:.1f} s"
+            + (", read back and found identical" if result.verified else "")
         )
     if settings.reporter.warnings:
         click.get_current_context().exit(EXIT_WARNINGS)

@@ -24,9 +24,9 @@ from blocksnap.system.lvm import ARRIVING_SUFFIX
 
 _FOLDER = "instant"
 _LOCK_SECONDS = 1.0
-Stage = Literal["making", "arriving", "whole"]
-"""Nothing can be used yet; what is missing is read from the repository; it is all there, and what was written
-meanwhile goes to it."""
+Stage = Literal["making", "arriving", "verifying", "whole"]
+"""Nothing can be used yet; what is missing is read from the repository; it is all there and read back, if
+that was asked for; it is all there, and what was written meanwhile goes to it."""
 
 
 class InstantBusyError(BusyError):
@@ -65,6 +65,7 @@ class Arrival(BaseModel):
     arriving: str
     meanwhile: str
     token: str
+    verify: bool = False
 
     @property
     def volume(self) -> str:

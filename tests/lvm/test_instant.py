@@ -14,6 +14,7 @@ import pytest
 
 from support.in_process import InProcess
 from support.instant_restore import (
+    arrived_from,
     arrived_share,
     device_name,
     judge,
@@ -23,7 +24,7 @@ from support.instant_restore import (
     restoring,
     use,
 )
-from support.lvm_lab import ThinPool, tool
+from support.lvm_lab import ThinPool, tool, write_at
 
 SLOW = ("--rate", "2M")
 
@@ -93,5 +94,32 @@ def test_a_server_that_is_killed_only_makes_wait(
                 assert again.done() == 0
             judge(folder, lost, 20)
             assert (folder / "written alone").read_bytes()[:5001] == b"x" * 5000 + b"f"
+    nothing_is_left(pool, "data")
+    tool("e2fsck", "-fn", pool.node("data"))
+
+
+def test_what_arrives_wrong_is_not_read(pool: ThinPool, lost: dict[str, str], tmp_path: Path) -> None:
+    """--verify finds it before anything written meanwhile goes to it; what follows is verified too."""
+    volume = f"{pool.group}/data"
+    with restoring("latest", volume, "--verify", "--rate", "12M") as run:
+        device = run.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt") as folder:
+            use(folder, 0, 10)
+            while not (begin := arrived_from(f"{device_name(pool)}-blocksnap")):
+                run.until("progress")
+            # A disk that takes writes and holds something else.
+            write_at(f"/dev/{volume}-arriving", begin + 4096, os.urandom(8192))
+            run.until("serving-only")
+            warned = [event["message"] for event in run.events if event["event"] == "warning"]
+            assert any("bytes differ" in message for message in warned), warned
+            assert arrived_share(f"{device_name(pool)}-blocksnap") < 0.1
+            use(folder, 10, 10)
+            assert run.end(signal.SIGTERM) == 143
+            with restoring("--resume", volume) as again:
+                assert again.done() == 0
+                assert again.events[-1]["verified"]
+            use(folder, 20, 10)
+        with mounted(pool.node("data"), tmp_path / "mnt") as folder:
+            judge(folder, lost, 30)
     nothing_is_left(pool, "data")
     tool("e2fsck", "-fn", pool.node("data"))

@@ -97,6 +97,14 @@ def arrived_share(name: str) -> float:
     return lengths[False] / sum(lengths.values())
 
 
+def arrived_from(name: str) -> int:
+    """Tell where in the volume the part begins that has arrived and is read from there; 0 before it has."""
+    for line in map(str.split, tool("dmsetup", "table", name).splitlines()):
+        if not line[3].startswith("43:") and int(line[0]):
+            return int(line[0]) * 512
+    return 0
+
+
 def nothing_is_left(pool: ThinPool, name: str) -> None:
     """The volume is one of LVM's, and all that was made for it is gone."""
     assert [each for each in pool.names() if "arriving" in each or "meanwhile" in each] == []

@@ -1,0 +1,309 @@
+"""Bring the data of an instant restore to its volume, which is used meanwhile, and make that LVM's own.
+
+The order of steps, and what holds between any two of them, is in docs/design.md, section 6.5.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from blocksnap.controller.arriving import Arrival, ArrivalFile
+from blocksnap.controller.pacing import TokenBucket
+from blocksnap.errors import BlocksnapError, StorageError
+from blocksnap.operations.images import IMAGES_FOLDER, served_images
+from blocksnap.operations.label import tell_of_labels
+from blocksnap.operations.reporting import Reporter, phase
+from blocksnap.operations.restore import LostRangeError
+from blocksnap.operations.targets import RestoreDiffersError, read_runs, verify_target
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.pipeline.selection import Ranges
+from blocksnap.repository.blockmap import MapReader
+from blocksnap.repository.documents import Backup
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.arrival_devices import (
+    ArrivalDevices,
+    Names,
+    StoreFullError,
+    below_table,
+)
+from blocksnap.restore.arriving_target import ArrivingTarget
+from blocksnap.restore.engine import UnreadableRangeError, head_bytes, restore_to_target
+from blocksnap.restore.image_server import ImageServer
+from blocksnap.restore.keeper import Keeper
+from blocksnap.restore.record import RestoreRecord
+from blocksnap.restore.targets import may_go_on
+from blocksnap.system import lvm, nbd
+
+_AGAIN_SECONDS = 2.0
+_LOOK_SECONDS = 0.5
+_WRITES_SECONDS = 5.0
+"""How often it is asked whether what is written meanwhile still has room."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstantResult:
+    """What was done: the device, and after how many seconds it could be used and was whole."""
+
+    device: str
+    backup: str
+    volume_bytes: int
+    usable_seconds: float
+    seconds: float
+    verified: bool
+
+
+def _names_of(arrival: Arrival) -> Names:
+    return Names(
+        arrival.device,
+        arrival.below,
+        arrival.group,
+        arrival.name,
+        arrival.arriving,
+        arrival.meanwhile,
+    )
+
+
+def discard(arrival: Arrival, file: ArrivalFile) -> None:
+    """Remove everything of a restore; raises DeviceBusyError while it is used."""
+    index = nbd.find(arrival.token)
+    if index is not None:
+        # Nothing could be removed while something waits for it.
+        nbd.disconnect(index)
+    ArrivalDevices(_names_of(arrival)).discard()
+    file.remove()
+
+
+class Bringing:
+    """One process's part in an instant restore, from whatever stage it is at."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        backup: Backup,
+        arrival: Arrival,
+        file: ArrivalFile,
+        report: Reporter,
+        keeper: Keeper,
+        rate: int,
+        began: float,
+    ) -> None:
+        self._repository = repository
+        self._backup = backup
+        self._geometry = Geometry(backup.size, backup.chunk_size)
+        self._arrival = arrival
+        self._file = file
+        self._report = report
+        self._keeper = keeper
+        self._bucket = TokenBucket(rate) if rate else None
+        self._looked = began
+        self._lock = threading.Lock()
+        self._began = began
+        self._usable_seconds = 0.0
+        self._devices = ArrivalDevices(_names_of(arrival))
+        self._record = RestoreRecord(repository=arrival.repository, backup=backup.id, mode="whole")
+        self._told: set[str] = set()
+
+    def bring(self) -> InstantResult:
+        """Do what is left to be done."""
+        arrival = self._arrival
+        try:
+            if arrival.stage != "whole" or nbd.find(arrival.token) is not None:
+                self._serve_and_fill()
+            self._end()
+        except BaseException:
+            if self._arrival.stage == "making":
+                discard(self._arrival, self._file)
+            else:
+                self._report.warn(
+                    f"{arrival.volume} is not complete"
+                    + (", and reads of what has not arrived wait" if self._arrival.stage != "whole" else ""),
+                    resolution=f"go on: blocksnap restore --instant --resume {arrival.volume}",
+                )
+            raise
+        seconds = time.monotonic() - self._began
+        device = f"/dev/{arrival.volume}"
+        return InstantResult(
+            device, arrival.backup, arrival.size, self._usable_seconds, seconds, arrival.verify
+        )
+
+    def _serve_and_fill(self) -> None:
+        """Serve what has not arrived, make the device usable, and bring the rest."""
+        lv_bytes = self._devices.open_volumes()
+        image = f"{IMAGES_FOLDER}/{self._backup.id}"
+        with (
+            ExitStack() as users,
+            served_images(
+                self._repository,
+                [self._backup],
+                self._report,
+                end_users=users.close,
+                tell=self._tell,
+                patient=True,
+            ),
+        ):
+            server = ImageServer(image, self._arrival.token, self._keeper, self._tell)
+            users.callback(server.close)
+            remote = server.start()
+            self._open(lv_bytes, remote)
+            if self._arrival.stage != "whole":
+                self._fill_or_go_on_serving(lv_bytes, remote)
+                self._reach("whole")
+            self._devices.set_below_local(lv_bytes)
+            server.disconnect()
+
+    def _open(self, lv_bytes: int, remote: int) -> None:
+        """Make the device that is used, if it is not there."""
+        if self._arrival.stage == "making":
+            # From here on the volume never looks whole when it is not.
+            target = self._target(lv_bytes, remote)
+            target.begin()
+            target.close()
+        if self._arrival.stage != "whole":
+            self._move(lv_bytes, remote, self._reached())
+        # What is written from the next step on is to be kept, whatever happens.
+        if self._arrival.stage == "making":
+            self._reach("arriving")
+        self._devices.make_room(lv_bytes)
+        device = self._devices.open_top(lv_bytes)
+        self._usable_seconds = time.monotonic() - self._began
+        tell_of_labels(self._backup, self._report)
+        self._report.event(
+            "usable",
+            device=device,
+            volume_bytes=self._backup.size,
+            arrived_bytes=self._reached(),
+            seconds=round(self._usable_seconds, 3),
+        )
+
+    def _fill_or_go_on_serving(self, lv_bytes: int, remote: int) -> None:
+        """Bring the data; when that cannot go on, tell, and serve those who use the volume until a signal."""
+        try:
+            while self._arrival.stage == "arriving" and not self._fill(lv_bytes, remote):
+                time.sleep(_AGAIN_SECONDS)
+            if self._arrival.verify:
+                self._reach("verifying")
+                while not self._verify(lv_bytes, remote):
+                    time.sleep(_AGAIN_SECONDS)
+        except RestoreDiffersError as err:
+            # All is read from the repository again, and brought anew when the restore is gone on with.
+            self._reach("arriving")
+            self._move(lv_bytes, remote, 0)
+            self._report.warn(
+                f"what has arrived is read from the repository again: {err.brief}",
+                resolution="look for I/O errors in the kernel log (dmesg); end this command, then bring all "
+                f"anew: blocksnap restore --instant --resume {self._arrival.volume}",
+            )
+        except BlocksnapError as err:
+            lost = LostRangeError(self._backup, err) if isinstance(err, UnreadableRangeError) else err
+            self._report.warn(f"no more data arrives: {lost.brief}", resolution=lost.resolution)
+        else:
+            return
+        self._report.event("serving-only", volume=self._arrival.volume)
+        while True:
+            time.sleep(_LOOK_SECONDS)
+
+    def _verify(self, lv_bytes: int, remote: int) -> bool:
+        """Read back what has arrived, to which nothing else is written yet.
+
+        False when the repository, which has the map, cannot be reached. Raises RestoreDiffersError.
+        """
+        target = self._target(lv_bytes, remote)
+        try:
+            verify_target(self._repository, self._backup, target, self._report, Ranges())
+        except StorageError as err:
+            self._tell(err)
+            return False
+        finally:
+            target.close()
+        return True
+
+    def _fill(self, lv_bytes: int, remote: int) -> bool:
+        """Bring the data; False when the repository cannot be reached."""
+        target = self._target(lv_bytes, remote)
+        read_map = partial(read_runs, MapReader(self._repository.load_node), self._backup, None)
+        try:
+            with phase(self._report, f"restoring {self._backup.volume.name}", self._backup.size):
+                restore_to_target(self._repository, self._geometry, read_map, target, self._report.advance)
+            target.finish()
+        except StorageError as err:
+            target.close(keep=True)
+            self._tell(err)
+            return False
+        except BaseException as err:
+            target.close(keep=may_go_on(err))
+            raise
+        target.close()
+        return True
+
+    def _target(self, lv_bytes: int, remote: int) -> ArrivingTarget:
+        moved = partial(self._moved, lv_bytes, remote)
+        return ArrivingTarget(self._devices.node, self._backup.size, self._record, moved, self._hold_back)
+
+    def _moved(self, lv_bytes: int, remote: int, reached: int) -> None:
+        """Have what has arrived read from the volume from now on."""
+        self._check_writes()
+        self._move(lv_bytes, remote, reached)
+
+    def _move(self, lv_bytes: int, remote: int, reached: int) -> None:
+        self._devices.set_below(
+            below_table(
+                lv_bytes=lv_bytes,
+                size=self._backup.size,
+                head=head_bytes(self._geometry),
+                reached=reached,
+                local=self._devices.local(),
+                remote=remote,
+            )
+        )
+
+    def _reached(self) -> int:
+        """Return up to where the data is there, but for the beginning."""
+        if self._arrival.stage in ("verifying", "whole"):
+            return self._backup.size
+        return ArrivingTarget.reached_of(self._devices.node, self._record)
+
+    def _check_writes(self) -> None:
+        """Tell when the room for writes is full: the data may arrive all the same. Raises WritesLostError."""
+        try:
+            self._devices.check_writes()
+        except StoreFullError as err:
+            self._tell(err)
+
+    def _hold_back(self, length: int) -> None:
+        now = time.monotonic()
+        with self._lock:
+            is_due = now - self._looked >= _WRITES_SECONDS
+            if is_due:
+                self._looked = now
+            delay = self._bucket.take(length, now) if self._bucket is not None else 0.0
+        if is_due:
+            self._check_writes()
+        time.sleep(delay)
+
+    def _end(self) -> None:
+        """Bring what was written meanwhile to the volume, and make it LVM's own."""
+        report = lvm.report(self._arrival.group)
+        if report.find(self._arrival.group, self._arrival.meanwhile) is not None:
+            lv_bytes = self._devices.open_volumes()
+            self._devices.make_room(lv_bytes)
+            self._devices.set_below_local(lv_bytes)
+            self._report.event("arrived", volume=self._arrival.volume)
+            self._devices.merge(lv_bytes)
+        self._devices.hand_over()
+        self._file.remove()
+
+    def _reach(self, stage: str) -> None:
+        self._arrival = Arrival.model_validate({**self._arrival.model_dump(), "stage": stage})
+        self._file.write(self._arrival)
+
+    def _tell(self, err: BlocksnapError) -> None:
+        with self._lock:
+            if err.brief in self._told:
+                return
+            self._told.add(err.brief)
+        waits = "; what needs it waits" if isinstance(err, StorageError) else ""
+        self._report.warn(f"{err.brief}{waits}", resolution=err.resolution)
