@@ -147,7 +147,7 @@ def judge(table: Table, size: int) -> list[tuple[TableEntry, str]]:
     )[:PARTITIONS_MOST]
     faults = {entry.number: _misplaced(entry, size) for entry in entries}
     reaching: TableEntry | None = None
-    for entry in sorted(entries, key=lambda entry: entry.offset):
+    for entry in sorted((entry for entry in entries if entry.size), key=lambda entry: entry.offset):
         if reaching is not None and entry.offset < reaching.offset + reaching.size:
             faults[entry.number] = faults[entry.number] or f"it overlaps p{reaching.number}"
             faults[reaching.number] = faults[reaching.number] or f"it overlaps p{entry.number}"

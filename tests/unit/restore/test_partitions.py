@@ -64,7 +64,7 @@ def test_what_has_no_fault_is_apart_from_all_and_inside(places: list[tuple[int, 
     entries = tuple(entry(at, 512 * begin, 512 * size) for at, (begin, size) in enumerate(places, 1))
     judged = judge(Table("gpt", entries, is_endless=False), 512 * 40)
     for number, (each, fault) in enumerate(judged):
-        others = [other for at, (other, _) in enumerate(judged) if at != number]
+        others = [other for at, (other, _) in enumerate(judged) if at != number and other.size]
         is_apart = all(
             each.offset + each.size <= other.offset or other.offset + other.size <= each.offset
             for other in others
