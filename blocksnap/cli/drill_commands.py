@@ -23,11 +23,14 @@ EXIT_WARNINGS = 3
 @click.option("--job", metavar="NAME", help="Drill the newest backup of each volume of a configured job.")
 @common_options
 def drill_command(settings: Settings, *, backup: str, job: str | None) -> None:
-    """Prove that BACKUP restores, without restoring it.
+    """Prove that BACKUP restores, without restoring it anywhere.
 
     A sample of its chunks is read again. Its filesystem is mounted from an overlay, with a replay,
     checked by its fsck, and mounted once more for the check command of its job, which starts the database and
     queries it. All of that is thrown away; what came of it is kept in the repository, for list and report.
+
+    The backup of a subvolume is restored, in fact, to a filesystem in a file of TMPDIR (else /var/tmp), where
+    there has to be room for all of it, and read back; then the command runs.
 
     The command finds BLOCKSNAP_DRILL_FOLDER, BLOCKSNAP_DRILL_DEVICE and BLOCKSNAP_DRILL_BACKUP in its
     environment. Whatever it starts ends with it.

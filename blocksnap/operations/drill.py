@@ -1,6 +1,7 @@
 """Prove that a backup restores: an overlay over its image, fsck, a mount, the job's own check command.
 
-Nothing is written to the volume or the repository but the result. All of it dies with this process.
+That of a subvolume is restored to a scratch filesystem instead (``operations.drill_tree``). Nothing is
+written to the volume or the repository but the result. All of it dies with this process.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from blocksnap.restore.inside import InsideError, ask, fork_inner
 from blocksnap.system import namespace
 from blocksnap.system.host import host_name
 
+_LOOK_INTO_IMAGE = "blocksnap mount, or serve --writable"
+_LOOK = {"subvolume": "restore it to a new directory"}
 _END_SECONDS = 1.0
 _ATTEMPTS = 4
 """For each chunk of the sample: holes are passed over."""
@@ -47,8 +50,8 @@ class DrillFailedError(BlocksnapError):
             f"the drill of backup {first.backup[:8]} of {first.volume.name} failed"
             f"{f' at {step.step}' if step else ''}{more}",
             details=step.said if step else None,
-            resolution="look into it: blocksnap mount, or serve --writable; where the repository is damaged: "
-            "blocksnap repair",
+            resolution=f"look into it: {_LOOK.get(first.volume.kind, _LOOK_INTO_IMAGE)}; "
+            "where the repository is damaged: blocksnap repair",
         )
 
 
@@ -98,20 +101,12 @@ def run_drills(
     inner = fork_inner(answers(), namespace.PRIVATE_FOLDER)
     repository = open_repository()
     repository.keys.require(Right.READ)
-    plans = []
-    for each in plan(repository):
-        if each.backup.inodes is None:
-            plans.append(each)
-            continue
-        report.warn(
-            f"backup {each.backup.id[:8]} of {each.backup.volume.name} is a tree: it was not drilled",
-            resolution=f"restore it to a new directory with --verify: blocksnap restore {each.backup.id[:8]}",
-        )
+    plans = plan(repository)
     failed = []
-    backups = [each.backup for each in plans]
+    images = [each.backup for each in plans if each.backup.inodes is None]
     # What an interrupted drill is in the middle of is not worth waiting for.
     end = partial(inner.end, _END_SECONDS)
-    with served_images(repository, backups, report, end_users=end, writable=True):
+    with served_images(repository, images, report, end_users=end, writable=True):
         for each in plans:
             result = _drill(repository, each, inner.questions, report)
             try:
@@ -127,8 +122,34 @@ def run_drills(
 
 
 def _drill(repository: Repository, plan: DrillPlan, inner: socket.socket, report: Reporter) -> Drilled:
-    backup, settings = plan.backup, plan.settings
+    backup = plan.backup
     began = time.monotonic()
+    if backup.inodes is None:
+        chunks, sampled, steps = _drill_image(repository, plan, inner, report)
+    else:
+        from blocksnap.operations.drill_tree import drill_tree
+
+        tree = drill_tree(repository, backup, plan.settings, report)
+        chunks, sampled, steps = tree.chunks, tree.read_bytes, tree.steps
+    return Drilled(
+        run=secrets.token_hex(16),
+        time=datetime.now(UTC),
+        hostname=host_name(),
+        backup=backup.id,
+        volume=backup.volume,
+        good=all(step.ok for step in steps),
+        seconds=round(time.monotonic() - began, 3),
+        chunks=chunks,
+        sampled_bytes=sampled,
+        steps=tuple(steps),
+    )
+
+
+def _drill_image(
+    repository: Repository, plan: DrillPlan, inner: socket.socket, report: Reporter
+) -> tuple[int, int, list[DrillStep]]:
+    """Return how many chunks were read again, their bytes, and the steps."""
+    backup, settings = plan.backup, plan.settings
     chunks, sampled, sample = _sample(repository, backup, settings.sample)
     steps = [sample]
     if sample.ok:
@@ -144,18 +165,7 @@ def _drill(repository: Repository, plan: DrillPlan, inner: socket.socket, report
                 report.event("drill-step", backup=backup.id, **answer)
         except InsideError as err:
             steps.append(DrillStep(step="attach", seconds=0.0, ok=False, said=err.brief))
-    return Drilled(
-        run=secrets.token_hex(16),
-        time=datetime.now(UTC),
-        hostname=host_name(),
-        backup=backup.id,
-        volume=backup.volume,
-        good=all(step.ok for step in steps),
-        seconds=round(time.monotonic() - began, 3),
-        chunks=chunks,
-        sampled_bytes=sampled,
-        steps=tuple(steps),
-    )
+    return chunks, sampled, steps
 
 
 def _sample(repository: Repository, backup: Backup, wanted: int) -> tuple[int, int, DrillStep]:

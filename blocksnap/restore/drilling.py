@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from blocksnap.system import namespace
 from blocksnap.system.contained import TIMED_OUT, run_contained
 
 _CHECK_SECONDS = 6 * 3600.0
-_SAID_BYTES = 1000
+SAID_BYTES = 1000
 
 
 class _StepFailedError(BlocksnapError):
@@ -51,7 +51,7 @@ def _drill(inner: Inner, request: Request) -> Iterator[object]:
             except (BlocksnapError, OSError) as err:
                 said, ok = str(err), False
             seconds = round(time.monotonic() - began, 3)
-            yield {"step": name, "seconds": seconds, "ok": ok, "said": said[-_SAID_BYTES:]}
+            yield {"step": name, "seconds": seconds, "ok": ok, "said": said[-SAID_BYTES:]}
             if not ok:
                 return
 
@@ -78,7 +78,7 @@ class _Filesystem:
         return self.unmount()
 
     def find_fault(self) -> str:
-        return _run([*self.inside.check, self.node], _CHECK_SECONDS, {})
+        return run_check([*self.inside.check, self.node], _CHECK_SECONDS, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class _Check:
         loop = namespace.attach_image(self.image) if device is None else -1
         try:
             environment["BLOCKSNAP_DRILL_DEVICE"] = device or _node_of(loop)
-            return _run(list(self.command), self.seconds, environment)
+            return run_check(self.command, self.seconds, environment)
         finally:
             if loop >= 0:
                 os.close(loop)
@@ -168,7 +168,11 @@ def _node_of(loop: int) -> str:
     return os.readlink(f"/proc/self/fd/{loop}")
 
 
-def _run(argv: list[str], seconds: float, environment: dict[str, str]) -> str:
+def run_check(argv: Sequence[str], seconds: float, environment: dict[str, str]) -> str:
+    """Run what finds fault, or not, and return what it said; of it nothing is left.
+
+    Raises BlocksnapError when it found one, or was not done in time.
+    """
     done = run_contained(argv, timeout_seconds=seconds, environment=environment)
     if done.status == TIMED_OUT:
         raise _StepFailedError(f"{argv[0]} was not done after {seconds:g} s and was killed: {done.said}")
