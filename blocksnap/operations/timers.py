@@ -115,7 +115,10 @@ def install_units(units: tuple[Unit, ...], folder: str, *, activate: bool) -> In
     wanted = {unit.name: unit.text for unit in units}
     ours: dict[str, str] = {}
     for path in sorted(Path(folder).glob("blocksnap-*")):
-        text = path.read_text(errors="replace")
+        if path.suffix not in (".service", ".timer"):
+            # Drop-ins of the administrator, in folders.
+            continue
+        text = path.read_text(errors="replace") if path.is_file() else ""
         if text.startswith(MARK):
             ours[path.name] = text
         elif path.name in wanted:

@@ -89,10 +89,14 @@ def test_installing_replaces_and_removes_only_ours(tmp_path: Path) -> None:
     planned = plan_units(CONFIGURATION, "/usr/bin/blocksnap", "/etc/b.toml")
     (tmp_path / "blocksnap-mine.service").write_text("[Unit]\n")
     (tmp_path / "blocksnap-backup-old.timer").write_text(MARK)
+    drop_ins = tmp_path / "blocksnap-backup-one.service.d"
+    drop_ins.mkdir()
+    (drop_ins / "override.conf").write_text(f"{MARK}[Service]\n")
+    (tmp_path / "blocksnap-masked.timer").symlink_to("nowhere")
     done = install_units(planned, str(tmp_path), activate=False)
     assert (len(done.written), done.removed, done.unchanged) == (6, ("blocksnap-backup-old.timer",), ())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["blocksnap-mine.service", *(unit.name for unit in planned)]
+        ["blocksnap-mine.service", "blocksnap-masked.timer", drop_ins.name, *(unit.name for unit in planned)]
     )
     again = install_units(planned, str(tmp_path), activate=False)
     assert (again.written, again.removed, len(again.unchanged)) == ((), (), 6)
@@ -100,3 +104,4 @@ def test_installing_replaces_and_removes_only_ours(tmp_path: Path) -> None:
     with pytest.raises(ForeignUnitError):
         install_units(planned, str(tmp_path), activate=False)
     assert (tmp_path / planned[1].name).read_text() == "[Timer]\n"
+    assert (drop_ins / "override.conf").exists()
