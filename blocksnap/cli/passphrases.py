@@ -48,6 +48,14 @@ class Source:
         if sys.stdin.isatty():
             asked: str = click.prompt(self.prompt, hide_input=True, confirmation_prompt=confirm, err=True)
             return _not_empty(asked.encode(errors="surrogateescape"), "the passphrase")
+        if configured and (name := configured.passphrase_credential):
+            raise PassphraseError(
+                f"systemd has given this service no credential {name}"
+                if "INVOCATION_ID" in os.environ
+                else f"the passphrase is a credential of systemd ({name}), and this is none of its services",
+                resolution=f"have the unit load it (LoadCredentialEncrypted={name}:FILE in a drop-in), "
+                "or give --passphrase-file FILE",
+            )
         return None
 
 
