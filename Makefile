@@ -18,7 +18,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-restore
 .PHONY: bench-subvolumes bench-tracked bench-year vagrant-test clean
 .PHONY: soak-btrfs soak-histories soak-instant soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
-.PHONY: soak-images soak-kinds soak-subvolumes soak-together soak-xfs
+.PHONY: soak-guest soak-images soak-kinds soak-subvolumes soak-systemd soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
 
 help: ## list the targets
@@ -91,6 +91,9 @@ soak-kill: bootstrap ## a backup of a group, killed at every step, and what doct
 
 soak-quiesce: bootstrap ## twenty groups at one instant, and runs killed at every step they take, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=20 -- $(PYTEST) --timeout 7000 tests/lvm/test_quiesce.py
+
+soak-systemd: bootstrap ## timers, credentials and frozen units of a real systemd, in namespaces: minutes
+	BLOCKSNAP_SOAK=1 BLOCKSNAP_SOAK_ROUNDS=10 $(PYTEST) --timeout 600 tests/systemd
 
 soak-instant: bootstrap ## instant restores: killed before every program, no repository, damage, in the lab: minutes
 	vagrant/lab --timeout 3600 --env BLOCKSNAP_SOAK=1 -- $(PYTEST) -s --timeout 3000 \
