@@ -14,8 +14,8 @@ import errno
 import stat
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from blocksnap.errors import VolumeError
@@ -25,13 +25,20 @@ from blocksnap.extents.btrfs_changes import (
     InodeChange,
     InodeMemory,
     InodeRemoval,
+    RememberedInode,
     SubvolumeChanges,
 )
 from blocksnap.extents.btrfs_identity import BtrfsIdentity, Compare, decide, decide_base, decide_kept
-from blocksnap.extents.btrfs_records import read_listing, read_records, write_memory
+from blocksnap.extents.btrfs_records import LISTING, read_listing, read_records, write_memory
 from blocksnap.extents.changes import Binding
 from blocksnap.extents.model import ExtentList
-from blocksnap.system.btrfs import commit, exclusive_operation, filesystem_info, subvolume_info
+from blocksnap.system.btrfs import (
+    commit,
+    exclusive_operation,
+    filesystem_info,
+    last_relocation,
+    subvolume_info,
+)
 
 _Answer = TypeVar("_Answer")
 _BATCH = 1024
@@ -119,13 +126,14 @@ def compare_files(base_fd: int, base_inode: int, fd: int, inode: int) -> FileCha
     descriptor is open on the file or on anything else in its subvolume. FIEMAP has no generations and would
     miss changes.
 
-    Raises VolumeError when an inode is no regular file or the kernel's answers make no sense.
+    Raises VolumeError when an inode is no regular file, data is moved all the while, or the kernel's answers
+    make no sense.
     """
     from blocksnap._native import btrfs_diff_file
 
     trees = _Trees(fd, base_fd, read_only=False)
     commit(fd)
-    changed, holes, state, size = trees.undisturbed(
+    changed, holes, state, size = trees.in_place(
         lambda: btrfs_diff_file(base_fd, base_inode, fd, inode, trees.sector_size)
     )
     return FileChanges(size, ExtentList(changed), ExtentList(holes), state)
@@ -183,6 +191,25 @@ class _Trees:
             )
         return answer[0]
 
+    def in_place(self, read: Callable[[], _Answer]) -> _Answer:
+        """Read while no data is moved at all, where an answer that saw two places could be too narrow.
+
+        A place that the one file had and lost would be given to the other meanwhile.
+        """
+        for _ in range(_ATTEMPTS):
+            before = last_relocation(self.fd)
+            answer = self.undisturbed(read)
+            if last_relocation(self.fd) == before:
+                return answer
+        raise VolumeError(
+            "the filesystem moved data all the while its extents were read",
+            resolution="run it again when no balance is running",
+        )
+
+    def moved_since(self, transaction: int) -> bool:
+        """Tell whether an extent that is older may have been given a place after a transaction."""
+        return last_relocation(self.fd) > transaction
+
     def require_same(self) -> None:
         """Raise VolumeError when the snapshot was replaced or made writable since it was opened."""
         now = subvolume_info(self.fd)
@@ -197,6 +224,10 @@ class _Trees:
         return subvolume_info(self.fd).generation, base, exclusive_operation(self._filesystem)
 
 
+def _without_extents(known: RememberedInode) -> RememberedInode:
+    return known if known.state and known.state[0] == LISTING else replace(known, state=None)
+
+
 class _Walk:
     """One comparison: touched directories, what was removed, everything else."""
 
@@ -205,10 +236,13 @@ class _Walk:
         self._memory = memory
         self._remember = remember
         self._touched: Sequence[int] = ()
+        self._since = 0
+        self._moved = False
 
     def run(self, since: int) -> Iterator[Change]:
         from blocksnap._native import btrfs_touched
 
+        self._since = since
         numbers, _, modes, _ = self._trees.undisturbed(lambda: btrfs_touched(self._trees.fd, since))
         self._touched = memoryview(numbers).cast("Q")
         directories, others = array("Q"), array("Q")
@@ -228,21 +262,42 @@ class _Walk:
 
         trees = self._trees
         base_fd = _NO_BASE if trees.base_fd is None else trees.base_fd
+
+        def compare(batch: array[int], known: Mapping[int, RememberedInode]) -> tuple[bytes, int]:
+            packed, memory = batch.tobytes(), write_memory(known)
+            return trees.undisturbed(
+                lambda: btrfs_diff(
+                    trees.fd, base_fd, packed, memory, trees.sector_size, self._remember, _RECORDS
+                )
+            )
+
         at = 0
         while at < len(numbers):
             batch = numbers[at : at + _BATCH]
-            packed, memory = batch.tobytes(), b""
-            if self._memory is not None:
-                memory = write_memory(self._memory.recall(batch))
-
-            def read(packed: bytes = packed, memory: bytes = memory) -> tuple[bytes, int]:
-                return btrfs_diff(
-                    trees.fd, base_fd, packed, memory, trees.sector_size, self._remember, _RECORDS
-                )
-
-            records, done = trees.undisturbed(read)
+            if self._memory is None:
+                records, done = compare(batch, {})
+            else:
+                records, done = self._compare_remembered(batch, self._memory.recall(batch), compare)
             at += done
             yield from read_records(records)
+
+    def _compare_remembered(
+        self,
+        batch: array[int],
+        known: Mapping[int, RememberedInode],
+        compare: Callable[[array[int], Mapping[int, RememberedInode]], tuple[bytes, int]],
+    ) -> tuple[bytes, int]:
+        """Compare with what is remembered of some inodes, of their extents only if no data was moved since.
+
+        An extent that is moved keeps its generation. So a file that was made to share another's extents,
+        as old as its own, may find them where its own were, and look as if nothing had happened.
+        """
+        if not self._moved:
+            answer = compare(batch, known)
+            self._moved = self._trees.moved_since(self._since)
+            if not self._moved:
+                return answer
+        return compare(batch, {number: _without_extents(inode) for number, inode in known.items()})
 
     def _note_gone(self, removed: Iterable[Entry], gone: dict[int, bool]) -> None:
         """Add the inodes of removed names that are not in the snapshot under another: those were touched."""

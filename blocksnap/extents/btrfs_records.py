@@ -25,7 +25,8 @@ _LINK = struct.Struct("<QH")
 _XATTR = struct.Struct("<HH")
 _MEMORY = struct.Struct("<QQQQ")
 _NO_STATE = (1 << 64) - 1
-_LISTING = 0x81
+LISTING = 0x81
+"""First byte of the state of a directory."""
 _KINDS: tuple[EntryKind, ...] = (
     "unknown", "file", "directory", "character", "block", "fifo", "socket", "symlink", "subvolume",
 )  # fmt: skip
@@ -121,7 +122,7 @@ def write_memory(known: Mapping[int, RememberedInode]) -> bytes:
 
 def write_listing(entries: Iterable[Entry]) -> bytes:
     """Write the state of a directory from its names, given in any order."""
-    packed = bytearray([_LISTING])
+    packed = bytearray([LISTING])
     index = inode = 0
     for entry in sorted(entries, key=lambda entry: entry.index):
         if not 0 < len(entry.name) < 256:
@@ -134,7 +135,7 @@ def write_listing(entries: Iterable[Entry]) -> bytes:
 
 def read_listing(state: bytes) -> Iterator[Entry]:
     """Read the state of a directory; raises ValueError when it is none."""
-    if state[:1] != bytes((_LISTING,)):
+    if state[:1] != bytes((LISTING,)):
         raise ValueError("what was remembered of a directory is no listing")
     at, index, inode = 1, 0, 0
     while at < len(state):

@@ -19,6 +19,7 @@ from blocksnap.errors import VolumeError
 
 # linux/btrfs.h; the magic of all is 0x94, and the upper half-word is direction and size.
 _SNAP_CREATE_V2 = 0x50009417
+_TREE_SEARCH = 0xD0009411
 _INO_LOOKUP = 0xD0009412
 _WAIT_SYNC = 0x40089416
 _START_SYNC = 0x80089418
@@ -32,6 +33,14 @@ _VOLUME_ARGUMENTS = struct.Struct("<qQQ32s4040s")
 _SUBVOLUME_INFO = struct.Struct("<Q256sQQQQ16s16s16sQQQQ64s64s")
 _INO_LOOKUP_ARGUMENTS = struct.Struct("<QQ4080s")
 _FILESYSTEM_INFO = struct.Struct("<QQ16sIII")
+_SEARCH_KEY = struct.Struct("<7Q4I32x")
+_SEARCH_BYTES = 4096
+_SEARCH_HEADER = struct.Struct("<3Q2I")
+# linux/btrfs_tree.h
+_ROOT_TREE, _DATA_RELOCATION_TREE, _ROOT_ITEM = 1, (1 << 64) - 9, 132
+_ROOT_GENERATION_AT = 160
+NEVER_TOLD: Final = (1 << 64) - 1
+"""Later than every transaction."""
 _LONGEST_NAME = 255
 TOP_DIRECTORY: Final = 256
 """Inode number of the top directory of every subvolume."""
@@ -187,6 +196,31 @@ def exclusive_operation(filesystem: UUID) -> str:
         return (_SYSFS / str(filesystem) / "exclusive_operation").read_text().strip()
     except FileNotFoundError:
         return "none"
+
+
+def last_relocation(fd: int) -> int:
+    """Return the transaction in which the filesystem last found a new place for data that it moves.
+
+    Whatever moves data (balance, shrinking, removing a device, reclaiming block groups) first writes it to an
+    inode of the data relocation tree, commits, and only then lets files point there; so who reads an extent
+    at a new place finds the move here. ``NEVER_TOLD`` where there is no such tree. Needs CAP_SYS_ADMIN.
+    (kernel: fs/btrfs/relocation.c, create_reloc_inode, prepare_to_relocate)
+    """
+    answer = bytearray(_SEARCH_BYTES)
+    last = (1 << 64) - 1
+    _SEARCH_KEY.pack_into(
+        answer, 0,
+        _ROOT_TREE, _DATA_RELOCATION_TREE, _DATA_RELOCATION_TREE, 0, last, 0, last,
+        _ROOT_ITEM, _ROOT_ITEM, 1, 0,
+    )  # fmt: skip
+    try:
+        fcntl.ioctl(fd, _TREE_SEARCH, answer)
+    except OSError as err:
+        raise BtrfsError("ask btrfs when it last moved data", err) from err
+    if not _SEARCH_KEY.unpack_from(answer)[9]:
+        return NEVER_TOLD
+    at = _SEARCH_KEY.size + _SEARCH_HEADER.size + _ROOT_GENERATION_AT
+    return int(struct.unpack_from("<Q", answer, at)[0])
 
 
 def directory_path(fd: int, inode: int) -> bytes:
