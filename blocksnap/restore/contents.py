@@ -162,23 +162,6 @@ def _joined(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder and name else folder or name
 
 
-def _split(contents: Contents, path: str) -> tuple[str, str]:
-    """Return the partition that a path begins with, nothing where there is none, and the rest of it."""
-    if not contents.partitions:
-        return "", path
-    first, _, rest = "/".join(part for part in path.split("/") if part not in ("", ".")).partition("/")
-    if first == "..":
-        raise InsideError(f"{path}: .. leads out of the backup")
-    if first:
-        # It is a partition, and can be looked into: raises otherwise.
-        contents.get(first)
-    return first, rest
-
-
-def _joined(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder and name else folder or name
-
-
 def _follow(folder: str, path: str) -> tuple[str, str]:
     """Return where a path of the image leads to and how it is written without dots; raises InsideError."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
