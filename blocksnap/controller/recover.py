@@ -292,7 +292,8 @@ def _resume_origins(dead: Collection[Entry], report: LvReport, found: _Findings)
             if at_work:
                 found.puzzles.append(f"{lv.full_name} is suspended, and process {at_work[0]} may be why")
             else:
-                devmapper.resume(lv.number)
+                for number in devmapper.suspended_with(lv.number):
+                    devmapper.resume(number)
                 found.removed.append(f"resumed {lv.full_name}, which run {run} left suspended")
         except BlocksnapError as err:
             found.warnings.append(f"cannot resume {lv.full_name}, which is suspended: {err}")

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from blocksnap.system.blockdev import holders, sysfs_folder
+from blocksnap.system.blockdev import holders, slaves, sysfs_folder
 from blocksnap.system.command import run
 
 PoolMode = Literal["rw", "ro", "out_of_data_space", "fail"]
@@ -111,6 +111,11 @@ def lvm_identity(number: int) -> LvmIdentity | None:
     return LvmIdentity(found[1], found[2], (found[3] or "").removeprefix("-")) if found else None
 
 
+def _layer_of(number: int) -> str | None:
+    identity = lvm_identity(number)
+    return identity.layer if identity is not None else None
+
+
 def is_suspended(number: int) -> bool:
     """Tell whether a device is suspended; False when it is gone."""
     return _read(sysfs_folder(number) / "dm/suspended") == "1"
@@ -119,6 +124,32 @@ def is_suspended(number: int) -> bool:
 def suspended_devices() -> set[int]:
     """Return the numbers of all devices that are suspended now."""
     return {number for number in _devices() if is_suspended(number)}
+
+
+def suspended_with(number: int) -> list[int]:
+    """Return what of LVM is suspended with a volume, in the order in which it has to be resumed.
+
+    For a snapshot of a classic volume LVM suspends the volume, what it lies on (legs of a RAID, a cache), and
+    the snapshots that it has, with their stores. Whatever lies on others goes on after these. Thin pools are
+    left out, with all below.
+    """
+    found: list[int] = []
+    seen: set[int] = set()
+
+    def visit(device: int) -> None:
+        identity = lvm_identity(device)
+        if device in seen or identity is None or identity.layer == "tpool":
+            return
+        seen.add(device)
+        for below in slaves(device):
+            visit(below)
+        found.append(device)
+
+    reals = [below for below in slaves(number) if _layer_of(below) == "real"]
+    for snapshot in [above for real in reals for above in holders(real) if above != number]:
+        visit(snapshot)
+    visit(number)
+    return [device for device in found if is_suspended(device)]
 
 
 def has_lvm_devices() -> bool:
