@@ -80,7 +80,7 @@ soak-images: bootstrap ## an image of 4 GiB on XFS and on btrfs, at work while i
 soak-kinds: bootstrap ## 20 rounds of anything that happens, and a kill at every step, for each kind of volume
 	BLOCKSNAP_SOAK_ROUNDS=20 BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 tests/conformance/test_kinds.py
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=20 --env BLOCKSNAP_SOAK=1 -- \
-		$(PYTEST) --timeout 7000 tests/lvm/test_conformance.py tests/lvm/test_rounds.py
+		$(PYTEST) --timeout 7000 tests/lvm/test_conformance.py tests/lvm/test_rounds.py tests/lvm/test_classic_layers.py
 
 soak-histories: bootstrap ## the difference of thin devices against thin_delta, a hundred times as long, in the lab
 	vagrant/lab --timeout 7200 --env BLOCKSNAP_SOAK_ROUNDS=100 -- $(PYTEST) --timeout 7000 \

@@ -171,6 +171,8 @@ def _volumes(volumes: Sequence[RecordedVolume], backed_up: set[str]) -> Iterator
             continue
         how = f"--pool {each.pool}" if each.pool else "--classic"
         if full_name in backed_up:
+            if each.kind.startswith("raid") or each.kind in ("cache", "writecache"):
+                yield f"# {full_name} was of type {each.kind}, and comes back linear: see lvconvert(8)"
             yield f"blocksnap restore {full_name}@latest {full_name} --create {how}"
         else:
             yield f"# {full_name} ({each.kind}, {each.size} bytes) is in no backup of this repository"

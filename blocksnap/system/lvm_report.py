@@ -30,6 +30,7 @@ def _tags(value: object) -> object:
     return tuple(value.split(",")) if isinstance(value, str) and value else () if value == "" else value
 
 
+_WITH_CLASSIC_SNAPSHOTS = frozenset({"linear", "striped", "cache", "writecache"})
 Number = Annotated[int | None, BeforeValidator(_optional_number)]
 Percent = Annotated[float | None, BeforeValidator(_optional_number)]
 Flag = Annotated[bool | None, BeforeValidator(_flag)]
@@ -113,7 +114,8 @@ class LvRecord(BaseModel):
     @property
     def is_classic(self) -> bool:
         """Whether its snapshots are classic ones, with an exception store."""
-        return self.segtype in ("linear", "striped") and not self.is_classic_snapshot
+        stored = self.segtype in _WITH_CLASSIC_SNAPSHOTS or self.segtype.startswith("raid")
+        return stored and not self.is_classic_snapshot
 
     @property
     def is_classic_snapshot(self) -> bool:
@@ -164,6 +166,14 @@ class LvReport:
                 resolution=f"see: lvs -a {lv.vg_name}",
             )
         return ThinRecord(lv, pool, metadata, self._external_origin(lv))
+
+    def parts(self, lv: LvRecord) -> Iterator[LvRecord]:
+        """Yield the inner volumes that a volume lies on, at any depth."""
+        for part in lv.devices.split(","):
+            below = self.find(lv.vg_name, part.rpartition("(")[0].strip("[]"))
+            if below is not None and below.lv_uuid != lv.lv_uuid:
+                yield below
+                yield from self.parts(below)
 
     def place(self, lv: LvRecord, disks: Mapping[str, str]) -> str:
         """Return where a volume begins, in terms that outlive device names; ``disks``: PV names to UUIDs."""

@@ -44,7 +44,7 @@ _STATES = {
 
 
 class ClassicVolume:
-    """A linear or striped volume of LVM."""
+    """A volume of LVM that is not thin: linear, striped, RAID, or cached."""
 
     kind: VolumeKind = "classic"
 

@@ -25,14 +25,12 @@ _OTHER_FOLDERS = frozenset(
     {"block", "bus", "char", "disk", "fd", "input", "mapper", "net", "pts", "shm", "snd"}
 )
 _KINDS = {
-    "cache": "a cached volume",
     "cache-pool": "a cache pool",
     "error": "a volume without storage",
     "mirror": "a mirrored LVM volume",
     "thin-pool": "a thin pool",
     "vdo": "a VDO volume",
     "vdo-pool": "a VDO pool",
-    "writecache": "a cached volume",
 }
 
 
@@ -249,16 +247,34 @@ def obstacle_of(record: LvRecord, report: LvReport) -> tuple[str, str | None] | 
     for found, what, advice in checks:
         if found:
             return what, advice
-    if record.is_thin or record.is_classic:
+    if record.is_thin:
         return None
+    if record.is_classic:
+        return _obstacle_below(record, report)
     if record.is_classic_snapshot:
         return "a classic LVM snapshot", f"name the volume it was made of: {record.vg_name}/{record.origin}"
-    what = (
-        "a RAID volume"
-        if record.segtype.startswith("raid")
-        else _KINDS.get(record.segtype, "of no known kind")
-    )
-    return what, f"this kind is not supported yet; {SUPPORTED}"
+    if record.segtype == "mirror":
+        # What LVM itself says when a snapshot of one is taken.
+        advice = "snapshots of it can deadlock when a disk fails: lvconvert --type raid1"
+        return _KINDS["mirror"], f"{advice} {record.full_name}"
+    return _KINDS.get(record.segtype, "of no known kind"), f"this kind is not supported yet; {SUPPORTED}"
+
+
+def _obstacle_below(record: LvRecord, report: LvReport) -> tuple[str, str] | None:
+    """Say what LVM takes no snapshots of although it is a classic volume (docs/design.md, section 4.7)."""
+    name = record.full_name
+    pool = report.find_uuid(record.pool_lv_uuid) if record.segtype == "cache" else None
+    if pool is not None and pool.segtype != "cache-pool":
+        return (
+            "cached by a single volume (cachevol), and LVM takes no snapshots of that while it is active",
+            f"lvconvert --splitcache {name}, then cache it by a pool: lvconvert --type cache --cachepool",
+        )
+    if any(part.segtype == "integrity" for part in report.parts(record)):
+        return (
+            "a RAID volume with integrity, and LVM takes no snapshots of that",
+            f"lvconvert --raidintegrity n {name}",
+        )
+    return None
 
 
 def _volumes_in(pool: LvRecord, report: LvReport) -> str:

@@ -55,3 +55,16 @@ class TestClassic(Conformance):
         fill(made)
         yield made
         made.close()
+
+
+@SOAK
+@pytest.mark.parametrize("layers", ["raid1", "cache", "writecache"])
+class TestClassicOnLayers(Conformance):
+    """In `make test` tests/lvm/test_classic_layers.py has what is particular to them."""
+
+    @pytest.fixture
+    def kind(self, pool: ThinPool, layers: str) -> Iterator[Kind]:
+        made = ClassicKind(pool.group, layers)
+        fill(made)
+        yield made
+        made.close()

@@ -279,11 +279,12 @@ def test_what_is_not_supported_says_what_it_is(pool: ThinPool, volume: str, stat
     group = pool.group
     tool("lvcreate", "-y", "-L", "8M", "-n", "thick", group)
     tool("lvcreate", "-y", "-s", "-L", "8M", "-n", "thicksnap", f"{group}/thick")
-    tool("lvcreate", "-y", "--type", "raid1", "-m1", "--nosync", "-L", "8M", "-n", "mirrored", group)
+    mirror = ("--type", "mirror", "-m1", "--corelog", "--nosync")
+    tool("lvcreate", "-y", *mirror, "-L", "8M", "-n", "mirrored", group)
     mapped = f"/dev/mapper/{group.replace('-', '--')}-"
     expected = {
         f"{group}/thicksnap": "a classic LVM snapshot",
-        f"{group}/mirrored": "a RAID volume",
+        f"{group}/mirrored": "a mirrored LVM volume",
         f"{group}/{pool.pool}": "a thin pool",
         f"{mapped}{pool.pool.replace('-', '--')}_tmeta": "an inner part",
         f"{mapped}{pool.pool.replace('-', '--')}-tpool": "an inner part",
@@ -293,7 +294,7 @@ def test_what_is_not_supported_says_what_it_is(pool: ThinPool, volume: str, stat
     }
     for name, message in expected.items():
         with pytest.raises(VolumeError) as caught:
-            resolve_volume(name)
+            resolve_volume(name).prepare()
         assert message in str(caught.value), name
         assert caught.value.exit_code == 14
     with SnapshotSession([resolve_volume(volume)], "run1", state):

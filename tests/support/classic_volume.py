@@ -31,6 +31,23 @@ def classic_group(group: str = GROUP) -> Iterator[str]:
         remove_group(group, disks)
 
 
+def make_volume(group: str, name: str, size: int, kind: str = "linear") -> None:
+    """Make a volume of ``size`` bytes: linear, raid1, cache (by a pool), cachevol, writecache, integrity."""
+    raid = {
+        "raid1": ("--type", "raid1", "-m1"),
+        "integrity": ("--type", "raid1", "-m1", "--raidintegrity", "y"),
+    }
+    tool("lvcreate", "-y", "-W", "n", *raid.get(kind, ()), "-L", f"{size}b", "-n", name, group)
+    cached = f"{group}/{name}"
+    if kind == "cache":
+        tool("lvcreate", "-y", "--type", "cache-pool", "-L", "12M", "-n", "fast", group)
+        tool("lvconvert", "-y", "--type", "cache", "--cachepool", "fast", cached)
+    elif kind in ("cachevol", "writecache"):
+        tool("lvcreate", "-y", "-L", "12M", "-n", "fast", group)
+        tool("lvchange", "-an", f"{group}/fast")
+        tool("lvconvert", "-y", "--type", kind.removesuffix("vol"), "--cachevol", "fast", cached)
+
+
 @contextmanager
 def open_direct(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Open a device past the page cache."""

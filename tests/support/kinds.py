@@ -13,7 +13,7 @@ from blocksnap.volumes.base import Snapshot, is_tree
 from blocksnap.volumes.image import FOLDER
 from blocksnap.volumes.subvolume import PREFIX
 from support import btrfs_calls
-from support.classic_volume import ClassicVolume
+from support.classic_volume import ClassicVolume, make_volume
 from support.conformance import MIB, SIZE, Kind
 from support.file_ioctls import clone_file, dedupe_range, opened, set_immutable
 from support.file_trees import rsync_differences
@@ -238,8 +238,8 @@ class ClassicKind(Kind):
     bases = 1
     can_shrink = False
 
-    def __init__(self, group: str) -> None:
-        tool("lvcreate", "-y", "-W", "n", "-L", f"{SIZE}b", "-n", "data", group)
+    def __init__(self, group: str, kind: str = "linear") -> None:
+        make_volume(group, "data", SIZE, kind)
         self._volume = ClassicVolume(group, "data")
         self.name, self.path = f"{group}/data", Path(self._volume.node)
 

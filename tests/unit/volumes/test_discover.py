@@ -34,7 +34,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
     mine = row("blocksnap-x", lv_tags="blocksnap,blocksnap.r", segtype="thin")
     mock.add(
         "lvs",
-        out=report_text(*rows, row("classic", segtype="linear"), row("mirrored", segtype="raid1"), mine),
+        out=report_text(*rows, row("classic", segtype="linear"), row("mirrored", segtype="mirror"), mine),
     )
     devices = [
         device("/dev/dm-7", DM, vg_name="vg0", lv_name="data", dm_uuid="LVM-x", filesystem="ext4"),
@@ -65,7 +65,8 @@ def test_everything_that_holds_data_is_shown_once(host: MockCommands) -> None:
     classic = found["vg0/classic"]
     assert (classic.kind, classic.supported, classic.tracking) == ("classic", True, "compare")
     mirrored = found["vg0/mirrored"]
-    assert (mirrored.kind, mirrored.supported, mirrored.obstacle) == ("raid1", False, "it is a RAID volume")
+    assert (mirrored.kind, mirrored.supported) == ("mirror", False)
+    assert mirrored.obstacle == "it is a mirrored LVM volume"
     assert (found["/home"].kind, found["/home"].supported, found["/home"].size) == ("btrfs", False, 2 << 30)
     assert found["/dev/sdb"].obstacle == "it has no snapshots and is in use: mounted on /mnt"
     assert (found["/dev/sde"].supported, found["/dev/sde"].tracking) == (True, "compare")

@@ -58,9 +58,8 @@ def test_what_can_be_read_in_two_ways_is_asked_back(tmp_path: Path, monkeypatch:
     ("fields", "message"),
     [
         ({"segtype": "linear", "lv_role": "public,snapshot,thicksnapshot"}, "a classic LVM snapshot"),
-        ({"segtype": "raid1"}, "a RAID volume"),
-        ({"segtype": "raid5_ls"}, "a RAID volume"),
-        ({"segtype": "cache"}, "a cached volume"),
+        ({"segtype": "mirror"}, "a mirrored LVM volume"),
+        ({"segtype": "cache", "pool_lv_uuid": uuid_of("pool_tdata")}, "cached by a single volume"),
         ({"segtype": "vdo"}, "a VDO volume"),
         ({"segtype": "somethingnew"}, "of no known kind"),
         ({"lv_tags": "blocksnap,blocksnap.run9"}, "a snapshot that blocksnap made"),
@@ -79,6 +78,35 @@ def test_what_cannot_be_backed_up_is_called_by_its_name(
     assert message in str(caught.value)
     assert caught.value.exit_code == 14
     assert caught.value.resolution
+
+
+@pytest.mark.parametrize(
+    "segtype", ["linear", "striped", "raid0", "raid1", "raid5_ls", "raid10", "writecache"]
+)
+def test_what_has_classic_snapshots(mock: MockCommands, segtype: str) -> None:
+    mock.add("lvs", out=report_text(row("data", segtype=segtype)))
+    assert resolve_volume("vg0/data").kind == "classic"
+
+
+def test_a_cache_is_to_be_a_pool(mock: MockCommands) -> None:
+    pool = row("[fast_cpool]", segtype="cache-pool")
+    cached = row("data", segtype="cache", devices="data_corig(0)", pool_lv_uuid=pool["lv_uuid"])
+    mock.add("lvs", out=report_text(cached, pool, row("[data_corig]", segtype="linear")))
+    assert resolve_volume("vg0/data").kind == "classic"
+
+
+def test_integrity_is_found_at_any_depth(mock: MockCommands) -> None:
+    pool = row("[fast_cpool]", segtype="cache-pool")
+    rows = [
+        row("data", segtype="cache", devices="data_corig(0)", pool_lv_uuid=pool["lv_uuid"]),
+        row("[data_corig]", segtype="raid1", devices="data_corig_rimage_0(0),data_corig_rimage_1(0)"),
+        row("[data_corig_rimage_0]", segtype="linear", devices="/dev/sda(1)"),
+        row("[data_corig_rimage_1]", segtype="integrity", devices="data_corig_rimage_1_iorig(0)"),
+    ]
+    mock.add("lvs", out=report_text(*rows, pool))
+    with pytest.raises(VolumeError, match="a RAID volume with integrity") as caught:
+        resolve_volume("vg0/data")
+    assert caught.value.resolution == "lvconvert --raidintegrity n vg0/data"
 
 
 def test_pool_names_the_volumes_in_it(mock: MockCommands) -> None:
