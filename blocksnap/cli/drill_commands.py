@@ -13,7 +13,7 @@ from blocksnap.errors import UsageError
 
 if TYPE_CHECKING:
     from blocksnap.operations.report import VolumeReport
-    from blocksnap.repository.documents import Drilled
+    from blocksnap.repository.documents import Drilled, DrillStep
 
 EXIT_WARNINGS = 3
 
@@ -58,8 +58,13 @@ def _show(settings: Settings, result: Drilled) -> None:
     click.echo(
         f"{'drilled' if result.good else 'FAILED'} {result.backup[:8]} of {result.volume.name}: "
         f"{result.chunks} chunks ({format_size(result.sampled_bytes)}) read again, "
-        + ", ".join(f"{step.step} {step.seconds:.1f} s" for step in result.steps[1:])
+        + ", ".join(_told(step) for step in result.steps[1:])
     )
+
+
+def _told(step: DrillStep) -> str:
+    # What of a disk is not looked into is said where it would be taken for looked into.
+    return step.said if step.step == "partitions" else f"{step.step} {step.seconds:.1f} s"
 
 
 @click.command("report")

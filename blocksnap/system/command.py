@@ -32,18 +32,24 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 # How long an interrupt waits for a program that is in the middle of something.
 _GRACE_SECONDS = 30.0
 _PACKAGES = {
+    "blkid": "util-linux",
+    "btrfs": "btrfs-progs",
     "dmsetup": "dmsetup",
+    "e2fsck": "e2fsprogs",
     "lvchange": "lvm2",
     "lvcreate": "lvm2",
     "lvmconfig": "lvm2",
     "lvremove": "lvm2",
     "lvs": "lvm2",
+    "mkfs.btrfs": "btrfs-progs",
     "nbdkit": "nbdkit",
+    "partx": "util-linux",
     "pvs": "lvm2",
     "thin_check": "thin-provisioning-tools",
     "udevadm": "udev",
     "vgs": "lvm2",
     "virsh": "libvirt-clients",
+    "xfs_repair": "xfsprogs",
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.restore.partitions import look_inside
 from images.test_drill import configure, drilled
 from images.test_mount import children_of, digests_of, is_mounted, shown, wait_for
 from support.commands import CommandLine
@@ -180,6 +181,32 @@ def test_a_table_is_told_from_a_boot_sector(blocksnap: CommandLine, tmp_path: Pa
     blocksnap.done("backup", image, "-q")
     entries = blocksnap.done("files", "latest", "--json").document["entries"]
     assert [(entry["path"], entry["content"]) for entry in entries] == [("p1", "ext4")]
+
+
+def test_large_sectors_and_the_second_copy_of_a_table(blocksnap: CommandLine, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    for sector in (512, 4096):
+        device = call("losetup", "--find", "--show", "--sector-size", str(sector), image).strip()
+        try:
+            script = b"label: gpt\nsize=8MiB\nsize=24MiB\n"
+            subprocess.run(["sfdisk", "--quiet", device], input=script, check=True)
+        finally:
+            call("losetup", "--detach", device)
+        call("mkfs.ext4", "-q", "-F", "-E", f"offset={9 * MIB}", image, "24m")
+        with image.open("r+b") as file:
+            for _ in range(2):
+                found = look_inside(str(image))
+                assert [(part.offset, part.size, part.content) for part in found.partitions] == [
+                    (MIB, 8 * MIB, ""),
+                    (9 * MIB, 24 * MIB, "ext4"),
+                ]
+                if sector == 512:
+                    # The kernel, too, then takes the copy at the end.
+                    file.seek(sector)
+                    file.write(bytes(sector))
+                    file.flush()
 
 
 @pytest.mark.parametrize("what", ["mount", "drill"])
