@@ -233,8 +233,11 @@ class Journal:
         lines = "".join(
             json.dumps({"step": step, "time": time.time(), **facts}) + "\n" for step, facts in steps
         )
+        left = lines.encode()
         try:
-            os.write(self._fd, lines.encode())
+            while left:
+                # A medium that fills up takes a part first, and refuses the rest.
+                left = left[os.write(self._fd, left) :]
             os.fdatasync(self._fd)
         except OSError as err:
             raise StateError(str(self._path), err) from err
@@ -256,14 +259,14 @@ class Journal:
 
 
 def read_entries(state_directory: str | Path) -> list[Entry]:
-    """Return the journals of all runs, the oldest first."""
+    """Return the journals of all runs, the oldest first; none where they may not be read."""
     folder = _folder(state_directory)
-    paths = (
-        [path for path in folder.glob("*" + _SUFFIX) if not path.name.startswith(".")]
-        if folder.is_dir()
-        else []
-    )
-    entries = [entry for path in paths if (entry := _read_entry(path))]
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return []
+    # One that is just being made is not locked yet, and would be taken for that of a dead run.
+    with _hold_folder(folder, fcntl.LOCK_SH):
+        paths = [path for path in folder.glob("*" + _SUFFIX) if not path.name.startswith(".")]
+        entries = [entry for path in paths if (entry := _read_entry(path))]
     return sorted(entries, key=lambda entry: (entry.owner.began if entry.owner else 0.0, entry.run))
 
 

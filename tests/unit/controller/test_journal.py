@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,40 @@ def test_a_run_that_died_is_told_from_one_that_lives(tmp_path: Path) -> None:
     assert [(entry.run, entry.alive) for entry in read_entries(tmp_path)] == [("dead", False), ("live", True)]
     close_entry(read_entries(tmp_path)[0])
     assert [entry.run for entry in read_entries(tmp_path)] == ["live"]
+    journal.finish()
+
+
+def test_one_that_is_just_being_made_is_not_read_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that begin at once: the one looks for dead runs when the other has just made its file."""
+    Journal(tmp_path, "earlier").finish()
+    made, found = threading.Event(), []
+    reader = threading.Thread(target=lambda: (made.wait(), found.extend(read_entries(tmp_path))))
+    flock = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and os.readlink(f"/proc/self/fd/{fd}").endswith(".jsonl"):
+            made.set()
+            reader.join(0.2)
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    reader.start()
+    journal = Journal(tmp_path, "run1")
+    reader.join()
+    assert [(entry.run, entry.alive) for entry in found] == [("run1", True)]
+    journal.finish()
+
+
+def test_a_medium_that_fills_up_takes_a_part_of_a_step_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path, "run1")
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    journal.append("snapshot", volume="v", trace=TRACE)
+    assert read_entries(tmp_path)[0].traces() == [TRACE]
     journal.finish()
 
 
