@@ -70,11 +70,17 @@ class FileChanges:
 
 
 def find_subvolume_changes(
-    fd: int, parent: SubvolumeParent | None, base_fd: int | None = None, *, remember: bool = True
+    fd: int,
+    parent: SubvolumeParent | None,
+    base_fd: int | None = None,
+    *,
+    remember: bool = True,
+    last_snapshot: int | None = None,
 ) -> SubvolumeChanges:
     """Say what of a read-only snapshot differs from its parent backup.
 
-    ``base_fd`` is a snapshot that an earlier run left as the parent's base, if there is one. With
+    ``base_fd`` is a snapshot that an earlier run left as the parent's base, if there is one;
+    ``last_snapshot`` what the subvolume said before the snapshot was taken (system.btrfs). With
     ``remember`` the answer has the states that the next run needs where no base is kept. Needs
     CAP_SYS_ADMIN; raises VolumeError when the snapshot is writable or the kernel's answers make no sense.
     """
@@ -94,7 +100,9 @@ def find_subvolume_changes(
             return SubvolumeChanges("btrfs-tree", decision.reason, inherits=True, walk=walk)
         doubt = f"; the base is not used: {decision.reason}"
         trees = _Trees(fd, None)
-    by_memory = decide(trees.identity, parent.binding, known_here=parent.known_here)
+    by_memory = decide(
+        trees.identity, parent.binding, known_here=parent.known_here, last_snapshot=last_snapshot
+    )
     if isinstance(by_memory, Compare):
         return _everything(trees, by_memory.reason, remember=remember)
     walk = _Walk(trees, parent.memory, remember=remember).run(by_memory.since)

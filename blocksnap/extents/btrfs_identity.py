@@ -3,7 +3,8 @@
 Both ways rest on one subvolume having gone on from the parent's snapshot to the present one: both name the
 same source, and the later one has the later transaction. A rollback that puts a snapshot in the place of
 the source gives it another UUID; a filesystem that was restored from an older image goes on counting, so a
-host that has no record of the parent backup trusts nothing.
+host that has no record of the parent backup trusts nothing. Where the disks alone were rolled back, under a
+host that was not, the subvolume itself does not remember that the parent's snapshot was taken of it.
 """
 
 from __future__ import annotations
@@ -62,10 +63,13 @@ class Compare:
 _NOBODY = "0" * 32
 
 
-def decide(current: BtrfsIdentity, parent: Binding, *, known_here: bool) -> Inherit | Compare:
+def decide(
+    current: BtrfsIdentity, parent: Binding, *, known_here: bool, last_snapshot: int | None = None
+) -> Inherit | Compare:
     """Decide whether what was remembered of the parent's snapshot tells what changed since.
 
-    ``known_here`` tells that this host wrote the parent's run down when it was committed.
+    ``known_here`` tells that this host wrote the parent's run down when it was committed, ``last_snapshot``
+    is the transaction of the last snapshot of the subvolume before this one, where that was looked at.
     """
     known = BtrfsIdentity.from_binding(parent)
     if known is None:
@@ -73,6 +77,8 @@ def decide(current: BtrfsIdentity, parent: Binding, *, known_here: bool) -> Inhe
     doubt = _doubt(current, known)
     if doubt is None and current.transaction == known.transaction:
         doubt = "the snapshot is not younger than that of the parent backup"
+    if doubt is None and last_snapshot is not None and last_snapshot < known.transaction:
+        doubt = "the subvolume knows nothing of the parent's snapshot: the filesystem was rolled back"
     if doubt is None and not known_here:
         doubt = "this host has no record of the parent backup: its state was lost, rolled back or cloned"
     if doubt:

@@ -38,7 +38,7 @@ _SEARCH_BYTES = 4096
 _SEARCH_HEADER = struct.Struct("<3Q2I")
 # linux/btrfs_tree.h
 _ROOT_TREE, _DATA_RELOCATION_TREE, _ROOT_ITEM = 1, (1 << 64) - 9, 132
-_ROOT_GENERATION_AT = 160
+_ROOT_GENERATION_AT, _ROOT_LAST_SNAPSHOT_AT = 160, 200
 NEVER_TOLD: Final = (1 << 64) - 1
 """Later than every transaction."""
 _LONGEST_NAME = 255
@@ -206,21 +206,35 @@ def last_relocation(fd: int) -> int:
     at a new place finds the move here. ``NEVER_TOLD`` where there is no such tree. Needs CAP_SYS_ADMIN.
     (kernel: fs/btrfs/relocation.c, create_reloc_inode, prepare_to_relocate)
     """
+    generation = _root_field(
+        fd, _DATA_RELOCATION_TREE, _ROOT_GENERATION_AT, "ask btrfs when it last moved data"
+    )
+    return NEVER_TOLD if generation is None else generation
+
+
+def last_snapshot(fd: int, tree_id: int) -> int:
+    """Return the transaction of the last snapshot that was taken of a subvolume, whether it still exists.
+
+    It never goes back (a balance may set it to a later one); 0 where there is none. Needs CAP_SYS_ADMIN.
+    (kernel: fs/btrfs/transaction.c, create_pending_snapshot; relocation.c, create_reloc_root)
+    """
+    return _root_field(fd, tree_id, _ROOT_LAST_SNAPSHOT_AT, "ask btrfs when a snapshot was taken") or 0
+
+
+def _root_field(fd: int, tree_id: int, at: int, action: str) -> int | None:
+    """Return a number of the ROOT_ITEM of a tree; None when there is no such tree."""
     answer = bytearray(_SEARCH_BYTES)
     last = (1 << 64) - 1
     _SEARCH_KEY.pack_into(
-        answer, 0,
-        _ROOT_TREE, _DATA_RELOCATION_TREE, _DATA_RELOCATION_TREE, 0, last, 0, last,
-        _ROOT_ITEM, _ROOT_ITEM, 1, 0,
-    )  # fmt: skip
+        answer, 0, _ROOT_TREE, tree_id, tree_id, 0, last, 0, last, _ROOT_ITEM, _ROOT_ITEM, 1, 0
+    )
     try:
         fcntl.ioctl(fd, _TREE_SEARCH, answer)
     except OSError as err:
-        raise BtrfsError("ask btrfs when it last moved data", err) from err
+        raise BtrfsError(action, err) from err
     if not _SEARCH_KEY.unpack_from(answer)[9]:
-        return NEVER_TOLD
-    at = _SEARCH_KEY.size + _SEARCH_HEADER.size + _ROOT_GENERATION_AT
-    return int(struct.unpack_from("<Q", answer, at)[0])
+        return None
+    return int(struct.unpack_from("<Q", answer, _SEARCH_KEY.size + _SEARCH_HEADER.size + at)[0])
 
 
 def directory_path(fd: int, inode: int) -> bytes:

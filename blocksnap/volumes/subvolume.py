@@ -128,13 +128,14 @@ class SubvolumeVolume:
         with contextlib.ExitStack() as stack:
             source = self._open()
             stack.callback(os.close, source)
+            before = btrfs.last_snapshot(source, self._info.tree_id)
             with open_top(self._filesystem) as top:
                 began = time.time()
                 btrfs.create_snapshot(source, top, name)
                 fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
             stack.callback(os.close, fd)
             timing = SnapshotTiming(taken_at=began, freeze_seconds=0.0)
-            return SubvolumeSnapshot(self, name, run, timing, os.dup(fd), os.dup(source))
+            return SubvolumeSnapshot(self, name, run, timing, os.dup(fd), os.dup(source), before)
 
     def _open(self) -> int:
         fd = btrfs.open_subvolume(self._path)
@@ -158,7 +159,14 @@ class SubvolumeSnapshot:
     """A read-only snapshot of a subvolume, held open."""
 
     def __init__(
-        self, volume: SubvolumeVolume, name: str, run: str, timing: SnapshotTiming, fd: int, source_fd: int
+        self,
+        volume: SubvolumeVolume,
+        name: str,
+        run: str,
+        timing: SnapshotTiming,
+        fd: int,
+        source_fd: int,
+        last_snapshot: int,
     ) -> None:
         self._volume = volume
         self._name = name
@@ -166,6 +174,7 @@ class SubvolumeSnapshot:
         self._timing = timing
         self._fd = fd
         self._source_fd = source_fd
+        self._last_snapshot = last_snapshot
         self._info = btrfs.subvolume_info(fd)
         self._removed = False
         self._lock = threading.Lock()
@@ -185,7 +194,7 @@ class SubvolumeSnapshot:
 
     def find_tree_changes(self, parent: SubvolumeParent | None) -> SubvolumeChanges:
         """Ask the tree which inodes differ from the parent, and what of them."""
-        return find_subvolume_changes(self._fd, parent)
+        return find_subvolume_changes(self._fd, parent, last_snapshot=self._last_snapshot)
 
     def open_file(self, inode: int) -> int:
         """Open a regular file of the snapshot by its inode number; raises OSError."""

@@ -17,6 +17,7 @@ from support import btrfs_calls as calls
 from support.btrfs_lab import BtrfsLab
 from support.commands import CommandLine
 from support.file_trees import noise, rsync_differences
+from support.loops import call
 
 
 @pytest.fixture
@@ -50,6 +51,29 @@ def test_a_rollback_is_another_subvolume(lab: BtrfsLab, blocksnap: CommandLine) 
     backup = next_backup(blocksnap, lab)
     assert (backup["method"], backup["kind"]) == ("compare", "full")
     assert backup["reason"] == "first backup of this volume"
+
+
+def test_a_disk_that_was_rolled_back_under_a_host_that_was_not(
+    tmp_path: Path, lab: BtrfsLab, blocksnap: CommandLine
+) -> None:
+    """Its transactions soon look right again, and what was taken back would be inherited."""
+    file, before = lab.live / "file", tmp_path / "disk"
+    call("umount", lab.mount)
+    call("cp", "--sparse=always", lab.device, before)
+    call("mount", "-o", lab.options, lab.device, lab.mount)
+    file.write_bytes(noise(3, 300_000))
+    blocksnap.done("backup", lab.live)
+    call("umount", lab.mount)
+    call("dd", f"if={before}", f"of={lab.device}", "bs=1M", "conv=sparse,nocreat")
+    call("mount", "-o", lab.options, lab.device, lab.mount)
+    for number in range(40):
+        (lab.live / "clock").write_text(f"{number}")
+        lab.sync()
+    (backup,) = blocksnap.done("backup", "--json", lab.live).backups
+    blocksnap.done("restore", "latest", lab.mount / "back")
+    assert rsync_differences(lab.live, lab.mount / "back") == ""
+    assert (backup["method"], backup["kind"]) == ("compare", "incremental")
+    assert "was rolled back" in backup["reason"]
 
 
 def test_asked_for_all_of_it(lab: BtrfsLab, blocksnap: CommandLine) -> None:
