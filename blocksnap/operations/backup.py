@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from blake3 import blake3
@@ -33,6 +33,58 @@ from blocksnap.volumes.base import Snapshot, Volume, as_image, is_tree
 
 _OWNER_DIGITS = 16
 """Of a repository's id, in the tag of a base: enough to tell the repositories of one host apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What the volumes of a run are stored with."""
+
+    repository: Repository
+    writer: RepositoryWriter
+    session: SnapshotSession
+    options: BackupOptions
+    report: Reporter
+
+    def store(self, volume: Volume, snapshot: Snapshot, parent: Backup | None, before: Stored) -> Draft:
+        """Store one volume; a parent that turns out to be damaged is done without."""
+        try:
+            return self._store_plan(volume, snapshot, parent, before, full=self.options.full)
+        except DamageError as err:
+            if parent is None:
+                raise
+            self.report.warn(
+                f"backup {parent.id[:8]}, the parent, is damaged: {err.brief}",
+                resolution="everything is read instead; run: blocksnap check --read-data",
+            )
+        return self._store_plan(
+            volume, snapshot, None, before, full=True, reason="the parent backup is damaged"
+        )
+
+    def _store_plan(
+        self,
+        volume: Volume,
+        snapshot: Snapshot,
+        parent: Backup | None,
+        before: Stored,
+        *,
+        full: bool,
+        reason: str = "",
+    ) -> Draft:
+        """Plan and store one volume; ``reason`` is why, where that is not the source's."""
+        repository, writer, knows = self.repository, self.writer, self.session.remembers
+        if is_tree(snapshot):
+            from blocksnap.operations.tree_storing import plan_tree, store_tree
+
+            tree = plan_tree(repository, volume, snapshot, parent, knows, full=full)
+            if reason:
+                tree = replace(tree, changes=replace(tree.changes, reason=reason))
+            self.report.event("plan", **tree.facts())
+            return store_tree(repository, writer, tree, before, self.options, self.report)
+        plan = plan_backup(repository, volume, as_image(snapshot), parent, knows, full=full)
+        if reason:
+            plan = replace(plan, changes=replace(plan.changes, reason=reason))
+        self.report.event("plan", **plan.facts())
+        return store_volume(repository, writer, plan, before, self.options, self.report)
 
 
 def back_up(
@@ -71,37 +123,30 @@ def back_up(
         ):
             began = time.monotonic()
             tell_of_skew(session, report)
+            run = _Run(repository, writer, session, options, report)
             try:
-                return _store(repository, writer, session, guard, known, options, report, began)
+                return _store(run, guard, known, began)
             except FencedError as err:
                 if session.is_released:
                     # Applications go on, and what has no snapshots cannot be read once more.
                     raise
                 writer.stop()
                 report.warn(err.brief, resolution="it goes on as another run, with what it has stored")
-                return _store_again(repository, writer.stored, session, guard, options, report, began)
+                return _store_again(run, guard, began)
             finally:
                 # Nothing of ours runs beside the programs that remove the snapshots.
                 writer.stop()
 
 
-def _store_again(
-    repository: Repository,
-    stored: Stored,
-    session: SnapshotSession,
-    guard: Guard,
-    options: BackupOptions,
-    report: Reporter,
-    began: float,
-) -> list[StoredBackup]:
+def _store_again(run: _Run, guard: Guard, began: float) -> list[StoredBackup]:
     """Store the snapshots once more, as a run that nobody has shut out; raises FencedError if somebody does.
 
     What the first run relied on may be gone, so all that changed is read again; what it stored itself is
     taken over as that of any run that was shut out, and not stored twice.
     """
-    with RepositoryWriter(repository, this_author(), is_gone) as writer:
-        writer.stored = writer.stored.plus(stored)
-        return _store(repository, writer, session, guard, repository.backups(), options, report, began)
+    with RepositoryWriter(run.repository, this_author(), is_gone) as writer:
+        writer.stored = writer.stored.plus(run.writer.stored)
+        return _store(replace(run, writer=writer), guard, run.repository.backups(), began)
 
 
 @contextmanager
@@ -172,30 +217,20 @@ def _plan_one(
     return plan_backup(repository, volume, image, parent, knows, full=full).facts()
 
 
-def _store(
-    repository: Repository,
-    writer: RepositoryWriter,
-    session: SnapshotSession,
-    guard: Guard,
-    known: list[StoredBackup],
-    options: BackupOptions,
-    report: Reporter,
-    began: float,
-) -> list[StoredBackup]:
+def _store(run: _Run, guard: Guard, known: list[StoredBackup], began: float) -> list[StoredBackup]:
+    writer, session, options = run.writer, run.session, run.options
     guard.claim()
     drafts: list[Draft] = []
     for volume, snapshot in zip(session.volumes, session.snapshots, strict=True):
         parent = newest_of(known, volume.key)
         before = writer.stored.since(Stored()) if drafts else Stored()
-        drafts.append(
-            _store_one(repository, writer, session, volume, snapshot, parent, before, options, report)
-        )
+        drafts.append(run.store(volume, snapshot, parent, before))
     session.check()
     session.release()
     guard.release()
     session.committing()
     bases = session.decide_bases(options.base)
-    recovery = record_host(session.volumes, report)
+    recovery = record_host(session.volumes, run.report)
 
     def compose(_: RepositoryWriter) -> Manifest:
         # What the run stored last, pack footers and the index, is counted for its last volume.
@@ -224,67 +259,8 @@ def _store(
 
     manifest, size = writer.commit(compose)
     writer.stop()
-    session.settle(repository.config.id[:_OWNER_DIGITS], bases)
+    session.settle(run.repository.config.id[:_OWNER_DIGITS], bases)
     return [StoredBackup(backup, manifest, size) for backup in manifest.backups]
-
-
-def _store_one(
-    repository: Repository,
-    writer: RepositoryWriter,
-    session: SnapshotSession,
-    volume: Volume,
-    snapshot: Snapshot,
-    parent: Backup | None,
-    before: Stored,
-    options: BackupOptions,
-    report: Reporter,
-) -> Draft:
-    """Store one volume; a parent that turns out to be damaged is done without."""
-    try:
-        return _store_plan(
-            repository, writer, session, volume, snapshot, parent, before, options, report, full=options.full
-        )
-    except DamageError as err:
-        if parent is None:
-            raise
-        report.warn(
-            f"backup {parent.id[:8]}, the parent, is damaged: {err.brief}",
-            resolution="everything is read instead; run: blocksnap check --read-data",
-        )
-    return _store_plan(
-        repository, writer, session, volume, snapshot, None, before, options, report, full=True,
-        reason="the parent backup is damaged",
-    )  # fmt: skip
-
-
-def _store_plan(
-    repository: Repository,
-    writer: RepositoryWriter,
-    session: SnapshotSession,
-    volume: Volume,
-    snapshot: Snapshot,
-    parent: Backup | None,
-    before: Stored,
-    options: BackupOptions,
-    report: Reporter,
-    *,
-    full: bool,
-    reason: str = "",
-) -> Draft:
-    """Plan and store one volume; ``reason`` is why, where that is not the source's."""
-    if is_tree(snapshot):
-        from blocksnap.operations.tree_storing import plan_tree, store_tree
-
-        tree = plan_tree(repository, volume, snapshot, parent, session.remembers, full=full)
-        if reason:
-            tree = replace(tree, changes=replace(tree.changes, reason=reason))
-        report.event("plan", **tree.facts())
-        return store_tree(repository, writer, tree, before, options, report)
-    plan = plan_backup(repository, volume, as_image(snapshot), parent, session.remembers, full=full)
-    if reason:
-        plan = replace(plan, changes=replace(plan.changes, reason=reason))
-    report.event("plan", **plan.facts())
-    return store_volume(repository, writer, plan, before, options, report)
 
 
 def _backup_id(writer: bytes, number: int) -> str:
