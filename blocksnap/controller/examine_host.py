@@ -26,7 +26,7 @@ _INTERRUPTED: dict[Stage, tuple[Severity, str]] = {
         "an instant restore was interrupted before anything could be used, and left volumes",
     ),
     "arriving": ("error", "an instant restore was interrupted: reads of what has not arrived wait"),
-    "verifying": ("error", "an instant restore was interrupted while it was verified: some reads wait"),
+    "verifying": ("warning", "an instant restore was interrupted: all is there, but not yet read back"),
     "whole": ("warning", "an instant restore was interrupted: all is there, but not yet one volume again"),
 }
 _SECOND_LOOK_SECONDS = 1.0

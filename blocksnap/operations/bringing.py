@@ -118,9 +118,9 @@ class Bringing:
             if self._arrival.stage == "making":
                 discard(self._arrival, self._file)
             else:
+                waiting = ", and reads of what has not arrived wait"
                 self._report.warn(
-                    f"{arrival.volume} is not complete"
-                    + (", and reads of what has not arrived wait" if self._arrival.stage != "whole" else ""),
+                    f"{arrival.volume} is not complete{waiting if self._arrival.stage == 'arriving' else ''}",
                     resolution=f"go on: blocksnap restore --instant --resume {arrival.volume}",
                 )
             raise
@@ -162,7 +162,9 @@ class Bringing:
             target = self._target(lv_bytes, remote)
             target.begin()
             target.close()
-        if self._arrival.stage != "whole":
+        if self._arrival.stage == "verifying":
+            self._devices.set_below_local(lv_bytes)
+        elif self._arrival.stage != "whole":
             self._move(lv_bytes, remote, self._reached())
         # What is written from the next step on is to be kept, whatever happens.
         if self._arrival.stage == "making":
@@ -186,6 +188,9 @@ class Bringing:
                 time.sleep(_AGAIN_SECONDS)
             if self._arrival.verify:
                 self._reach("verifying")
+                # From here on nobody waits for anything, though this process dies.
+                self._devices.set_below_local(lv_bytes)
+                self._report.event("verifying", volume=self._arrival.volume)
                 while not self._verify(lv_bytes, remote):
                     time.sleep(_AGAIN_SECONDS)
         except RestoreDiffersError as err:

@@ -80,7 +80,11 @@ class Partition:
 
     def describe(self) -> str:
         """Say in a few words what it is."""
-        return f"{self.name} {self.content}" if self.is_shown else f"{self.name} (not shown: {self.reason})"
+        if self.is_shown:
+            return f"{self.name} {self.content}"
+        if self.fault:
+            return f"{self.name} (not shown: {self.fault})"
+        return f"{self.name} ({self.content}: not shown)" if self.content else f"{self.name} (nothing known)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ def test_a_disk_is_shown_listed_copied_and_drilled(
         *(f"unmount {name}" for name in names),
     ]
     assert steps["check"].split() == ["p1", "p2", "p4", "6"]
-    assert "p3 (not shown: it holds LVM2_member)" in steps["partitions"]
+    assert "p3 (LVM2_member: not shown)" in steps["partitions"]
 
 
 def test_logical_partitions(blocksnap: CommandLine, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ HOSTILE = {
             2048: boot_sector([(0x83, 64, 100), (0x05, 4096, 100)]),
             2048 + 4096: boot_sector([(0x83, 64, 100), (0x05, 0, 100)]),
         },
-        "p5 (not shown: it holds no filesystem that is known)",
+        "p5 (nothing known)",
     ),
 }
 

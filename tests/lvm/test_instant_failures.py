@@ -154,7 +154,7 @@ def test_refusals_and_giving_up(
     for words, code in (
         (("latest", other, "--instant"), 1),
         (("latest", str(tmp_path / "file"), "--instant"), 2),
-        (("latest", volume, "--instant", "--verify"), 2),
+        (("latest", volume, "--instant", "--in-place"), 2),
         (("latest", volume, "--instant", "--pool", "nowhere"), 1),
         (("--instant", "--resume", volume), 1),
         (("--instant", "--abandon", volume), 1),
