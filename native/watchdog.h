@@ -56,12 +56,13 @@ struct bs_watch_message {
 
 struct bs_watch_item {
         enum bs_watch_kind kind;
-        const char *text; /* WRITE: what to write */
-        char **argv;      /* of a command; argv[0] is its path */
-        int fd;           /* THAW, WRITE, HANGUP: what to act on; SESSION: the command's standard input */
-        int answer;       /* SESSION: its standard output */
-        int tell;         /* SESSION: the other end of its standard input */
-        int output;       /* of a command: standard error, and output where there is no answer */
+        const char *text;  /* WRITE: what to write */
+        char **argv;       /* of a command; argv[0] is its path */
+        int fd;            /* THAW, WRITE, HANGUP: what to act on; SESSION: the command's standard input */
+        int answer;        /* SESSION: its standard output */
+        int tell;          /* SESSION: the other end of its standard input */
+        int output;        /* of a command: standard error, and output where there is no answer */
+        uint64_t limit_ms; /* AFTER: how long it may take, 0 for as long as all of the standstill */
         bool armed;
         bool started;
         bool pending;                    /* THAW: it was not frozen yet when it was to be let go */
@@ -92,11 +93,13 @@ struct bs_watch {
  *     write FD TEXT
  *     hangup FD
  *     before OUTPUT COUNT WORD... ;
- *     after OUTPUT COUNT WORD... ;
+ *     after MILLISECONDS OUTPUT COUNT WORD... ;
  *     session INPUT ANSWER TELL OUTPUT COUNT WORD... ;
  *
- * The separator behind the words is overwritten. An `after` right behind a `before` waits for it. Returns
- * -EINVAL for anything else, -E2BIG for too many.
+ * The separator behind the words is overwritten. An `after` right behind a `before` waits for it. With 0
+ * milliseconds it may take as long as all of the standstill, and is done with however it ends; one with a
+ * time of its own that fails was not let go, and is up to the next run. Returns -EINVAL for anything else,
+ * -E2BIG for too many.
  */
 int bs_watch_parse(int argc, char **argv, struct bs_watch *out);
 

@@ -110,7 +110,7 @@ int bs_watch_start(struct bs_watch *watch, struct bs_watch_item *item, const cha
                 return -r;
         }
         if (item->kind == BS_WATCH_AFTER)
-                item->term_at_ms = bs_watch_now_ms() + watch->limit_ms;
+                item->term_at_ms = bs_watch_now_ms() + (item->limit_ms ? item->limit_ms : watch->limit_ms);
         return 0;
 }
 
@@ -174,6 +174,8 @@ void bs_watch_reap(struct bs_watch *watch)
                         continue;
                 item->pid = 0;
                 item->term_at_ms = item->kill_at_ms = 0;
+                if (item->limit_ms && (info.si_code != CLD_EXITED || info.si_status != 0))
+                        item->failure = ECANCELED;
                 bs_watch_send(watch, BS_WATCH_ENDED, (uint32_t)(item - watch->items),
                               info.si_code == CLD_EXITED ? info.si_status : -info.si_status);
         }

@@ -56,7 +56,7 @@ static int take_command(struct words *words, struct bs_watch_item *item)
 static int take_item(struct words *words, struct bs_watch_item *item)
 {
         char *kind, *text;
-        int r = take(words, &kind);
+        int r = take(words, &kind), limit;
 
         if (r < 0)
                 return r;
@@ -75,8 +75,15 @@ static int take_item(struct words *words, struct bs_watch_item *item)
                 item->text = text;
                 return strlen(text) < BS_WATCH_TEXT ? 0 : -EINVAL;
         }
-        if (strcmp(kind, "before") == 0 || strcmp(kind, "after") == 0) {
-                item->kind = kind[0] == 'b' ? BS_WATCH_BEFORE : BS_WATCH_AFTER;
+        if (strcmp(kind, "before") == 0) {
+                item->kind = BS_WATCH_BEFORE;
+                return take_command(words, item);
+        }
+        if (strcmp(kind, "after") == 0) {
+                item->kind = BS_WATCH_AFTER;
+                if ((r = take_number(words, 0, &limit)) < 0)
+                        return r;
+                item->limit_ms = (uint64_t)limit;
                 return take_command(words, item);
         }
         if (strcmp(kind, "session") != 0)

@@ -165,7 +165,7 @@ def _let_one_go(
     if kind == "after":
         argv = tuple(str(word) for word in cast("list[object]", trace.get("argv")))
         run_after(argv, environment)
-        return f"ran {argv[0]}"
+        return f"ran {argv[0]}" if "name" not in facts else f"thawed {facts['name']}"
     # The kernel forgets the others when it goes down.
     if kind == "filesystem" and same_boot and filesystem.thaw_leftover(facts):
         return f"thawed the filesystem on {trace.get('point')}"

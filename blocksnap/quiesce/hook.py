@@ -26,8 +26,6 @@ from blocksnap.system.watchdog import Command, Safeguard, Session, Watchdog, Wat
 
 _ANSWER_LIMIT = 4096
 _MOST_LINKS = 40
-_BEFORE = "before"
-_AFTER = "after"
 
 
 def check_command(command: str) -> None:
@@ -214,11 +212,18 @@ class PairHook:
 
     strength: Strength = "application"
 
-    def __init__(self, before: tuple[str, ...] | None, after: tuple[str, ...] | None) -> None:
+    def __init__(
+        self,
+        before: tuple[str, ...] | None,
+        after: tuple[str, ...] | None,
+        *,
+        after_seconds: float = 0.0,
+    ) -> None:
+        """``after_seconds`` is the time of an ``after`` that has to succeed, by the next run if need be."""
         for argv in (before, after):
             if argv:
                 check_command(argv[0])
-        self._before, self._after = before, after
+        self._before, self._after, self._after_seconds = before, after, after_seconds
         self._output = os.memfd_create("blocksnap hook")
         self._guard: Guard | None = None
         self._began = False
@@ -230,8 +235,12 @@ class PairHook:
 
     def safeguards(self) -> Sequence[Safeguard]:
         """Return the commands; the watchdog waits with an ``after`` for the ``before`` in front of it."""
-        pair = ((_BEFORE, self._before), (_AFTER, self._after))
-        return [Command(phase, argv, self._output) for phase, argv in pair if argv]
+        commands = []
+        if self._before:
+            commands.append(Command("before", self._before, self._output))
+        if self._after:
+            commands.append(Command("after", self._after, self._output, self._after_seconds))
+        return commands
 
     def trace(self) -> Trace | None:
         """Return the command that has to be run after a crash."""

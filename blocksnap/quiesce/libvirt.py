@@ -2,8 +2,12 @@
 
 Which they are is asked through ``virsh`` while everything runs. Freezing and thawing are commands of the
 watchdog, as a pair of hooks is, so a guest is thawed whatever becomes of us: when the freeze fails or takes
-too long, when the controller is killed, and by the next run when the watchdog was killed too. libvirt itself
-lets the thaw wait for a freeze that is still under way.
+too long, when the controller is killed, and by the next run when the watchdog was killed too.
+
+A freeze cannot be called back: an agent that hangs, or waits for a hook in the guest, does it when it goes
+on, however long ago virsh was killed. libvirt lets the thaw wait for that, but for half a minute only
+(QEMU_JOB_WAIT_TIME), so it is tried again, for minutes. Everything else goes on at the deadline. And an agent
+that does not answer while all is looked up is not asked to freeze at all.
 """
 
 from __future__ import annotations
@@ -11,13 +15,28 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from blocksnap.quiesce.base import Trace
 from blocksnap.quiesce.errors import AgentError, HookError, HookReleaseError
-from blocksnap.quiesce.hook import PairHook
+from blocksnap.quiesce.hook import PairHook, check_command
 from blocksnap.quiesce.places import Placement
 from blocksnap.system import command
 
 _LOOK_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
+_THAW_SECONDS = 300.0
 _VIRSH = "virsh"
+_SHELL = "/bin/sh"
+# What virsh says while a thaw may still succeed: libvirt or the agent is busy, or libvirt is started again.
+# It has no codes for that, and commands of the watchdog have LC_ALL=C.
+_THAW = r"""
+until said=$("$@" 2>&1); do
+    case $said in
+        *"state change lock"* | *"not available for now"* | *"timed out"*) sleep 1 ;;
+        *"ailed to connect"* | *"isconnected from"* | *disappeared*) sleep 1 ;;
+        *) printf '%s\n' "$said" >&2; exit 1 ;;
+    esac
+done
+"""
 
 
 class Guest(PairHook):
@@ -25,7 +44,9 @@ class Guest(PairHook):
 
     def __init__(self, path: str, uri: str, uuid: str, called: str, disks: tuple[str, ...]) -> None:
         asked = (path, "--connect", uri)
-        super().__init__((*asked, "domfsfreeze", uuid), (*asked, "domfsthaw", uuid))
+        thaw = (_SHELL, "-c", _THAW, "thaw", *asked, "domfsthaw", uuid)
+        super().__init__((*asked, "domfsfreeze", uuid), thaw, after_seconds=_THAW_SECONDS)
+        check_command(path)
         self._called = called
         self._disks = disks
 
@@ -33,6 +54,11 @@ class Guest(PairHook):
     def name(self) -> str:
         """``guest NAME (DISK, ...)``."""
         return f"guest {self._called} ({', '.join(self._disks)})"
+
+    def trace(self) -> Trace | None:
+        """Return the command that thaws it."""
+        found = super().trace()
+        return {**found, "name": f"guest {self._called}"} if found else None
 
     def begin(self, deadline: float) -> None:
         """Have its agent freeze what is mounted in it; raises AgentError."""
@@ -47,7 +73,7 @@ class Guest(PairHook):
             ) from err
 
     def end(self, deadline: float) -> None:
-        """Have it thaw them; raises HookReleaseError."""
+        """Have it thaw them; raises HookReleaseError, and leaves it to the next run."""
         try:
             super().end(deadline)
         except HookReleaseError as err:
@@ -55,7 +81,7 @@ class Guest(PairHook):
                 f"that thaws guest {self._called} (run: virsh domfsthaw {shlex.quote(self._called)})",
                 err.problem,
                 err.details or "",
-                was_run=err.was_run,
+                was_run=False,
             ) from err
 
 
@@ -77,6 +103,7 @@ def guests_on(placement: Placement, uri: str) -> Iterator[Guest]:
                 if _is_on(placement, source)
             ]
             if disks:
+                _ask_agent(uri, uuid, called.strip())
                 yield Guest(path, uri, uuid, called.strip(), tuple(target for target, _ in disks))
     except (command.CommandError, command.CommandTimeoutError, command.MissingProgramError) as err:
         raise AgentError(
@@ -104,6 +131,20 @@ def _is_on(placement: Placement, source: str) -> bool:
     except OSError:
         # The guest has it open, and somebody has removed the name: then it is no volume that has one.
         return False
+
+
+def _ask_agent(uri: str, uuid: str, called: str) -> None:
+    """Make sure that the agent of a guest answers; raises AgentError."""
+    try:
+        # It has to answer to tell the time. Time enough for a guest that is busy.
+        command.run(_VIRSH, "--connect", uri, "domtime", uuid, timeout_seconds=_ANSWER_SECONDS)
+    except (command.CommandError, command.CommandTimeoutError) as err:
+        raise AgentError(
+            f"guest {called}",
+            "does not freeze its filesystems: its agent does not answer",
+            err.details or "",
+            advice=f"see whether it does: virsh domfsinfo {shlex.quote(called)}",
+        ) from err
 
 
 def _ask(uri: str, *words: str) -> str:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from blocksnap.errors import QuiesceError
 
@@ -70,15 +71,21 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command that is run ``before`` something stands still, or ``after``; it prints to ``output``."""
+    """A command that is run ``before`` something stands still, or ``after``; it prints to ``output``.
 
-    phase: str
+    One that is run ``after`` may take as long as all of the standstill, and is done with however it ends.
+    With ``limit_seconds`` it has that time, and when it fails it counts as not let go.
+    """
+
+    phase: Literal["before", "after"]
     argv: tuple[str, ...]
     output: int
+    limit_seconds: float = 0.0
 
     def words(self) -> list[str]:
         """Return the arguments that say so."""
-        return [self.phase, str(self.output), str(len(self.argv)), *self.argv, ";"]
+        limit = [str(round(self.limit_seconds * 1000))] if self.phase == "after" else []
+        return [self.phase, *limit, str(self.output), str(len(self.argv)), *self.argv, ";"]
 
     def descriptors(self) -> list[int]:
         """Return what the watchdog inherits for it."""

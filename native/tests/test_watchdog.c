@@ -33,7 +33,7 @@ static void test_arguments(void)
         CHECK_EQUAL(PARSE("3", "-1", "1000"), 0);
         CHECK_EQUAL(watch.count, 0);
         CHECK_EQUAL(PARSE("3", "4", "1000", "thaw", "5", "write", "6", "0", "before", "7", "2", "/bin/a", ";",
-                          ";", "after", "7", "1", "/bin/b", ";", "session", "8", "9", "10", "11", "1",
+                          ";", "after", "9000", "7", "1", "/bin/b", ";", "session", "8", "9", "10", "11", "1",
                           "/bin/c", ";", "hangup", "12"),
                     0);
         CHECK_EQUAL(watch.count, 6);
@@ -44,6 +44,9 @@ static void test_arguments(void)
         /* A word may look like the separator. */
         CHECK(strcmp(watch.items[2].argv[1], ";") == 0);
         CHECK(watch.items[2].argv[2] == NULL);
+        CHECK_EQUAL(watch.items[2].limit_ms, 0);
+        CHECK_EQUAL(watch.items[3].limit_ms, 9000);
+        CHECK_EQUAL(watch.items[3].output, 7);
         CHECK_EQUAL(watch.items[4].tell, 10);
         CHECK_EQUAL(watch.items[4].output, 11);
         CHECK_EQUAL(watch.items[5].kind, BS_WATCH_HANGUP);
@@ -65,7 +68,8 @@ static void test_arguments_that_make_no_sense(void)
         CHECK_EQUAL(PARSE("3", "-1", "1", "before", "1", "0", ";"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "before", "1", "1", "/bin/a"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "before", "1", "9", "/bin/a", ";"), -EINVAL);
-        CHECK_EQUAL(PARSE("3", "-1", "1", "after", "1", "1", "relative", ";"), -EINVAL);
+        CHECK_EQUAL(PARSE("3", "-1", "1", "after", "0", "1", "1", "relative", ";"), -EINVAL);
+        CHECK_EQUAL(PARSE("3", "-1", "1", "after", "-1", "1", "1", "/bin/a", ";"), -EINVAL);
         CHECK_EQUAL(PARSE("3", "-1", "1", "session", "1", "2", "3", "4"), -EINVAL);
 }
 
@@ -94,7 +98,7 @@ struct running {
         pid_t pid;
 };
 
-static struct running start(uint64_t limit_ms, const char *script)
+static struct running start_with(uint64_t limit_ms, uint64_t after_ms, const char *script)
 {
         static char shell[] = "/bin/sh", option[] = "-c", copy[256];
         static char *argv[] = {shell, option, copy, NULL};
@@ -126,6 +130,7 @@ static struct running start(uint64_t limit_ms, const char *script)
                                                         .output = -1};
                 watch.items[1] = (struct bs_watch_item){.kind = BS_WATCH_AFTER,
                                                         .argv = argv,
+                                                        .limit_ms = after_ms,
                                                         .fd = -1,
                                                         .answer = -1,
                                                         .tell = -1,
@@ -136,6 +141,11 @@ static struct running start(uint64_t limit_ms, const char *script)
         }
         close(pair[1]);
         return made;
+}
+
+static struct running start(uint64_t limit_ms, const char *script)
+{
+        return start_with(limit_ms, 0, script);
 }
 
 static void say(const struct running *running, uint32_t word, uint32_t item)
@@ -226,6 +236,26 @@ static void test_after_is_run_once_by_whoever_asks(void)
         CHECK(strcmp(finish(&running, NULL), "x") == 0);
 }
 
+static void test_after_has_the_time_of_the_standstill_or_its_own(void)
+{
+        struct running running = start(50, "sleep 20; printf after");
+        const char *journal;
+
+        say(&running, BS_WATCH_ARM, 1);
+        CHECK(strcmp(finish(&running, &journal), "") == 0);
+        CHECK(strstr(journal, "\"failed\": 0") != NULL);
+
+        running = start_with(50, 60000, "sleep 0.3; printf after");
+        say(&running, BS_WATCH_ARM, 1);
+        CHECK(strcmp(finish(&running, &journal), "after") == 0);
+        CHECK(strstr(journal, "\"failed\": 0") != NULL);
+
+        running = start_with(60000, 50, "sleep 20");
+        say(&running, BS_WATCH_ARM, 1);
+        CHECK(strcmp(finish(&running, &journal), "") == 0);
+        CHECK(strstr(journal, "\"failed\": 1") != NULL);
+}
+
 static void test_what_cannot_be_understood_is_passed_over(void)
 {
         struct running running = start(60000, "exit 0");
@@ -249,6 +279,7 @@ int main(void)
         test_a_controller_that_goes_lets_everything_go();
         test_a_deadline_that_passes_lets_everything_go();
         test_after_is_run_once_by_whoever_asks();
+        test_after_has_the_time_of_the_standstill_or_its_own();
         test_what_cannot_be_understood_is_passed_over();
         return 0;
 }

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.controller.journal import read_entries
 from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import QuiesceError
+from blocksnap.quiesce.hook import run_after
 from blocksnap.quiesce.libvirt import guests_on, parse_disks
 from blocksnap.quiesce.places import Placement, Target
 from blocksnap.quiesce.settings import QuiesceSettings
@@ -142,10 +144,37 @@ def test_a_guest_that_does_not_freeze_is_thawed_nevertheless(world: World) -> No
     assert read_log(world.hooks) == [*asked("on it", word="freeze"), *asked("on it", word="thaw")]
 
 
+def test_a_guest_whose_agent_does_not_answer_is_not_asked(world: World) -> None:
+    silent = "error: Guest agent is not responding: QEMU guest agent is not connected"
+    world.behave(f'[ "$3" != domtime ] || {{ echo "{silent}" >&2; exit 1; }}')
+    with pytest.raises(QuiesceError, match=r"guest on it does not freeze.*: its agent does not") as refused:
+        world.back_up(world.raw)
+    assert refused.value.details == silent
+    assert read_log(world.hooks) == []
+
+
+def test_a_thaw_that_libvirt_has_no_time_for_is_tried_again(world: World) -> None:
+    busy = "error: Timed out during operation: cannot acquire state change lock (held by agent=x)"
+    tried = world.hooks / "tried"
+    world.behave(
+        f'[ "$3" != domfsthaw ] || [ -e {tried} ] || {{ touch {tried}; echo "{busy}" >&2; exit 1; }}'
+    )
+    session, state = world.back_up(world.raw, deadline_seconds=1)
+    assert (state, session.warnings) == ("application", [])
+    assert read_log(world.hooks)[1:] == asked("on it", "on it", word="thaw")
+
+
 def test_a_guest_that_is_not_thawed_is_told_with_what_to_do(world: World) -> None:
-    world.behave('[ "$3" != domfsthaw ] || exit 1')
+    world.behave('[ "$3" != domfsthaw ] || { echo "error: no domain" >&2; exit 1; }')
     session, state = world.back_up(world.raw)
     assert state == "application"
+    # It is left to the next run.
+    (entry,) = read_entries(world.folder / "state")
+    (trace,) = (entry.standstill() or {})["standing"]  # type: ignore[misc]
+    assert trace["name"] == "guest on it"
+    world.behave("")
+    run_after(tuple(trace["argv"]), {})
+    assert read_log(world.hooks) == asked("on it", word="thaw")
     assert len(session.warnings) == 1
     assert "that thaws guest on it (run: virsh domfsthaw 'on it') failed" in session.warnings[0]
 
