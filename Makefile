@@ -95,6 +95,10 @@ soak-quiesce: bootstrap ## twenty groups at one instant, and runs killed at ever
 soak-systemd: bootstrap ## timers, credentials and frozen units of a real systemd, in namespaces: minutes
 	BLOCKSNAP_SOAK=1 BLOCKSNAP_SOAK_ROUNDS=10 $(PYTEST) --timeout 600 tests/systemd
 
+soak-guest: ## a guest of libvirt with its agent, emulated, and backups whatever happens to either: minutes
+	@vagrant/bootstrap.sh $(PACKAGES) vagrant/packages-vm.txt
+	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 600 tests/guest
+
 soak-instant: bootstrap ## instant restores: killed before every program, no repository, damage, in the lab: minutes
 	vagrant/lab --timeout 3600 --env BLOCKSNAP_SOAK=1 -- $(PYTEST) -s --timeout 3000 \
 		tests/lvm/test_instant.py tests/lvm/test_instant_failures.py

@@ -161,14 +161,10 @@ class Shop:
     def left(self) -> list[str]:
         """What a run has not cleaned up."""
         clones = [path.name for path in (self.folder / FOLDER).glob("clone-*")]
-        doctor = self.run("doctor")
-        group = self.host.group / "system.slice" / SERVICE
-        processes = (
-            [f"process {pid}" for pid in (group / "cgroup.procs").read_text().split()]
-            if group.exists()
-            else []
-        )
-        return clones + processes + ([doctor.text, doctor.stderr] if doctor.code else [])
+        found = self.run("doctor", "--json").document["findings"]
+        group = self.host.group / "system.slice" / SERVICE / "cgroup.procs"
+        processes = group.read_text().split() if group.exists() else []
+        return [*clones, *processes, *(str(each) for each in found if each["ours"])]
 
 
 @pytest.fixture
