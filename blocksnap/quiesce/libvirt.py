@@ -26,13 +26,13 @@ _ANSWER_SECONDS = 10.0
 _THAW_SECONDS = 300.0
 _VIRSH = "virsh"
 _SHELL = "/bin/sh"
-# What virsh says while a thaw may still succeed: libvirt or the agent is busy, or libvirt is started again.
+# What virsh says while a thaw may still succeed: libvirt or the agent is busy, or is being started again.
 # It has no codes for that, and commands of the watchdog have LC_ALL=C.
 _THAW = r"""
 until said=$("$@" 2>&1); do
     case $said in
         *"state change lock"* | *"not available for now"* | *"timed out"*) sleep 1 ;;
-        *"ailed to connect"* | *"isconnected from"* | *disappeared*) sleep 1 ;;
+        *"ailed to connect"* | *"isconnected from"* | *disappeared* | *"not connected"*) sleep 1 ;;
         *) printf '%s\n' "$said" >&2; exit 1 ;;
     esac
 done

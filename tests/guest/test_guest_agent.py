@@ -220,6 +220,21 @@ def test_a_guest_is_thawed_by_the_next_run_when_the_watchdog_died_too(world: Wor
     assert world.left() == []
 
 
+def test_a_guest_goes_on_when_libvirt_was_restarted_meanwhile(world: World) -> None:
+    world.configure(deadline=4)
+    process = world.blocksnap.start("backup", "--job", "guest", **world.trapped("SIGSTOP"))
+    try:
+        assert wait_until(world.guest.is_frozen)
+        world.guest.kill_daemon()
+        assert world.guest.goes_on(60)
+    finally:
+        process.kill()
+        process.communicate(timeout=120)
+    world.configure()
+    assert world.back_up().code == 0
+    assert world.left() == []
+
+
 @pytest.mark.parametrize("seconds", [8, 45])
 def test_a_freeze_that_takes_longer_than_the_deadline_is_undone(world: World, seconds: int) -> None:
     """Its hook in the guest waits, and the agent freezes after that, when the run has given up.

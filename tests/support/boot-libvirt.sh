@@ -35,7 +35,10 @@ cat > /etc/libvirt/libvirtd.conf << 'CONF'
 auth_unix_rw = "none"
 auth_unix_ro = "none"
 CONF
-# Not as process 1: somebody has to wait for what is orphaned, or libvirt thinks it still runs.
 virtlogd -d
-libvirtd &
-wait $!
+# Not as process 1: somebody has to wait for what is orphaned, or libvirt thinks it still runs. When it is
+# killed it is started again, after a while, as systemd does.
+while :; do
+    libvirtd || true
+    sleep 3
+done

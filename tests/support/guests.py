@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -243,6 +244,16 @@ class Guest:
         return subprocess.run(
             ["virsh", "--connect", self.uri, *words], check=False, capture_output=True, text=True, timeout=120
         )
+
+    def kill_daemon(self) -> None:
+        """Kill libvirtd, which is started again three seconds later."""
+        init = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()[0]
+        (daemon,) = (
+            pid
+            for pid in Path(f"/proc/{init}/task/{init}/children").read_text().split()
+            if Path(f"/proc/{pid}/comm").read_text() == "libvirtd\n"
+        )
+        os.kill(int(daemon), signal.SIGKILL)
 
     def answers(self) -> bool:
         """Whether its agent does."""
