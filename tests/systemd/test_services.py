@@ -27,6 +27,7 @@ SIZE = 8 << 20
 DIRTY = 64 << 20
 DEADLINE = 4.0
 SERVICE, TIMER = "blocksnap-backup-shop.service", "blocksnap-backup-shop.timer"
+PRUNE = "blocksnap-prune-main.service"
 
 # It keeps the longest time that it did not run. What it writes goes no further than the page cache by itself.
 WRITER = """
@@ -66,8 +67,10 @@ repository = "main"
 [repositories.main]
 url = "{shared}/repository"
 passphrase_credential = "shop"
+prune_schedule = "yearly"
 
 [jobs.shop]
+retention = {{ last = 1 }}
 volumes = ["{shared}/data/one.img", "{shared}/data/slow.img", "{shared}/data/two.img"]
 schedule = "{schedule}"
 {job}
@@ -93,6 +96,7 @@ class Shop:
         host.write("/etc/systemd/system/writer.service", f"[Service]\nExecStart={command}\n")
         host.write("/etc/blocksnap/secret", f"{PASSPHRASE}\n")
         self.drop_in(SERVICE, "credential", "[Service]\nLoadCredential=shop:/etc/blocksnap/secret\n")
+        self.drop_in(PRUNE, "credential", "[Service]\nLoadCredential=shop:/etc/blocksnap/secret\n")
         # The accuracy of a timer is a minute, so that a machine wakes up less often.
         self.drop_in(TIMER, "soon", "[Timer]\nAccuracySec=10ms\n")
         self.configure()
@@ -182,7 +186,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
 
 
 def test_a_timer_backs_up(shop: Shop) -> None:
-    names = [f"/etc/systemd/system/{name}" for name in (SERVICE, TIMER)]
+    names = [f"/etc/systemd/system/{name}" for name in (SERVICE, TIMER, PRUNE)]
     # The whole of systemd's units: those that ours name are not all among the ones it was booted with.
     verified = shop.host.start("systemd-analyze", "verify", "--man=no", *names)
     assert (verified.returncode, verified.stderr) == (0, "")
@@ -195,10 +199,14 @@ def test_a_timer_backs_up(shop: Shop) -> None:
     assert shop.result() == ("success", "0")
     assert {each["kind"] for each in shop.backups()} == {"full", "incremental"}
     assert shop.left() == []
+    # Two commands, one after the other.
+    shop.host.done("systemctl", "start", PRUNE)
+    assert len(shop.backups()) == 3
+    assert "prune" in shop.host.show(PRUNE, "ExecStart")
 
     shop.host.write("/etc/blocksnap/blocksnap.toml", "")
     shop.host.done(blocksnap_program(), "timers", "--install")
-    for unit in (SERVICE, TIMER):
+    for unit in (SERVICE, TIMER, PRUNE):
         assert shop.host.show(unit, "LoadState") == "not-found"
     assert "blocksnap" not in shop.host(
         "systemctl", "list-units", "--all", "blocksnap-*", "--plain", "--no-legend"
