@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,7 +23,10 @@ from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapWriter
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter, Stored
+from blocksnap.restore.record import RECORD_BYTES, decode_record
+from blocksnap.system import blockdev
 from blocksnap.volumes.base import ImageSnapshot, Volume
+from blocksnap.volumes.errors import UnfinishedVolumeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +133,12 @@ def store_volume(
         if plan.selection.read:
             sink = DataSink(writer, options.level)
             extents = plan.selection.extents(plan.geometry)
-            with (
-                plan.snapshot.open_reader() as fd,
-                Flow(fd, plan.geometry, extents, sink, workers=options.workers, pace=pace) as flow,
-            ):
+            with ExitStack() as stack:
+                fd = stack.enter_context(plan.snapshot.open_reader())
+                _require_whole(fd, plan.volume.name)
+                flow = stack.enter_context(
+                    Flow(fd, plan.geometry, extents, sink, workers=options.workers, pace=pace)
+                )
                 for result in flow.results():
                     holes.fill_before(result.number)
                     if builder.set(result.number, ZERO if result.id is None else result.id):
@@ -165,6 +172,17 @@ def store_volume(
         before=before,
         stored=writer.stored.since(before),
     )
+
+
+def _require_whole(fd: int, name: str) -> None:
+    """Raise UnfinishedVolumeError for what a restore has not finished.
+
+    Its backup would be the newest of the volume, and forgetting the oldest would give up the good ones.
+    """
+    with blockdev.aligned_buffer(RECORD_BYTES) as buffer:
+        os.preadv(fd, [buffer], 0)
+        if decode_record(buffer[:RECORD_BYTES]) is not None:
+            raise UnfinishedVolumeError(name)
 
 
 class _HoleFiller:

@@ -73,6 +73,17 @@ class VolumeChangedError(VolumeError):
         )
 
 
+class UnfinishedVolumeError(VolumeError):
+    """A restore to the volume is at work, or was interrupted."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"{name} is not whole: a restore to it is at work, or was interrupted",
+            resolution="run the same restore again: it goes on where it was; then back it up",
+        )
+
+
 class PoolFullError(VolumeError):
     """A snapshot would make a pool that is nearly full fill up."""
 

@@ -88,6 +88,9 @@ def test_an_unfinished_device_is_not_taken_for_a_volume(blocksnap: CommandLine, 
         assert failed.code == 13, failed
         assert "bytes" in failed.stderr
         assert "is not complete" in failed.stderr
+        # A backup of it would be the newest one, for which others are forgotten.
+        refused = blocksnap("backup", device)
+        assert (refused.code, "is not whole" in refused.stderr) == (14, True), refused
         assert subprocess.run(["blkid", "-p", device], check=False, capture_output=True).returncode == 2
         pack.write_bytes(whole)
         blocksnap.done("restore", "latest", device)
