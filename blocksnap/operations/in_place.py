@@ -31,7 +31,7 @@ from blocksnap.restore.device_target import DeviceTarget
 from blocksnap.restore.engine import restore_to_target
 from blocksnap.restore.file_target import ExistingFileTarget
 from blocksnap.restore.record import RestoreRecord
-from blocksnap.system import lvm
+from blocksnap.system import blockdev, devmapper, lvm
 from blocksnap.volumes.base import Volume, as_image
 from blocksnap.volumes.resolve import resolve_volume
 
@@ -79,7 +79,7 @@ def restore_in_place(
         else:
             target = ExistingFileTarget(path, backup.size, record)
         stack.enter_context(complete(target, report))
-        volume = _tracked_volume(path) if is_device else None
+        volume = _tracked_volume(path, target) if is_device else None
         before = target.head()
         way_back = before.way_back if before is not None else ""
         if volume is not None:
@@ -117,14 +117,19 @@ def differing_chunks(reader: MapReader, one: Backup, other: Backup) -> Iterator[
     yield from reader.differences(map_root(one.map), map_root(other.map), count)
 
 
-def _tracked_volume(path: str) -> Volume | None:
-    """Return the volume at a path, if its kind can tell what has changed."""
+def _tracked_volume(path: str, target: DeviceTarget | ExistingFileTarget) -> Volume | None:
+    """Return the volume at a path, if its kind can tell what has changed, and it is the one that is held."""
     try:
         volume = resolve_volume(path)
     except BlocksnapError:
         # Not every target could be backed up.
         return None
-    return volume if volume.kind == "thin" else None
+    if volume.kind != "thin":
+        return None
+    # The name can have been given to another one since the device was opened.
+    held = devmapper.lvm_identity(blockdev.device_number(target.comparable()))
+    is_it = held is not None and volume.key.replace("-", "") == f"lvm:{held.vg_uuid}/{held.lv_uuid}"
+    return volume if is_it else None
 
 
 def _find_tracked(
