@@ -44,6 +44,8 @@ _REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix", "--binary", "
 _QUIET_METADATA = "backup/backup=0 backup/archive=0"
 _OUR_REJECTS = (
     "r|^/dev/nbd|",
+    # The same by their number, of which udev makes names too: NBD_MAJOR (linux/major.h).
+    "r|^/dev/block/43:|",
     f"r|^/dev/mapper/.*-{SNAPSHOT_PREFIX.replace('-', '--')}|",
     f"r|/{SNAPSHOT_PREFIX}|",
 )
@@ -435,6 +437,7 @@ def _device_rejects() -> list[str]:
         volume = decode_name(mapped)
         names += [
             f"/dev/{path.name}",
+            f"/dev/block/{_text(path / 'dev')}",
             f"/dev/mapper/{mapped}",
             *([f"/dev/{'/'.join(volume)}"] if volume else []),
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.system import lvm
 from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
@@ -87,6 +88,8 @@ def test_a_server_that_is_killed_only_makes_wait(
             os.close(fd)
             reader.join(2)
             assert (reader.is_alive(), read) == (True, [])
+            # Neither do our LVM commands wait for a server that is gone, whatever names its devices have.
+            assert lvm.report(pool.group).find(pool.group, "data-arriving") is not None
             with restoring("--resume", volume, "--verify") as again:
                 again.until("usable")
                 reader.join(60)

@@ -65,6 +65,7 @@ def test_what_an_instant_restore_is_made_of_is_rejected_by_all_its_names(
     for number, name in ((1, "vg--a-data-blocksnap"), (2, "vg--a-data"), (3, "vg--a-other")):
         (tmp_path / "sys" / f"dm-{number}" / "dm").mkdir(parents=True)
         (tmp_path / "sys" / f"dm-{number}" / "dm" / "name").write_text(name + "\n")
+        (tmp_path / "sys" / f"dm-{number}" / "dev").write_text(f"254:{number}\n")
     (tmp_path / "sys" / "dm-1" / "holders" / "dm-2").mkdir(parents=True)
     (tmp_path / "disk" / "by-uuid").mkdir(parents=True)
     (tmp_path / "disk" / "by-uuid" / "xy").symlink_to("../../dm-2")
@@ -72,11 +73,16 @@ def test_what_an_instant_restore_is_made_of_is_rejected_by_all_its_names(
     monkeypatch.setattr(lvm, "_SYS_BLOCK", tmp_path / "sys")
     monkeypatch.setattr(lvm, "_DEVICE_LINKS", tmp_path / "disk")
     patterns = lvm._device_rejects()
-    for name in ("/dev/dm.1", "/dev/mapper/vg..a.data.blocksnap", "/dev/dm.2", "/dev/mapper/vg..a.data"):
+    for name in (
+        "/dev/dm.1", "/dev/block/254.1", "/dev/mapper/vg..a.data.blocksnap",
+        "/dev/dm.2", "/dev/block/254.2", "/dev/mapper/vg..a.data",
+    ):  # fmt: skip
         assert f"r|^{name}$|" in patterns
     assert "r|^/dev/vg.a/data$|" in patterns
     assert len([each for each in patterns if each.endswith("xy$|")]) == 1
-    assert not [each for each in patterns if "other" in each or "dm.3" in each or "zz" in each]
+    assert not [
+        each for each in patterns if "other" in each or "dm.3" in each or "254.3" in each or "zz" in each
+    ]
 
 
 def test_names_of_connected_nbd_devices_are_rejected_too(
