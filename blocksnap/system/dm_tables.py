@@ -57,9 +57,9 @@ def replace(name: str, table: str, *, flushing: bool) -> None:
     number = number_of(name)
     if read_table(name) != table:
         _with_table(table, "load", name)
+        # The kernel suspends it for that itself: as two commands, a kill in between would leave it suspended.
         options = [] if flushing else ["--nolockfs"]
-        run("dmsetup", "suspend", *options, name, timeout_seconds=_WAIT_SECONDS)
-        run("dmsetup", "resume", name, timeout_seconds=_WAIT_SECONDS)
+        run("dmsetup", "resume", *options, name, timeout_seconds=_WAIT_SECONDS)
     elif number is not None and is_suspended(number):
         run("dmsetup", "resume", name, timeout_seconds=_WAIT_SECONDS)
 
