@@ -77,6 +77,53 @@ def discard(arrival: Arrival, file: ArrivalFile) -> None:
     file.remove()
 
 
+def is_all_there(arrival: Arrival) -> bool:
+    """Tell whether nobody needs the backup any more, which may have been forgotten.
+
+    Raises VolumeAppearedError where the volume that is there is not the one that is restored.
+    """
+    if arrival.stage != "whole":
+        ArrivalDevices(_names_of(arrival)).require_name()
+        return False
+    return nbd.find(arrival.token) is None
+
+
+def finish_alone(arrival: Arrival, file: ArrivalFile, report: Reporter, began: float) -> InstantResult:
+    """Make a volume that is all there LVM's own, without the repository."""
+    try:
+        _finish(arrival, file, report)
+    except BaseException:
+        _tell_unfinished(arrival, report)
+        raise
+    return _result(arrival, 0.0, began)
+
+
+def _finish(arrival: Arrival, file: ArrivalFile, report: Reporter) -> None:
+    """Bring what was written meanwhile to the volume, which has all else, and make it LVM's own."""
+    devices = ArrivalDevices(_names_of(arrival))
+    if lvm.report(arrival.group).find(arrival.group, arrival.meanwhile) is not None:
+        lv_bytes = devices.open_volumes()
+        devices.make_room(lv_bytes)
+        devices.set_below_local(lv_bytes)
+        report.event("arrived", volume=arrival.volume)
+        devices.merge(lv_bytes)
+    devices.hand_over()
+    file.remove()
+
+
+def _tell_unfinished(arrival: Arrival, report: Reporter) -> None:
+    waits = ", and reads of what has not arrived wait" if arrival.stage == "arriving" else ""
+    report.warn(
+        f"{arrival.volume} is not complete{waits}",
+        resolution=f"go on: blocksnap restore --instant --resume {arrival.volume}",
+    )
+
+
+def _result(arrival: Arrival, usable_seconds: float, began: float) -> InstantResult:
+    device, seconds = f"/dev/{arrival.volume}", time.monotonic() - began
+    return InstantResult(device, arrival.backup, arrival.size, usable_seconds, seconds, arrival.verify)
+
+
 class Bringing:
     """One process's part in an instant restore, from whatever stage it is at."""
 
@@ -109,26 +156,17 @@ class Bringing:
 
     def bring(self) -> InstantResult:
         """Do what is left to be done."""
-        arrival = self._arrival
         try:
-            if arrival.stage != "whole" or nbd.find(arrival.token) is not None:
+            if self._arrival.stage != "whole" or nbd.find(self._arrival.token) is not None:
                 self._serve_and_fill()
-            self._end()
+            _finish(self._arrival, self._file, self._report)
         except BaseException:
             if self._arrival.stage == "making":
                 discard(self._arrival, self._file)
             else:
-                waiting = ", and reads of what has not arrived wait"
-                self._report.warn(
-                    f"{arrival.volume} is not complete{waiting if self._arrival.stage == 'arriving' else ''}",
-                    resolution=f"go on: blocksnap restore --instant --resume {arrival.volume}",
-                )
+                _tell_unfinished(self._arrival, self._report)
             raise
-        seconds = time.monotonic() - self._began
-        device = f"/dev/{arrival.volume}"
-        return InstantResult(
-            device, arrival.backup, arrival.size, self._usable_seconds, seconds, arrival.verify
-        )
+        return _result(self._arrival, self._usable_seconds, self._began)
 
     def _serve_and_fill(self) -> None:
         """Serve what has not arrived, make the device usable, and bring the rest."""
@@ -288,18 +326,6 @@ class Bringing:
         if is_due:
             self._check_writes()
         time.sleep(delay)
-
-    def _end(self) -> None:
-        """Bring what was written meanwhile to the volume, and make it LVM's own."""
-        report = lvm.report(self._arrival.group)
-        if report.find(self._arrival.group, self._arrival.meanwhile) is not None:
-            lv_bytes = self._devices.open_volumes()
-            self._devices.make_room(lv_bytes)
-            self._devices.set_below_local(lv_bytes)
-            self._report.event("arrived", volume=self._arrival.volume)
-            self._devices.merge(lv_bytes)
-        self._devices.hand_over()
-        self._file.remove()
 
     def _reach(self, stage: str) -> None:
         self._arrival = Arrival.model_validate({**self._arrival.model_dump(), "stage": stage})

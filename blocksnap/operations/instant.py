@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 from blocksnap.controller.arriving import Arrival, ArrivalFile, NothingArrivesError
 from blocksnap.errors import TargetError, UsageError
-from blocksnap.operations.bringing import Bringing, InstantResult, discard
+from blocksnap.operations.bringing import (
+    Bringing,
+    InstantResult,
+    discard,
+    finish_alone,
+    is_all_there,
+)
 from blocksnap.operations.catalogue import find_backup, require_image
 from blocksnap.operations.images import OpenRepository, require_fuse
 from blocksnap.operations.reporting import Reporter
@@ -141,6 +147,8 @@ def resume_instant(
                 )
             arrival = arrival.model_copy(update={"verify": True})
             file.write(arrival)
+        if is_all_there(arrival):
+            return finish_alone(arrival, file, report, began)
         repository = open_repository()
         if repository.config.id != arrival.repository:
             raise NothingArrivesError(target, "it comes from another repository")

@@ -54,6 +54,18 @@ class StoreFullError(TargetError):
         )
 
 
+class VolumeAppearedError(TargetError):
+    """Somebody has made a volume of the name that is restored to, while that was interrupted."""
+
+    def __init__(self, group: str, name: str) -> None:
+        self.group, self.name = group, name
+        super().__init__(
+            f"{group}/{name} is being restored, and a volume of that name was made meanwhile",
+            resolution=f"give that one another name (lvrename {group} {name} OTHER) or remove it, then: "
+            f"blocksnap restore --instant --resume {group}/{name}",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """What the devices and volumes are called, in device-mapper and in LVM."""
@@ -126,6 +138,15 @@ class ArrivalDevices:
             if dm_tables.number_of(devmapper.encode_name(names.group, volume)) is None:
                 lvm.activate(names.group, volume)
         return int((sysfs_folder(self.local()) / "size").read_text()) * _SECTOR
+
+    def require_name(self) -> None:
+        """Raise VolumeAppearedError where the device of the name is a volume of LVM's, which has a UUID.
+
+        Not to be asked once the restored one is such a volume.
+        """
+        number = dm_tables.number_of(self._names.device)
+        if number is not None and devmapper.dm_uuid(number):
+            raise VolumeAppearedError(self._names.group, self._names.name)
 
     @property
     def node(self) -> str:
@@ -226,6 +247,9 @@ class ArrivalDevices:
         report = lvm.report(names.group)
         ours = devmapper.encode_name(names.group, names.arriving)
         if report.find(names.group, names.arriving) is not None:
+            # Its device may be in the place of ours, and must not be touched.
+            if report.find(names.group, names.name) is not None:
+                raise VolumeAppearedError(names.group, names.name)
             if dm_tables.number_of(names.device) is not None and dm_tables.number_of(ours) is not None:
                 dm_tables.replace(names.device, dm_tables.read_table(ours), flushing=True)
             dm_tables.remove(names.below)
@@ -245,7 +269,8 @@ class ArrivalDevices:
         """Remove everything, with what was written; raises DeviceBusyError where it is in use."""
         names = self._names
         number = dm_tables.number_of(names.device)
-        if number is not None:
+        # A volume of LVM's, which somebody has made meanwhile, has a UUID; ours has none yet.
+        if number is not None and not devmapper.dm_uuid(number):
             if users := users_of_device(number):
                 raise DeviceBusyError(names.volume, users)
             dm_tables.remove(names.device)

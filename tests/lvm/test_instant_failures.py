@@ -75,6 +75,11 @@ def test_a_crash_of_the_machine(
     tool("lvchange", "-ay", f"{volume}-arriving")
     kind = subprocess.run(["blkid", "-p", f"/dev/{volume}-arriving"], check=False, capture_output=True)
     assert b"TYPE" not in kind.stdout
+    # LVM does not know of the name yet: somebody makes a volume of it.
+    pool.create(NAME, "8M")
+    code, _, err = blocksnap("restore", "--instant", "--resume", volume)
+    assert (code, "was made meanwhile" in err) == (1, True), err
+    pool.remove(NAME)
     with restoring("--resume", volume) as second:
         second.until("usable")
         with mounted(device, tmp_path / "mnt") as folder:
@@ -83,7 +88,12 @@ def test_a_crash_of_the_machine(
             assert second.end(signal.SIGTERM) == 143
             assert any("--resume" in str(event.get("resolution")) for event in second.events)
             with restoring("--resume", volume) as third:
-                assert third.done() == 0
+                third.until("arrived")
+                third.end(signal.SIGKILL)
+            # From here on nothing is read from the repository.
+            (tmp_path / "repository").rename(tmp_path / "gone")
+            with restoring("--resume", volume) as fourth:
+                assert fourth.done() == 0
             judge(folder, lost, 30)
     nothing_is_left(pool, NAME)
 
