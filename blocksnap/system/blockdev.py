@@ -30,6 +30,7 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _SYSFS = Path("/sys/dev/block")
 _MOMENT_SECONDS = 0.5
+_ZEROS_BYTES = 1 << 20
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 
 
@@ -263,8 +264,9 @@ def aligned_buffer(length: int) -> mmap.mmap:
 
 def write_zeros(fd: int, begin: int, end: int) -> None:
     """Write zeros from one byte to before another, for what a command of the device cannot reach."""
+    zeros = memoryview(bytes(min(end - begin, _ZEROS_BYTES))) if begin < end else memoryview(b"")
     while begin < end:
-        begin += os.pwrite(fd, bytes(end - begin), begin)
+        begin += os.pwrite(fd, zeros[: end - begin], begin)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,6 +94,21 @@ def test_cleared_ranges_read_as_zeros_and_only_they(loop: str, discard: bool, be
         assert os.pread(fd, SIZE, 0) == before[:begin] + bytes(end - begin) + before[end:]
     finally:
         os.close(fd)
+
+
+def test_a_large_range_of_zeros_needs_little_memory(tmp_path: Path) -> None:
+    """Where nothing can be punched, as on FAT and NFS 3, a hole of any size is written."""
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"x" * SIZE)
+        file.flush()
+        tracemalloc.start()
+        try:
+            blockdev.write_zeros(file.fileno(), 5, SIZE - 7)
+            assert tracemalloc.get_traced_memory()[1] < 2 << 20
+        finally:
+            tracemalloc.stop()
+        file.seek(0)
+        assert file.read() == b"x" * 5 + bytes(SIZE - 12) + b"x" * 7
 
 
 def test_exclusive_is_exclusive_and_says_who_uses_it(loop: str, mounted: Callable[[str], Path]) -> None:
