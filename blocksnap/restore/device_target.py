@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from blocksnap.restore.place import Place
+from blocksnap.restore.pool_watch import PoolWatch
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import TargetTooSmallError
 from blocksnap.system import blockdev
@@ -26,6 +27,7 @@ class DeviceTarget(Place):
             capacity = blockdev.size_of(fd)
             if capacity < size:
                 raise TargetTooSmallError(path, capacity, size)
+            self._pool = PoolWatch(blockdev.device_number(fd))
         except BaseException:
             os.close(fd)
             raise
@@ -38,6 +40,11 @@ class DeviceTarget(Place):
     def begin(self) -> int:
         """Write the record over the beginning."""
         return self.begin_with(self.wanted)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write, unless the pool of the device is about to be full; raises PoolFillingError."""
+        self._pool.before(len(data))
+        super().write(offset, data)
 
     def clear(self, offset: int, length: int, *, hole: bool) -> None:
         """Discard a hole where that leaves zeros; write zeros otherwise."""

@@ -174,6 +174,16 @@ def pool_above(metadata: int) -> int | None:
     return None
 
 
+def pool_below(number: int) -> int | None:
+    """Return the thin-pool device that a device lies on, at whatever depth; None when it lies on none."""
+    for below in slaves(number):
+        identity = lvm_identity(below)
+        found = below if identity is not None and identity.layer == "tpool" else pool_below(below)
+        if found is not None:
+            return found
+    return None
+
+
 def pool_status(number: int) -> PoolStatus:
     """Ask a thin pool how it is; ``number`` is its ``-tpool`` device."""
     return parse_pool_status(run("dmsetup", "status", "--noflush", *_selected(number)))

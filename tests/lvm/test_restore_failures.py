@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from blocksnap.restore.place import Place
+from blocksnap.system import devmapper
+from blocksnap.system.blockdev import slaves
 from support.in_process import InProcess
 from support.lvm_lab import ThinPool, tool
 
@@ -128,6 +130,36 @@ def test_a_target_that_shrinks_when_all_is_written(
 
     monkeypatch.setattr(Place, "flush", flush)
     assert f"has {16 * MIB} bytes and the backup needs" in refused(blocksnap)
+
+
+def test_a_pool_is_never_filled(
+    blocksnap: InProcess, content: bytes, pool: ThinPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other volumes would stand still. What would be too much ends before, unless LVM makes room."""
+    monkeypatch.setattr("blocksnap.restore.pool_watch.PATIENCE_SECONDS", 1.0)
+    tool("lvcreate", "-y", "-qq", "--type", "thin-pool", "-L", f"{SIZE // 2}M", "-n", "tiny", pool.group)
+    target = f"{pool.group}/restored"
+    fullest = 0.0
+    write = Place.write
+
+    def looking(place: Place, offset: int, data: bytes | memoryview) -> None:
+        nonlocal fullest
+        write(place, offset, data)
+        (number,) = slaves(os.stat(f"/dev/{target}").st_rdev)
+        fullest = max(fullest, devmapper.pool_status(number).data_percent)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "write", looking)
+            code, _, err = blocksnap("restore", "latest", target, "--create", "--pool", "tiny")
+        assert (code, f"lvextend --size +SIZE {pool.group}/tiny" in err) == (1, True), err
+        assert 40 < fullest < 100
+        assert "restored" not in pool.names()
+        tool("lvextend", "-qq", "-L", f"{SIZE + 16}M", f"{pool.group}/tiny")
+        blocksnap.done("restore", "latest", target, "--create", "--pool", "tiny")
+        assert Path(f"/dev/{target}").read_bytes()[: len(content)] == content
+    finally:
+        tool("lvremove", "-y", "-qq", f"{pool.group}/tiny")
 
 
 def at_write(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
