@@ -79,8 +79,8 @@ def _leftover(leftover: Leftover, host: Host) -> Finding:
         "warning",
         "leftover",
         name,
-        f"{message}, of which this state directory knows nothing",
-        f"if no other run is using it (in a container, with another state directory): lvremove {name}",
+        f"{message}, made on host {leftover.host}, of which this state directory knows nothing",
+        f"if no other run is using it (in a container, on another host with these disks): lvremove {name}",
     )
 
 

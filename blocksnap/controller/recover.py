@@ -5,10 +5,10 @@ logical volumes, which know what it did. Nothing is touched that does not carry 
 itself checks that again under its lock when it removes.
 
 A snapshot whose run no journal here knows is a puzzle: the state directory was lost, or a run with
-another state directory made it, in a container for example, and may still be reading it. Other
-hosts cannot be meant, because volume groups that are shared are refused. It is removed only if it is
-older than this boot, since then no process that made it can be alive; else it is reported, and removed
-only where the caller says so (``force``).
+another state directory made it, in a container for example, and may still be reading it; or
+another host did that sees the same disks without LVM knowing that they are shared, as the two of a
+cluster do. It is removed only if this host made it and it is older than this boot, since then no process
+that made it can be alive; else it is reported, and removed only where the caller says so (``force``).
 
 A run that died between its journal and ``lvcreate`` left nothing, and its journal is closed. One that
 died within ``lvcreate`` left the volume with its tags, or nothing: LVM commits both at once.
@@ -58,6 +58,7 @@ class Leftover:
     run: str
     created: float | None
     run_state: RunState
+    host: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ def find_leftovers(report: LvReport | None, entries: Collection[Entry]) -> list[
                 run=run,
                 created=parse_lvm_time(lv.lv_time),
                 run_state="unknown" if entry is None else "alive" if entry.alive else "dead",
+                host=lv.lv_host,
             )
         )
     return found
@@ -113,7 +115,8 @@ def read_report(vg: str | None = None) -> LvReport | None:
 def may_remove(leftover: Leftover, *, boot_time: float, force: bool = False) -> bool:
     """Decide whether nobody can be using a snapshot any more."""
     if leftover.run_state == "unknown":
-        return force or (leftover.created is not None and leftover.created < boot_time)
+        made_here = leftover.host == host.host_name()
+        return force or (made_here and leftover.created is not None and leftover.created < boot_time)
     return leftover.run_state == "dead"
 
 
@@ -200,8 +203,8 @@ def _remove(leftover: Leftover, *, force: bool, found: _Findings) -> None:
     if not may_remove(leftover, boot_time=host.boot_time(), force=force):
         found.kept.add(leftover.run)
         found.puzzles.append(
-            f"{name}, a snapshot of {leftover.origin}, is of run {leftover.run}, which this state directory "
-            "does not know; if no other run is using it, remove it with lvremove"
+            f"{name}, a snapshot of {leftover.origin} made on {leftover.host}, is of run {leftover.run}, "
+            "which this state directory does not know; if no other run is using it, remove it with lvremove"
         )
         return
     try:

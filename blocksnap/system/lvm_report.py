@@ -54,6 +54,8 @@ class LvRecord(BaseModel):
     lv_size: int
     lv_attr: str
     lv_time: str
+    lv_host: str
+    """Name of the host that made it."""
     lv_tags: Tags
     lv_active: str
     lv_suspended: Flag

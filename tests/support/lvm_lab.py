@@ -30,6 +30,7 @@ _FIELDS = {
     "lv_size": "209715200",
     "lv_attr": "Vwi-a-tz--",
     "lv_time": "2026-11-22 21:47:39 +0000",
+    "lv_host": os.uname().nodename,
     "lv_tags": "",
     "lv_active": "active",
     "lv_suspended": "0",

@@ -18,6 +18,7 @@ from blocksnap.controller.recover import Leftover, may_remove, parse_lvm_time, r
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import BusyError, UsageError, VolumeError
 from blocksnap.system import lvm
+from blocksnap.system.host import host_name
 from blocksnap.volumes.base import Ledger, SnapshotTiming
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
 from support.mock_command import MockCommands
@@ -216,8 +217,15 @@ NOW = 1_000_000.0
 def test_only_what_nobody_can_be_using_is_removed(
     state: Any, created: float | None, force: bool, removed: bool
 ) -> None:
-    leftover = Leftover("vg", "s", "vg/a", "k", "r", created, state)
+    leftover = Leftover("vg", "s", "vg/a", "k", "r", created, state, host=host_name())
     assert may_remove(leftover, boot_time=NOW, force=force) is removed
+
+
+def test_what_another_host_made_may_be_in_use_there() -> None:
+    """Two hosts of a cluster see the same disks, and LVM does not know it: the other may be backing up."""
+    leftover = Leftover("vg", "s", "vg/a", "k", "r", NOW - 5, "unknown", host="another")
+    assert not may_remove(leftover, boot_time=NOW)
+    assert may_remove(leftover, boot_time=NOW, force=True)
 
 
 def test_times_of_lvm() -> None:
