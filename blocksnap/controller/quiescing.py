@@ -67,7 +67,9 @@ class QuiesceRequest:
         from blocksnap.quiesce.assemble import assemble
         from blocksnap.quiesce.places import Target
 
-        protected = [*self.protected_paths, str(state_directory)]
+        # A snapshot of what lies in a filesystem is made by writing to it.
+        inside = [volume.name for volume in volumes if volume.kind in ("image", "subvolume")]
+        protected = [*self.protected_paths, str(state_directory), *inside]
         standstill = assemble(self.settings, [Target(*each) for each in targets], protected, reading=reading)
         return None if standstill.is_empty else standstill
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.quiesce.assemble import assemble
 from blocksnap.quiesce.base import Trace
 from blocksnap.quiesce.errors import FilesystemFreezeError
@@ -29,6 +30,7 @@ from blocksnap.quiesce.places import Target
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
 from blocksnap.system.freeze import layers_above
+from blocksnap.volumes.subvolume import SubvolumeVolume
 from support.loops import call, loop_device, mounted
 from support.require import require
 from support.standing import Application, holding, is_gone, thaw, wait_until
@@ -187,6 +189,42 @@ def test_a_btrfs_directly_on_the_volume_is_frozen_by_us(tmp_path: Path, kind: st
                 assert standstill.conclude().state == "frozen"
                 standstill.close()
                 assert not thaw(folder)
+
+
+@dataclass
+class Device:
+    """A volume as far as standing still looks at it."""
+
+    name: str
+    key = "volume"
+    kind = "classic"
+
+    @property
+    def snapshot_device(self) -> int:
+        return os.stat(self.name).st_rdev
+
+
+def test_a_snapshot_is_taken_in_a_filesystem_that_would_be_frozen(tmp_path: Path) -> None:
+    """A volume and a subvolume of the btrfs on it in one run: frozen, that would make no snapshot."""
+    require("btrfs", shutil.which("mkfs.btrfs") is not None, "no btrfs")
+    with loop_device(tmp_path / "disk.img", size=160 << 20) as device:
+        call("mkfs.btrfs", "-q", device)
+        with mounted(device, tmp_path / "btrfs") as point:
+            volume = SubvolumeVolume(str(point))
+            request = QuiesceRequest(QuiesceSettings(deadline_seconds=2))
+            standstill = request.assemble([Device(device), volume], tmp_path)  # type: ignore[list-item]
+            assert standstill is not None
+            with Path(os.devnull).open("wb") as journal:
+                standstill.attend(journal.fileno(), {})
+            try:
+                standstill.begin()
+                volume.take_snapshot("run").remove()
+                standstill.end()
+                outcome = standstill.conclude()
+            finally:
+                standstill.end()
+                standstill.close()
+    assert outcome.by == (f"flush of {point}",)
 
 
 def test_a_filesystem_on_a_partition_is_found(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_two_at_once_do_not_both_let_go(tmp_path: Path) -> None:
 
 
 class Cold:
-    name, snapshot_device = "/srv/disk.img", None
+    name, kind, snapshot_device = "/srv/disk.img", "file", None
 
 
 class WithSnapshots:
