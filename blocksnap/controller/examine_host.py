@@ -122,7 +122,7 @@ def examine_suspended(entries: Collection[Entry]) -> Iterator[Finding]:
     announced = {
         trace["origin_uuid"].replace("-", "")
         for entry in entries
-        if not entry.alive
+        if not entry.alive and entry.is_of_this_boot
         for trace in entry.traces()
         if "origin_uuid" in trace
     }

@@ -117,6 +117,11 @@ class Entry:
     ending: bool = False
     """The run is dead, but its watchdog is still at work."""
 
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether what the run froze or suspended may still be so: at a reboot the kernel forgets it."""
+        return self.owner is not None and self.owner.boot == host.boot_id()
+
     def traces(self, volume: str | None = None) -> list[dict[str, str]]:
         """Return what may be left on the host, of one volume or of all."""
         left: dict[str, dict[str, str]] = {}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, cast
 
 from blocksnap.controller.journal import Entry, Step, read_entries, read_entry, take_over
 from blocksnap.errors import BlocksnapError, UsageError
-from blocksnap.system import host
 
 if TYPE_CHECKING:
     from blocksnap.quiesce.settings import QuiesceSettings
@@ -136,12 +135,11 @@ def _let_go(
 ) -> None:
     standing = step.get("standing")
     failed = 0
-    same_boot = entry.owner is not None and entry.owner.boot == host.boot_id()
     environment = step.get("environment")
     for trace in reversed(standing) if isinstance(standing, list) else ():
         try:
             said = _let_one_go(
-                trace, environment if isinstance(environment, dict) else {}, same_boot=same_boot
+                trace, environment if isinstance(environment, dict) else {}, same_boot=entry.is_of_this_boot
             )
         except BlocksnapError as err:
             failed += trace.get("kind") != "after"

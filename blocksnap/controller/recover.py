@@ -44,6 +44,7 @@ _SECOND_LOOK_SECONDS = 1.0
 _SUSPENDING = frozenset(
     {"lvcreate", "lvremove", "lvchange", "lvconvert", "lvextend", "lvresize", "lvreduce", "pvmove", "dmsetup"}
 )
+_CREATING = frozenset({"lvcreate"})
 RunState = Literal["alive", "dead", "unknown"]
 
 
@@ -172,11 +173,20 @@ def recover(
             continue
         _remove(leftover, force=force, found=found)
     for entry in dead:
-        if entry.run not in found.kept and entry.standstill() is None:
+        if entry.run not in found.kept and entry.standstill() is None and not _may_grow(entry):
             close_entry(entry)
     if report is not None:
         _remove_bases_of_nothing(report, state_directory, found)
     return Recovery(tuple(found.removed), tuple(found.warnings), tuple(found.puzzles))
+
+
+def may_come_yet(trace: Mapping[str, str] | None) -> bool:
+    """Tell whether what ``Volume.trace`` announced may still come to be: by a program that was left running.
+
+    An ``lvcreate`` that waits for somebody else's lock of its group is never killed, and makes its snapshot
+    after all when it gets that.
+    """
+    return trace is not None and trace.get("kind") == "lvm" and bool(host.processes(_CREATING))
 
 
 def remove_trace(trace: Mapping[str, str] | None) -> None:
@@ -279,6 +289,7 @@ def _resume_origins(dead: Collection[Entry], report: LvReport, found: _Findings)
     runs = {
         trace["origin_uuid"]: entry.run
         for entry in dead
+        if entry.is_of_this_boot
         for trace in entry.traces()
         if "origin_uuid" in trace
     }
@@ -352,6 +363,12 @@ def parse_lvm_time(text: str) -> float | None:
         return datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z").timestamp()
     except ValueError:
         return None
+
+
+def _may_grow(entry: Entry) -> bool:
+    """Whether a run that died, or gave up, while it took its snapshots may get one yet."""
+    taken = any(step.get("step") == "taken" for step in entry.steps)
+    return not taken and any(may_come_yet(trace) for trace in entry.traces())
 
 
 def _concerns(entry: Entry, volumes: Collection[str] | None) -> bool:

@@ -11,7 +11,7 @@ from blocksnap.controller.history import History
 from blocksnap.controller.journal import Journal, Step, rotation_facts
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.quiescing import QuiesceRequest, announce
-from blocksnap.controller.recover import recover, remove_trace
+from blocksnap.controller.recover import may_come_yet, recover, remove_trace
 from blocksnap.controller.skew import find_torn
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.extents.changes import BaseDecision, BasePolicy
@@ -335,6 +335,13 @@ class SnapshotSession:
         if self._in_doubt is not None:
             trace = self._in_doubt.trace(self.run)
             leave.append((self._in_doubt.name, lambda: remove_trace(trace)))
+            # Looked at before it is removed: what ends in between has made it by then.
+            if may_come_yet(trace):
+                clean = False
+                self.warnings.append(
+                    f"lvcreate is still at work: should it make a snapshot of {self._in_doubt.name}, "
+                    "the next run removes it"
+                )
         self._taken, self._in_doubt = [], None
         for name, remove in reversed(leave):
             try:

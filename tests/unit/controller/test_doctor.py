@@ -30,9 +30,11 @@ NOW = 1_000_000.0
 HEALTHY = PoolStatus("rw", False, 1, 10, 100, 10, 100)
 
 
-def dead_run(state: Path, run: str = "d1", *steps: dict[str, Any], key: str | None = KEY) -> None:
+def dead_run(
+    state: Path, run: str = "d1", *steps: dict[str, Any], key: str | None = KEY, boot: str = "earlier"
+) -> None:
     lines: list[dict[str, Any]] = [
-        {"step": "begin", "pid": 1, "start": 1, "boot": "earlier", "host": "h", "began": NOW - 7200}
+        {"step": "begin", "pid": 4194999, "start": 1, "boot": boot, "host": "h", "began": NOW - 7200}
     ]
     if key:
         trace = {
@@ -240,8 +242,9 @@ def test_what_a_dead_run_left_standing_still_is_an_error_until_it_is_let_go(
     assert after.exists()
 
 
-def test_suspended_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead_run(tmp_path)
+@pytest.mark.parametrize("same_boot", [True, False])
+def test_suspended_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, same_boot: bool) -> None:
+    dead_run(tmp_path, boot=recover.host.boot_id() if same_boot else "earlier")
     states = [{1, 2, 3}, {1, 2}]
     uuids = {1: uuid_of("data").replace("-", ""), 2: "x" * 32}
     monkeypatch.setattr(devmapper, "suspended_devices", lambda: states.pop(0))
@@ -250,7 +253,7 @@ def test_suspended_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(examine_host, "_SECOND_LOOK_SECONDS", 0)
     found = list(examine_host.examine_suspended(read_entries(tmp_path)))
     assert [(one.subject, one.severity, one.ours) for one in found] == [
-        ("vg0-1", "error", True),
+        ("vg0-1", "error", same_boot),
         ("vg0-2", "error", False),
     ]
 
@@ -361,11 +364,23 @@ def test_lvm_that_does_not_answer_is_told_and_the_rest_is_looked_at(
     assert len(read_entries(tmp_path)) == 1
 
 
+def test_what_is_suspended_since_another_boot_is_somebody_elses(
+    mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead_run(tmp_path)
+    mock.add("lvs", out=report_text(*thin_rows("data", lv_kernel_major="0", lv_kernel_minor="7")))
+    mock.add("dmsetup")
+    monkeypatch.setattr(recover, "_SECOND_LOOK_SECONDS", 0)
+    monkeypatch.setattr(devmapper, "is_suspended", lambda number: number == 7)
+    assert doctor.fix(str(tmp_path)).removed == ()
+    assert mock.calls_of("dmsetup") == []
+
+
 @pytest.mark.parametrize(("at_work", "resumed"), [([], True), ([4711], False)])
 def test_what_a_dead_run_left_suspended_is_resumed(
     mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_work: list[int], resumed: bool
 ) -> None:
-    dead_run(tmp_path)
+    dead_run(tmp_path, boot=recover.host.boot_id())
     rows = thin_rows("data", lv_kernel_major="0", lv_kernel_minor="7")
     mock.add("lvs", out=report_text(*rows))
     mock.add("dmsetup")

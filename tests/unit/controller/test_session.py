@@ -17,7 +17,8 @@ from blocksnap.controller.journal import read_entries
 from blocksnap.controller.recover import Leftover, may_remove, parse_lvm_time, recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import BusyError, UsageError, VolumeError
-from blocksnap.system import lvm
+from blocksnap.system import host, lvm
+from blocksnap.system.command import CommandTimeoutError
 from blocksnap.system.host import host_name
 from blocksnap.volumes.base import Ledger, SnapshotTiming
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
@@ -194,6 +195,32 @@ def test_other_runs_of_the_volume_are_kept_out(tmp_path: Path, log: list[str]) -
 def test_a_volume_is_named_once(tmp_path: Path, log: list[str]) -> None:
     with pytest.raises(UsageError, match="a is named twice"):
         SnapshotSession([FakeVolume("a", log), FakeVolume("a", log)], "run1", tmp_path)
+
+
+def test_a_snapshot_that_may_still_come_is_not_forgotten(
+    tmp_path: Path, log: list[str], traces: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lvcreate waits for the lock of its group, is left running, and makes the snapshot in the end."""
+    at_work = [4711]
+    monkeypatch.setattr(host, "processes", lambda names: at_work if "lvcreate" in names else [])
+    volume = FakeVolume("a", log)
+    volume.failures["take"] = CommandTimeoutError("lvcreate", 4711, 120)
+    session = SnapshotSession([volume], "run1", tmp_path)
+    with pytest.raises(CommandTimeoutError), session:
+        pass
+    assert session.warnings == [
+        "lvcreate is still at work: should it make a snapshot of a, the next run removes it"
+    ]
+    assert traces == ["s-a"]
+    assert [entry.run for entry in read_entries(tmp_path)] == ["run1"]
+    begin, *steps = (tmp_path / "journal" / "run1.jsonl").read_text().splitlines()
+    dead = json.loads(begin) | {"pid": 1, "start": 1}
+    (tmp_path / "journal" / "run1.jsonl").write_text("\n".join([json.dumps(dead), *steps]) + "\n")
+    recover(tmp_path, ["key:a"])
+    assert [entry.run for entry in read_entries(tmp_path)] == ["run1"]
+    at_work.clear()
+    recover(tmp_path, ["key:a"])
+    assert read_entries(tmp_path) == []
 
 
 # What dead runs left.
