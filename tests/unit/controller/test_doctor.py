@@ -386,6 +386,7 @@ def test_what_a_dead_run_left_suspended_is_resumed(
     mock.add("dmsetup")
     monkeypatch.setattr(recover, "_SECOND_LOOK_SECONDS", 0)
     monkeypatch.setattr(devmapper, "is_suspended", lambda number: number == 7)
+    monkeypatch.setattr(devmapper, "suspended_with", lambda number: [number])
     monkeypatch.setattr(recover.host, "processes", lambda _: at_work)
     done = doctor.fix(str(tmp_path))
     assert (done.removed == ("resumed vg0/data, which run d1 left suspended",)) is resumed
