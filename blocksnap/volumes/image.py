@@ -206,6 +206,8 @@ class ImageSnapshot:
         """Stay where the job asks for it and the filesystem has room."""
         if policy == "none":
             return BaseDecision(stays=False, reason="nothing is to stay beside the image")
+        if self._dropped:
+            return BaseDecision(stays=False, reason="the clone was removed before the filesystem is full")
         room = os.fstatvfs(self._fd)
         free = 100 * room.f_bavail / room.f_blocks if room.f_blocks else 0.0
         if free < BASE_FREE_PERCENT:

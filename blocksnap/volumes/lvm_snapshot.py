@@ -44,6 +44,7 @@ class Readers:
     def __init__(self) -> None:
         self._open: set[int] = set()
         self._lock = threading.Lock()
+        self._is_over = False
 
     @contextmanager
     def reading(self, number: int) -> Iterator[int]:
@@ -51,6 +52,9 @@ class Readers:
         fd = blockdev.open_by_number(number)
         with self._lock:
             self._open.add(fd)
+        if self._is_over:
+            # Opened while the others were cut off.
+            self.cut_off()
         try:
             yield fd
         finally:
@@ -60,6 +64,7 @@ class Readers:
 
     def cut_off(self) -> None:
         """Put /dev/null in the place of whoever reads, who would hold the device open: reads end there."""
+        self._is_over = True
         nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with self._lock:

@@ -1,0 +1,42 @@
+"""A snapshot that the guard takes away in the very moment in which something else is done with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from blocksnap.system import blockdev
+from blocksnap.volumes.base import SnapshotTiming
+from blocksnap.volumes.image import ImageSnapshot
+from blocksnap.volumes.lvm_snapshot import Readers
+
+
+def test_who_opens_it_meanwhile_is_cut_off_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "device").write_bytes(b"what would be held open")
+    readers = Readers()
+
+    def open_late(_: int) -> int:
+        fd = os.open(tmp_path / "device", os.O_RDONLY)
+        readers.cut_off()
+        return fd
+
+    monkeypatch.setattr(blockdev, "open_by_number", open_late)
+    with readers.reading(7) as fd:
+        assert os.read(fd, 100) == b""
+        assert os.readlink(f"/proc/self/fd/{fd}") == os.devnull
+
+
+def test_a_clone_that_is_gone_stays_no_base(tmp_path: Path) -> None:
+    """It was read and found to be whole, so the backup is committed without one."""
+    (tmp_path / "clone").write_bytes(b"1")
+    fd = os.open(tmp_path / "clone", os.O_RDONLY)
+    snapshot = ImageSnapshot(
+        str(tmp_path / "disk"), "xfs-clone", fd, "clone-1", "run", SnapshotTiming(0.0, 0.0)
+    )
+    snapshot.drop()
+    decision = snapshot.decide_base("keep")
+    assert not decision.stays
+    assert "removed" in decision.reason
+    snapshot.remove()
