@@ -7,7 +7,7 @@ up by the next one, and any number may run at once: what has to be agreed on is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -268,17 +268,23 @@ class Collector:
         }
         sizes = {info.name: info.size for info in self._repository.backend.list("packs/")}
         index = NumberedIndex(self._repository.index.views)
-        there = {name: 0 if name in doomed else size for name, size in sizes.items()}
-        marker = self._new_marker(index, there, self._repository.aside())
+        aside = self._repository.aside()
+        # What is condemned comes behind the rest. What was set aside does not count beside it, as that may be
+        # a harmed copy, nor does it count that it was once given up.
+        there = {name: size for name, size in sizes.items() if name not in aside.packs}
+        marker = self._new_marker(index, there, aside, last_resort=doomed - aside.packs)
         for run in sorted(manifests.keys() - marked):
             for backup in manifests[run].backups:
                 if backup.id not in forgotten:
                     self._mark_new(marker, backup, known.get(backup.parent or ""))
-        kept = set()
+        names = [pack.name for pack in index.packs]
+        chosen = {number for number, name in enumerate(names) if name in doomed}
+        rows = index.entries() if marker.nodes + marker.leaves else ()
+        kept = {names[row[2]] for row in rows if row[2] in chosen and marker.is_marked(row[1])}
         for id_ in sorted(marker.lost):
-            homes = {index.packs[row.pack].name for row in index.find(id_)} & sizes.keys()
+            homes = {names[row.pack] for row in index.find(id_)} & sizes.keys()
             if homes:
-                kept.add(min(homes))
+                kept |= homes
                 marker.lost.discard(id_)
         require_nothing_lost(marker)
         return kept
@@ -296,10 +302,18 @@ class Collector:
         """Return the maps of a backup by what their leaves lead to."""
         return {leaf: self._roots(root) for leaf, root in maps_of(backup).items()}
 
-    def _new_marker(self, index: NumberedIndex, sizes: Mapping[str, int], aside: Aside) -> Marker:
+    def _new_marker(
+        self,
+        index: NumberedIndex,
+        sizes: Mapping[str, int],
+        aside: Aside,
+        last_resort: Container[str] | None = None,
+    ) -> Marker:
+        """Return a marker that believes what is there; ``last_resort``, or what is set aside, last."""
+        last_resort = aside.packs if last_resort is None else last_resort
         trust = [
             (LAST_RESORT if sizes.get(pack.name) else UNUSABLE)
-            if pack.name in aside.packs
+            if pack.name in last_resort
             else (TRUSTED if sizes.get(pack.name) == size else UNUSABLE)
             for pack, size in zip(index.packs, index.sizes, strict=True)
         ]

@@ -15,8 +15,16 @@ from blocksnap.repository import collector as collecting
 from blocksnap.repository.blockmap import MapReader, MapWriter
 from blocksnap.repository.check import Checker
 from blocksnap.repository.collector import Collector, Outcome
-from blocksnap.repository.documents import Backup, Forgotten, Manifest, Statistics, VolumeRecord, WriterRecord
-from blocksnap.repository.epochs import create_forgotten, read_epoch
+from blocksnap.repository.documents import (
+    Backup,
+    Forgotten,
+    Manifest,
+    SetAside,
+    Statistics,
+    VolumeRecord,
+    WriterRecord,
+)
+from blocksnap.repository.epochs import create_forgotten, create_set_aside, read_epoch
 from blocksnap.repository.errors import FencedError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.repository import Repository
@@ -323,3 +331,33 @@ def test_a_check_reads_what_collections_left(path: Path) -> None:
         checker.check_structure()
         assert [finding.object for finding in checker.result.findings] == [f"gc/00000001/{name}"]
         found.write_bytes(kept)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_what_was_set_aside_is_no_reason_to_drop_what_a_run_relies_on(path: Path, given_up: bool) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    (harmed,) = [pack for pack in (path / "packs").rglob("*-*") if pack.stat().st_size > 20_000]
+    repository = open_repository(path)
+    lost = repository.keys.identify(FrameType.DATA, chunk(0))
+    if given_up:
+        # It was lost once, and has turned up in a pack that is whole.
+        aside = SetAside(run="1" * 32, time=datetime.now(UTC), lost=(lost.hex(),))
+    else:
+        flip_a_bit(harmed)
+        name = harmed.relative_to(path).as_posix()
+        aside = SetAside(run="1" * 32, time=datetime.now(UTC), packs=(name,))
+    create_set_aside(repository, aside)
+    second = back_up(path, {0: 0, 1: 100})
+    back_up(path, {0: 101} if not given_up else {n: 200 + n for n in range(30)})
+    forget(path, first, second)
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        # It relies on the only whole copy, which is condemned before it commits.
+        commit = store(run, repository, {2: 0})
+        assert run.stored.new_chunks == 0
+        assert prune(path).state == "waiting"
+        condemned = read_epoch(open_repository(path)).condemned
+        assert condemned is not None
+        fourth = commit()
+    assert prune(path).state == "done"
+    assert content_of(path, fourth)[2] == chunk(0)
