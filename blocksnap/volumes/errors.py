@@ -46,7 +46,8 @@ class VolumeInUseError(VolumeError):
         self.users = users
         super().__init__(
             f"{name} has no snapshots and is in use: {'; '.join(users) or 'somebody holds it open'}",
-            resolution="unmount it or stop what uses it meanwhile, or move the data to an LVM volume",
+            resolution="unmount it or stop what uses it meanwhile (hooks of a job can: quiesce), or move the "
+            "data to an LVM volume",
         )
 
 
