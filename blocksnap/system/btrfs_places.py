@@ -21,6 +21,7 @@ from uuid import UUID
 
 from blocksnap.errors import VolumeError
 from blocksnap.system.btrfs import BtrfsError, filesystem_info
+from blocksnap.system.mounts import mounts_of, read_mounts
 
 # asm/unistd.h (the same everywhere since Linux 5), linux/mount.h
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
@@ -64,9 +65,16 @@ class NestedSubvolume:
 
 @contextmanager
 def open_top(filesystem: UUID) -> Iterator[int]:
-    """Yield a descriptor of the top directory of a mounted filesystem, writable; raises NotReachedError."""
+    """Yield a descriptor of the top directory of a mounted filesystem, writable; raises NotReachedError.
+
+    One that is mounted read-only is left so: until 6.8 a second mount for writing makes the kernel write to
+    the filesystem under the first one too, and go on with a balance (fs/btrfs/super.c, btrfs_mount).
+    """
     problem = "no device of it is known to the kernel"
-    for device in _devices(filesystem):
+    devices = list(_devices(filesystem))
+    if _is_read_only(devices):
+        raise NotReachedError(filesystem, "it is mounted read-only")
+    for device in devices:
         try:
             fd = _mount_top(device)
         except OSError as err:
@@ -146,6 +154,15 @@ def _devices(filesystem: UUID) -> Iterator[str]:
         for found in sorted(folder.iterdir()):
             # A device mapper's has a link to it; the names in sysfs have ! for /.
             yield "/dev/" + found.name.replace("!", "/")
+
+
+def _is_read_only(devices: list[str]) -> bool:
+    """Whether a filesystem is mounted, as far as we see, and by nobody for writing."""
+    table, found = read_mounts(), []
+    for device in devices:
+        with contextlib.suppress(OSError):
+            found += mounts_of(os.stat(device).st_rdev, table)
+    return bool(found) and all(mount.read_only for mount in found)
 
 
 def _mount_top(device: str) -> int:

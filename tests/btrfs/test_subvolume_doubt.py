@@ -11,6 +11,7 @@ import pytest
 
 from blocksnap.errors import VolumeError
 from blocksnap.system.btrfs_places import NotReachedError, nested_subvolumes, open_top
+from blocksnap.system.mounts import read_mounts
 from blocksnap.volumes.errors import SnapshotLostError
 from blocksnap.volumes.subvolume import SubvolumeVolume, find_trace, remove_trace
 from support import btrfs_calls as calls
@@ -142,6 +143,17 @@ def test_a_filesystem_that_is_not_mounted(lab: BtrfsLab) -> None:
     assert find_trace(unknown) == remove_trace(unknown) == "unreachable"
     with pytest.raises(NotReachedError), open_top(uuid4()):
         pass
+
+
+def test_a_filesystem_that_is_mounted_read_only_stays_so(lab: BtrfsLab) -> None:
+    """Older kernels would write to it, for all who have it mounted, once it is mounted for writing too."""
+    volume = SubvolumeVolume(str(lab.live))
+    lab.cycle("ro,noatime")
+    with pytest.raises(NotReachedError, match="mounted read-only"):
+        volume.prepare()
+    (mount,) = [mount for mount in read_mounts() if mount.point == str(lab.mount)]
+    assert mount.read_only
+    assert find_trace(volume.trace("run") or {}) == "unreachable"
 
 
 def test_hundreds_of_nested_subvolumes(lab: BtrfsLab) -> None:
