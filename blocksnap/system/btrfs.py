@@ -37,7 +37,7 @@ _SEARCH_KEY = struct.Struct("<7Q4I32x")
 _SEARCH_BYTES = 4096
 _SEARCH_HEADER = struct.Struct("<3Q2I")
 # linux/btrfs_tree.h
-_ROOT_TREE, _DATA_RELOCATION_TREE, _ROOT_ITEM = 1, (1 << 64) - 9, 132
+_ROOT_TREE, _DATA_RELOCATION_TREE, _ROOT_ITEM, _INODE_ITEM = 1, (1 << 64) - 9, 132, 1
 _ROOT_GENERATION_AT, _ROOT_LAST_SNAPSHOT_AT = 160, 200
 NEVER_TOLD: Final = (1 << 64) - 1
 """Later than every transaction."""
@@ -221,20 +221,35 @@ def last_snapshot(fd: int, tree_id: int) -> int:
     return _root_field(fd, tree_id, _ROOT_LAST_SNAPSHOT_AT, "ask btrfs when a snapshot was taken") or 0
 
 
+def inode_generation(fd: int, tree_id: int, inode: int) -> int:
+    """Return the generation of an inode as the kernel shows it, in 32 bits.
+
+    Raises OSError, ESTALE where there is no such inode. Needs CAP_SYS_ADMIN.
+    """
+    found = _search(fd, tree_id, inode, _INODE_ITEM)
+    if found is None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return int(struct.unpack_from("<I", found)[0])
+
+
 def _root_field(fd: int, tree_id: int, at: int, action: str) -> int | None:
     """Return a number of the ROOT_ITEM of a tree; None when there is no such tree."""
-    answer = bytearray(_SEARCH_BYTES)
-    last = (1 << 64) - 1
-    _SEARCH_KEY.pack_into(
-        answer, 0, _ROOT_TREE, tree_id, tree_id, 0, last, 0, last, _ROOT_ITEM, _ROOT_ITEM, 1, 0
-    )
     try:
-        fcntl.ioctl(fd, _TREE_SEARCH, answer)
+        found = _search(fd, _ROOT_TREE, tree_id, _ROOT_ITEM)
     except OSError as err:
         raise BtrfsError(action, err) from err
+    return None if found is None else int(struct.unpack_from("<Q", found, at)[0])
+
+
+def _search(fd: int, tree: int, number: int, kind: int) -> memoryview | None:
+    """Return the first item of a kind that a number has in a tree, None without one; raises OSError."""
+    answer = bytearray(_SEARCH_BYTES)
+    last = (1 << 64) - 1
+    _SEARCH_KEY.pack_into(answer, 0, tree, number, number, 0, last, 0, last, kind, kind, 1, 0)
+    fcntl.ioctl(fd, _TREE_SEARCH, answer)
     if not _SEARCH_KEY.unpack_from(answer)[9]:
         return None
-    return int(struct.unpack_from("<Q", answer, _SEARCH_KEY.size + _SEARCH_HEADER.size + at)[0])
+    return memoryview(answer)[_SEARCH_KEY.size + _SEARCH_HEADER.size :]
 
 
 def directory_path(fd: int, inode: int) -> bytes:

@@ -20,7 +20,7 @@ from typing import Final
 from uuid import UUID
 
 from blocksnap.errors import VolumeError
-from blocksnap.system.btrfs import BtrfsError, filesystem_info
+from blocksnap.system.btrfs import BtrfsError, filesystem_info, inode_generation
 from blocksnap.system.mounts import mounts_of, read_mounts
 
 # asm/unistd.h (the same everywhere since Linux 5), linux/mount.h
@@ -93,9 +93,11 @@ def open_top(filesystem: UUID) -> Iterator[int]:
 def open_inode(subvolume_fd: int, tree_id: int, inode: int) -> int:
     """Open a regular file of a subvolume for reading, by its number, whatever its path; raises OSError.
 
-    Needs CAP_DAC_READ_SEARCH (open_by_handle_at(2)).
+    Needs CAP_DAC_READ_SEARCH (open_by_handle_at(2)) and CAP_SYS_ADMIN. Newer kernels take 0 for any
+    generation, Linux 6.1 does not.
     """
-    handle = _HANDLE.pack(_HANDLE_BYTES, _HANDLE_TYPE, inode, tree_id, 0)
+    generation = inode_generation(subvolume_fd, tree_id, inode)
+    handle = _HANDLE.pack(_HANDLE_BYTES, _HANDLE_TYPE, inode, tree_id, generation)
     flags = os.O_RDONLY | os.O_NOATIME | os.O_CLOEXEC | os.O_NONBLOCK
     return _answer(_libc().open_by_handle_at(subvolume_fd, ctypes.create_string_buffer(handle), flags))
 
