@@ -75,7 +75,7 @@ class Backend(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Return a whole object; raises ObjectMissingError."""
+        """Return a whole object; raises ObjectMissingError, BackendAwayError (see ``read_range_into``)."""
 
     @abstractmethod
     def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -83,10 +83,6 @@ class Backend(ABC):
 
         Raises BackendAwayError when nothing can be read, not of this object and not of any other.
         """
-
-    @abstractmethod
-    def view(self, name: str) -> memoryview:
-        """Return a whole object for random access, mapped rather than read where that is possible."""
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

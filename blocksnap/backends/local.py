@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import secrets
 import stat
@@ -95,40 +94,23 @@ class LocalBackend(Backend):
 
     def read(self, name: str) -> bytes:
         """Return a whole object."""
-        fd = self._open(name)
-        try:
-            size = os.fstat(fd).st_size
-            data = bytearray(size)
-            self._fill(fd, name, 0, memoryview(data))
-        finally:
-            os.close(fd)
+        with self._or_away(name):
+            fd = self._open(name)
+            try:
+                data = bytearray(os.fstat(fd).st_size)
+                self._fill(fd, name, 0, memoryview(data))
+            finally:
+                os.close(fd)
         return bytes(data)
 
     def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill the buffer by pread from a descriptor that stays open for the next call."""
-        try:
+        with self._or_away(name):
             fd = self._borrow(name)
             try:
                 self._fill(fd, name, offset, buffer)
             finally:
                 self._give_back(fd)
-        except BackendFailedError as err:
-            # The kernel has one word for a bad sector and for a disk that was pulled out.
-            if err.errno == errno.EIO and not self._answers(name):
-                raise BackendAwayError(self._path, OSError(errno.EIO, os.strerror(errno.EIO))) from err
-            raise
-
-    def view(self, name: str) -> memoryview:
-        """Map the object."""
-        fd = self._open(name)
-        try:
-            if os.fstat(fd).st_size == 0:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
-        except OSError as err:
-            raise BackendFailedError(f"map {name}", self._path, err) from err
-        finally:
-            os.close(fd)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Walk the folder; a missing one has no objects, and what others put there is passed over."""
@@ -213,6 +195,17 @@ class LocalBackend(Backend):
                 done += count
         except OSError as err:
             raise BackendFailedError(f"read {name}", self._path, err) from err
+
+    @contextlib.contextmanager
+    def _or_away(self, name: str) -> Iterator[None]:
+        """Raise BackendAwayError for an error in this block that is the storage's and not the object's."""
+        try:
+            yield
+        except BackendFailedError as err:
+            # The kernel has one word for a bad sector and for a disk that was pulled out.
+            if err.errno == errno.EIO and not self._answers(name):
+                raise BackendAwayError(self._path, OSError(errno.EIO, os.strerror(errno.EIO))) from err
+            raise
 
     def _answers(self, name: str) -> bool:
         """Tell whether anything can be read from the storage itself: of this object, or of another."""

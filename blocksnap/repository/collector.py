@@ -230,9 +230,10 @@ class Collector:
         repository = self._repository
         manifests = {manifest.writer: manifest for manifest, _ in repository.manifests()}
         repository.refresh_index()
+        aside = repository.aside()
         _require_sound(repository)
-        if repository.aside().runs <= set(condemned.aside):
-            kept = self._needed_since(condemned, manifests)
+        if aside.runs <= set(condemned.aside):
+            kept = self._needed_since(condemned, manifests, aside)
         else:
             # What was marked may be what has turned out damaged since, and its twin condemned.
             kept = set(condemned.packs)
@@ -255,7 +256,7 @@ class Collector:
             ),
         )
 
-    def _needed_since(self, condemned: Condemned, manifests: dict[str, Manifest]) -> set[str]:
+    def _needed_since(self, condemned: Condemned, manifests: dict[str, Manifest], aside: Aside) -> set[str]:
         """Return the condemned packs that have the only copy of something that new backups need."""
         marked, forgotten = set(condemned.marked), set(condemned.forgotten)
         doomed = set(condemned.packs)
@@ -268,7 +269,6 @@ class Collector:
         }
         sizes = {info.name: info.size for info in self._repository.backend.list("packs/")}
         index = NumberedIndex(self._repository.index.views)
-        aside = self._repository.aside()
         # What is condemned comes behind the rest. What was set aside does not count beside it, as that may be
         # a harmed copy, nor does it count that it was once given up.
         there = {name: size for name, size in sizes.items() if name not in aside.packs}

@@ -36,6 +36,7 @@ from blocksnap.repository.keys import (
     unwrap,
     wrap,
 )
+from blocksnap.repository.pack import read_object
 
 FOLDER = "keys/"
 
@@ -89,7 +90,7 @@ def create_key(
 
 def read_key(backend: Backend, name: str) -> Key:
     """Return a key object; raises DamagedObjectError, ObjectMissingError."""
-    return decode_key(backend.read(name), name)
+    return decode_key(read_object(backend, name), name)
 
 
 def decode_key(stored: bytes, name: str) -> Key:

@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from blocksnap.backends.base import Backend
 from blocksnap.backends.errors import BackendAwayError, BackendFailedError, ObjectMissingError
+from blocksnap.errors import BlocksnapError
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import HEADER as FRAME_HEADER
 from blocksnap.repository.frame import FrameHeader, FrameType, Opener, Sealer
@@ -175,10 +176,22 @@ def read_pack_range(backend: Backend, name: str, offset: int, buffer: memoryview
     except ObjectMissingError as err:
         raise DamagedObjectError(name, "the index lists it, but it is missing") from err
     except BackendFailedError as err:
-        if err.errno != errno.EIO or isinstance(err, BackendAwayError):
-            raise
-        # A bad sector is damage like any other: another pack may have the same.
-        raise DamagedObjectError(name, f"it cannot be read at {offset}: {os.strerror(errno.EIO)}") from err
+        raise _damage_of(err, name, f"it cannot be read at {offset}") from err
+
+
+def read_object(backend: Backend, name: str) -> bytes:
+    """Return a whole object; raises ObjectMissingError, and DamagedObjectError when it cannot be read."""
+    try:
+        return backend.read(name)
+    except BackendFailedError as err:
+        raise _damage_of(err, name, "it cannot be read") from err
+
+
+def _damage_of(err: BackendFailedError, name: str, what: str) -> BlocksnapError:
+    """Return what a failed read says: a bad sector is damage like any other, and all else is no damage."""
+    if err.errno != errno.EIO or isinstance(err, BackendAwayError):
+        return err
+    return DamagedObjectError(name, f"{what}: {os.strerror(errno.EIO)}")
 
 
 def check_header(header: bytes, pack: PackId, repository_id: bytes) -> None:

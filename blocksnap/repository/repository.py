@@ -55,7 +55,7 @@ from blocksnap.repository.key_objects import (
 from blocksnap.repository.keys import KdfCost, KeyRing, Right, Role, new_master
 from blocksnap.repository.known_manifests import KnownManifests
 from blocksnap.repository.lookup import Index, Location
-from blocksnap.repository.pack import PackId, SealedPack, read_footer, read_pack_range
+from blocksnap.repository.pack import PackId, SealedPack, read_footer, read_object, read_pack_range
 
 _REFRESH_SECONDS = 2.0
 FORGET = "gc/forget/"
@@ -263,8 +263,10 @@ class Repository:
             self.damage.append(err)
 
     def open_segment(self, name: str) -> Segment:
-        """Map one segment of the index and check it."""
-        return Segment(self.backend.view(name), name=name, index_key=self.keys.index_key)
+        """Fetch one segment of the index and check it."""
+        # Read rather than mapped: a bad sector under a mapping would kill the process.
+        stored = memoryview(read_object(self.backend, name))
+        return Segment(stored, name=name, index_key=self.keys.index_key)
 
     def opener(self) -> Opener:
         """Return this thread's opener."""
@@ -344,7 +346,7 @@ class Repository:
         self._known_manifests.save()
 
     def _recognise_manifest(self, name: str) -> Manifest | None:
-        stored = self.backend.read(name)
+        stored = read_object(self.backend, name)
         known = self._known_manifests.find(name, stored)
         if known:
             return known[0]
@@ -354,7 +356,7 @@ class Repository:
 
     def load_manifest(self, name: str) -> Manifest | None:
         """Return one manifest, or None for a fence; raises DamagedObjectError, NewerFormatError."""
-        return self._open_manifest(name, self.backend.read(name))
+        return self._open_manifest(name, read_object(self.backend, name))
 
     def _open_manifest(self, name: str, stored: bytes) -> Manifest | None:
         plain = open_frame(self.opener(), stored, name, FrameType.MANIFEST)
@@ -457,7 +459,7 @@ class Repository:
 
     def _open_plain(self, name: str, kind: FrameType) -> bytes | memoryview:
         try:
-            stored = self.backend.read(name)
+            stored = read_object(self.backend, name)
         except ObjectMissingError as err:
             raise DamagedObjectError(name, "it is missing") from err
         return open_frame(self.opener(), stored, name, kind)
@@ -470,7 +472,7 @@ def load_config(backend: Backend) -> tuple[Config, str]:
     NewerFormatError.
     """
     try:
-        stored = backend.read("config")
+        stored = read_object(backend, "config")
     except ObjectMissingError as err:
         raise NotARepositoryError(backend.place) from err
     config = decode_public(stored, "config", FrameType.CONFIG, Config)

@@ -72,10 +72,6 @@ class AppendOnly(Backend):
         self._asked.actions.add("get")
         self._inner.read_range_into(name, offset, buffer)
 
-    def view(self, name: str) -> memoryview:
-        self._asked.actions.add("get")
-        return self._inner.view(name)
-
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         self._asked.actions.add("list")
         return self._inner.list(prefix)

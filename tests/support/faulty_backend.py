@@ -52,9 +52,6 @@ class FaultyBackend(Backend):
     def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
         self._call(f"read_range {name}", lambda: self._inner.read_range_into(name, offset, buffer))
 
-    def view(self, name: str) -> memoryview:
-        return self._call(f"view {name}", lambda: self._inner.view(name))
-
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return iter(self._call(f"list {prefix}", lambda: [*self._inner.list(prefix)]))
 

@@ -111,9 +111,6 @@ class SimulatedBackend(Backend):
             raise EOFError
         buffer[:] = data
 
-    def view(self, name: str) -> memoryview:
-        return memoryview(self.read(name))
-
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         self._world.step(f"list {prefix}")
         # Half of it at one instant and half at another: a listing is no instant.

@@ -58,9 +58,6 @@ class Memory(Backend):
         except KeyError as err:
             raise ObjectMissingError(name) from err
 
-    def view(self, name: str) -> memoryview:
-        return memoryview(self.read(name))
-
     def read_range_into(self, name: str, offset: int, buffer: memoryview) -> None:
         found = self.read(name)[offset : offset + len(buffer)]
         if len(found) < len(buffer):

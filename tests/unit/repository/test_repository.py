@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from datetime import UTC, datetime
@@ -9,14 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.backends.errors import BackendAwayError, BackendFailedError
 from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import NoRepositoryError, PassphraseError, UsageError
 from blocksnap.operations.catalogue import find_backup, map_root, root_document
+from blocksnap.operations.keys import add_key
 from blocksnap.repository.blockmap import ZERO, MapReader, MapWriter
 from blocksnap.repository.check import Checker
-from blocksnap.repository.documents import Backup, Fence, Manifest, Statistics, VolumeRecord
+from blocksnap.repository.documents import (
+    Backup,
+    Fence,
+    Forgotten,
+    Manifest,
+    SetAside,
+    Statistics,
+    VolumeRecord,
+)
+from blocksnap.repository.epochs import create_forgotten, create_set_aside
 from blocksnap.repository.errors import FencedError, NewerFormatError
 from blocksnap.repository.frame import FrameType, Sealer
+from blocksnap.repository.keys import Role
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter
 from support.repositories import CHUNK, PASSPHRASE, make_repository, open_repository, open_writer, store_bytes
@@ -237,3 +250,60 @@ def test_objects_are_private(tmp_path: Path) -> None:
     make_repository(tmp_path / "r")
     for path in (tmp_path / "r").rglob("*"):
         assert os.stat(path).st_mode & 0o077 == 0, path
+
+
+class BadSectors(LocalBackend):
+    """A disk that cannot read some objects any more."""
+
+    unreadable: frozenset[str] = frozenset()
+
+    def read(self, name: str) -> bytes:
+        if name in self.unreadable:
+            raise BackendFailedError(f"read {name}", self.place, OSError(errno.EIO, "bad sector"))
+        return super().read(name)
+
+
+@pytest.mark.parametrize("folder", ["manifests", "index", "keys", "gc/aside", "gc/forget", "writers"])
+def test_a_bad_sector_under_an_object_costs_no_more_than_damage(tmp_path: Path, folder: str) -> None:
+    repository = make_repository(tmp_path / "r")
+    kept = store_backup(repository, random.randbytes(3 * CHUNK), tmp_path)
+    other = store_backup(repository, random.randbytes(3 * CHUNK), tmp_path)
+    now = datetime.now(UTC)
+    create_set_aside(repository, SetAside(run="1" * 32, time=now, lost=("0" * 64,)))
+    create_forgotten(repository, Forgotten(run="2" * 32, time=now, backups=("3" * 32,)))
+    if folder == "keys":
+        add_key(repository, b"another", role=Role.ADMIN, label="", host="")
+    backend = BadSectors(str(tmp_path / "r"))
+    names = sorted(info.name for info in backend.list(folder + "/"))
+    # Of the manifests that of the other backup.
+    victim = f"manifests/{other.id}" if folder == "manifests" else names[0]
+    backend.unreadable = frozenset({victim})
+    secret = PASSPHRASE if folder != "keys" or not opens(tmp_path / "r", victim) else b"another"
+    seen = Repository.open(backend, lambda: secret)
+    assert kept.id in {stored.backup.id for stored in seen.backups()}
+    (_, _, entry), *_ = MapReader(seen.load_node).runs(map_root(kept.map), 0, 3)
+    assert len(seen.load(FrameType.DATA, entry)) == CHUNK
+    if folder != "writers":
+        (problem,) = seen.damage
+        assert "cannot be read: Input/output error" in str(problem)
+    checker = Checker(Repository.open(backend, lambda: secret), map_root, lambda _: None, level=2)
+    checker.check_structure()
+    assert {each.object for each in checker.result.findings if each.severity == "damage"} == {victim}
+
+
+def opens(path: Path, name: str) -> bool:
+    key = open_repository(path).key
+    return key is not None and key.name == name
+
+
+def test_a_storage_that_has_gone_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = make_repository(tmp_path / "r")
+    store_backup(repository, b"x", tmp_path)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "gone")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(BackendAwayError):
+        repository.backups()
