@@ -100,8 +100,9 @@ def decode_manifest(plain: bytes | memoryview, name: str, keys: KeyRing) -> Mani
 def _require_format(plain: bytes | memoryview, name: str) -> dict[str, object]:
     try:
         document = json.loads(bytes(plain))
-    except ValueError:
-        # The exception carries the whole text, which may be key material.
+    except (ValueError, RecursionError):
+        # The exception carries the whole text, which may be key material. Who can write to the storage can
+        # nest brackets deeper than any parser goes.
         raise DamagedObjectError(name, "it is no document") from None
     if not isinstance(document, dict):
         raise DamagedObjectError(name, "it is no document")

@@ -23,6 +23,7 @@ from blocksnap.repository.errors import (
     NewerFormatError,
     NoKeysError,
     NoSuchKeyError,
+    NotEnoughMemoryError,
     WrongPassphraseError,
 )
 from blocksnap.repository.frame import FrameType
@@ -194,7 +195,8 @@ def first_opened(
     for key in keys:
         try:
             opened = open_key(key, passphrase, config=config, repository_id=repository_id)
-        except DamageError as err:
+        except (DamageError, NotEnoughMemoryError) as err:
+            # One that was made for a larger host, or by somebody who wants nobody in, is no reason to stop.
             note(err)
             continue
         if opened is not None:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
+from pydantic import ValidationError
 
 from blocksnap.repository.cache import LocalCache
 from blocksnap.repository.documents import Manifest
@@ -39,8 +40,13 @@ class KnownManifests:
         known = self._known.get(name)
         if known is None or known[0] != self._hash(name, stored):
             return None
+        try:
+            manifest = None if known[1] is None else Manifest.model_validate_json(known[1])
+        except ValidationError:
+            # Another version remembered it: what it is for this one, its object says.
+            return None
         self._met[name] = known
-        return (None if known[1] is None else Manifest.model_validate_json(known[1]),)
+        return (manifest,)
 
     def add(self, name: str, stored: bytes, manifest: Manifest | None) -> None:
         """Remember what was opened and proven just now."""

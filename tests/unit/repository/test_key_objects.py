@@ -31,11 +31,12 @@ from blocksnap.repository.errors import (
     MissingRightError,
     NoKeysError,
     NoSuchKeyError,
+    NotEnoughMemoryError,
     WrongPassphraseError,
 )
-from blocksnap.repository.frame import FrameType
+from blocksnap.repository.frame import NO_REPOSITORY, FrameType, Sealer
 from blocksnap.repository.key_objects import create_key, list_keys
-from blocksnap.repository.keys import KdfCost, Role
+from blocksnap.repository.keys import KdfCost, KeyRing, Role
 from blocksnap.repository.repository import Repository
 from support.faulty_backend import FAULTS, Fault, FaultyBackend, Killed
 
@@ -260,6 +261,7 @@ def test_a_damaged_key_is_passed_over_with_a_warning(place: Path) -> None:
         b"",
         original + b"x",
         original[:200] + b"\0" + original[201:],
+        Sealer(KeyRing.plain(NO_REPOSITORY)).seal(FrameType.KEY, b"[" * 100_000),
     ):
         path.write_bytes(content)
         repository = opened(place)
@@ -406,6 +408,26 @@ def test_too_little_memory_is_an_error_of_one_line(place: Path, monkeypatch: pyt
     monkeypatch.setattr(argon2, "Argon2id", Exhausted)
     with pytest.raises(BlocksnapError, match="MiB of memory"):
         opened(place)
+
+
+def test_a_key_that_takes_too_much_memory_does_not_stand_in_the_way(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = add(place, NEW)
+    dear = made.kdf.model_copy(update={"memory_kib": 128})
+    about = made.about.model_copy(update={"host": "two"})
+    rewrite(place, made.model_copy(update={"kdf": dear, "about": about}))
+    derive = key_objects.passphrase_key
+
+    def little_memory(passphrase: bytes, *, salt: bytes, cost: KdfCost) -> bytes:
+        if cost.memory_kib == dear.memory_kib:
+            raise NotEnoughMemoryError(cost.memory_kib << 10)
+        return derive(passphrase, salt=salt, cost=cost)
+
+    monkeypatch.setattr(key_objects, "passphrase_key", little_memory)
+    assert [type(err) for err in opened(place, host="two").damage] == [NotEnoughMemoryError]
+    with pytest.raises(NotEnoughMemoryError):
+        opened(place, NEW)
 
 
 def test_the_passphrase_is_in_no_exception(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

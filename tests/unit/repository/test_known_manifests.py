@@ -127,6 +127,19 @@ def test_what_a_stranger_remembers_is_not_believed(place: Place) -> None:
     assert len(place.list()) == 2
 
 
+def test_what_another_version_remembers_is_not_believed(place: Place) -> None:
+    repository = place.open()
+    assert len(list(repository.manifests())) == 3
+    known = repository._known_manifests
+    name = f"manifests/{place.runs[0]}"
+    digest, document = known._known[name]
+    assert document
+    known._met = {**known._known, name: (digest, document.replace("{", '{"colour": "red", ', 1))}
+    known._is_new = True
+    known.save()
+    assert place.list() == place.runs
+
+
 def test_without_a_cache(place: Place) -> None:
     repository = open_repository(place.path)
     assert len(list(repository.manifests())) == len(list(repository.manifests())) == 3
