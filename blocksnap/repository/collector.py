@@ -178,6 +178,7 @@ class Collector:
         moved = copy_needed(
             self._repository, writer, self._index, self._marker, plan.choice.of("copy"), self._advance
         )
+        writer.require_young()
         create_part(
             self._repository,
             "condemned",
@@ -238,6 +239,8 @@ class Collector:
             # What was marked may be what has turned out damaged since, and its twin condemned.
             kept = set(condemned.packs)
         forgotten, marked = set(condemned.forgotten), set(condemned.marked)
+        # One that slept until the objects of the epoch had gone would decide it once more.
+        writer.require_young()
         return create_part(
             repository,
             "sweep",

@@ -33,6 +33,8 @@ from blocksnap.repository.resume import find_adoptable
 
 HEARTBEAT_SECONDS = 300
 LONGEST_RUN_SECONDS = 90 * 86400
+LONGEST_BY_CALENDAR_SECONDS = 300 * 86400
+"""By the other clock, which may also have been set right meanwhile; less than fences are kept."""
 _DOCUMENT_LEVEL = 3
 
 
@@ -118,7 +120,7 @@ class RepositoryWriter:
         self._author = author
         self._collects = collects
         self._epoch: int | None = None
-        self._began = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._began, self._began_on = time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
         self.adopted = 0
         self.id = os.urandom(16)
         self.stored = Stored()
@@ -226,13 +228,11 @@ class RepositoryWriter:
         Returns it with the size of its object. Raises FencedError when this writer was shut out.
         """
         self.flush()
-        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._began > LONGEST_RUN_SECONDS:
-            # The fence of a run that is shut out is kept for a year, not for ever.
-            raise FencedError(self.id.hex())
         manifest = compose(self)
         name = f"manifests/{self.id.hex()}"
         plain = encode_signed(manifest, name, self._repository.keys, Right.STORE)
         sealed = self._sealer.seal(FrameType.MANIFEST, plain)
+        self.require_young()
         try:
             self._repository.backend.put(name, sealed)
         except ObjectExistsError as err:
@@ -240,6 +240,16 @@ class RepositoryWriter:
             if self._repository.backend.read(name) != sealed:
                 raise FencedError(self.id.hex()) from err
         return manifest, len(sealed)
+
+    def require_young(self) -> None:
+        """Raise FencedError when the run has lasted longer than any may.
+
+        The fence of a run that is shut out, and what an epoch has decided, are kept for a year, not for ever.
+        """
+        # The clock of the machine stands still while its virtual machine is paused, that of the day does not.
+        lasted = time.clock_gettime(time.CLOCK_BOOTTIME) - self._began
+        if lasted > LONGEST_RUN_SECONDS or time.time() - self._began_on > LONGEST_BY_CALENDAR_SECONDS:
+            raise FencedError(self.id.hex())
 
     def _heed(self, epoch: Epoch) -> frozenset[str]:
         """Return the condemned packs, and say that they are known: then nobody has to wait for this run."""

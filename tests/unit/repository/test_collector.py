@@ -26,6 +26,7 @@ from blocksnap.repository.documents import (
 )
 from blocksnap.repository.epochs import create_forgotten, create_set_aside, read_epoch
 from blocksnap.repository.errors import FencedError
+from blocksnap.repository.fencing import fence, settled_runs
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.victims import Limits
@@ -361,3 +362,56 @@ def test_what_was_set_aside_is_no_reason_to_drop_what_a_run_relies_on(path: Path
         fourth = commit()
     assert prune(path).state == "done"
     assert content_of(path, fourth)[2] == chunk(0)
+
+
+YEAR = timedelta(days=400)
+
+
+def test_a_clock_that_is_a_year_ahead_lets_no_run_back_in(path: Path) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    back_up(path, dict.fromkeys(range(30), 7))
+    forget(path, first)
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as asleep:
+        commit = store(asleep, repository, {n: n for n in range(10)})
+        assert prune(path, everybody).state == "done"
+        prune(path, later=YEAR.total_seconds())
+        with pytest.raises(FencedError):
+            commit()
+
+
+def test_old_fences_go(path: Path) -> None:
+    back_up(path, {0: 0})
+    repository = open_repository(path)
+    old, young = "a" * 32, "b" * 32
+    assert fence(repository, old, datetime.now(UTC) - YEAR)
+    assert fence(repository, young, datetime.now(UTC) - YEAR / 2)
+    prune(path)
+    there = settled_runs(repository)
+    assert (old in there, young in there) == (False, True)
+
+
+@pytest.mark.parametrize("clock", ["_began", "_began_on"])
+def test_a_collector_that_slept_for_a_year_decides_nothing(path: Path, clock: str) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    back_up(path, dict.fromkeys(range(30), 7))
+    forget(path, first)
+    with RepositoryWriter(open_repository(path), HOST):
+        assert prune(path).state == "waiting"
+    repository = open_repository(path)
+    collector = Collector(
+        repository, map_root, Limits(), now=lambda: datetime.now(UTC), advance=lambda _: None
+    )
+    with RepositoryWriter(repository, HOST, collects=True) as run:
+        setattr(run, clock, getattr(run, clock) - YEAR.total_seconds())
+        with pytest.raises(FencedError):
+            collector.collect(run, everybody)
+        with pytest.raises(FencedError):
+            run.commit(lambda _: manifest_of(run, map_root(newest(repository).map), None))
+    assert read_epoch(repository).sweep is None
+
+
+def newest(repository: Repository) -> Backup:
+    found = newest_of(repository.backups(), "v")
+    assert found is not None
+    return found
