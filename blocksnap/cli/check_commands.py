@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blocksnap.cli.context import EXIT_WARNINGS, Settings, common_options
-from blocksnap.cli.output import format_size, print_json
+from blocksnap.cli.output import format_size, print_json, printable
 from blocksnap.errors import UsageError
 from blocksnap.quantities import parse_size
 
@@ -137,7 +137,7 @@ def _show_check(settings: Settings, result: CheckResult) -> None:
     elif settings.verbosity < 0:
         for finding in result.findings:
             if finding.severity != "garbage":
-                click.echo(f"{finding.severity}: {finding.object}: {finding.message}", err=True)
+                click.echo(printable(f"{finding.severity}: {finding.object}: {finding.message}"), err=True)
     else:
         looked = f"{result.packs} packs"
         if result.backups:

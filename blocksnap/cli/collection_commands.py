@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blocksnap.cli.context import Settings, common_options
-from blocksnap.cli.output import format_size, format_time, print_json, print_table
+from blocksnap.cli.output import format_size, format_time, print_json, print_table, printable
 from blocksnap.errors import UsageError
 from blocksnap.quantities import parse_size
 
@@ -236,7 +236,7 @@ def _show_outcome(settings: Settings, outcome: Outcome) -> None:
         return
     if outcome.state == "waiting":
         names = ", ".join(_name_run(run) for run in outcome.waiting)
-        click.echo(f"nothing is deleted yet: a backup is being taken by {names}", err=True)
+        click.echo(printable(f"nothing is deleted yet: a backup is being taken by {names}"), err=True)
         click.echo("fix:     run prune again when it is done, or with --wait SECONDS", err=True)
     elif settings.verbosity < 0:
         return

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from blocksnap.cli.context import Settings, common_options
-from blocksnap.cli.output import format_size, print_json, print_json_line
+from blocksnap.cli.output import format_size, print_json, print_json_line, printable
 from blocksnap.errors import UsageError
 
 EXIT_WARNINGS = 3
@@ -118,4 +118,4 @@ def _line(entry: dict[str, Any]) -> str:
 def _printable(name: str) -> str:
     """Return a name as a terminal can show it: names come from the backup and may hold anything."""
     decoded = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
+    return printable(decoded, kept="")

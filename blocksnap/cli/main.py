@@ -134,11 +134,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(err: BlocksnapError, arguments: list[str]) -> int:
-    click.echo(f"error: {err.brief}", err=True)
+    from blocksnap.cli.output import printable
+
+    click.echo(printable(f"error: {err.brief}"), err=True)
     if err.details:
-        click.echo(err.details, err=True)
+        click.echo(printable(err.details), err=True)
     if err.resolution:
-        click.echo(f"fix:   {err.resolution}", err=True)
+        click.echo(printable(f"fix:   {err.resolution}"), err=True)
     _tell_json(
         arguments,
         type(err).__name__,

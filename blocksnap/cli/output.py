@@ -35,9 +35,26 @@ def format_time(time: datetime) -> str:
     return time.astimezone().isoformat(sep=" ", timespec="seconds")
 
 
+def printable(text: str, *, kept: str = "\n\t") -> str:
+    """Return a text as a terminal may have it, with everything escaped that would command it.
+
+    Names come out of a repository, and were written by whoever had a key to it, or by the storage itself.
+    """
+    if text.isprintable():
+        return text
+    from unicodedata import category
+
+    return "".join(
+        letter
+        if letter.isprintable() or letter in kept or category(letter) == "Zs"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
     """Print aligned columns; those numbered in ``right`` to the right."""
-    lines = [list(header), *(list(row) for row in rows)]
+    lines = [[printable(cell, kept="") for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         cells = [
@@ -52,7 +69,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     listed = list(facts)
     width = max((len(name) for name, _ in listed), default=0)
     for name, value in listed:
-        click.echo(f"{name.ljust(width)}  {value}")
+        click.echo(f"{name.ljust(width)}  {printable(value)}")
 
 
 def print_lines(lines: Iterable[str]) -> None:

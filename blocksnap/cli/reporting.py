@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from blocksnap.cli.output import format_size, print_json_line
+from blocksnap.cli.output import format_size, print_json_line, printable
 from blocksnap.operations.reporting import Quiet
 
 if TYPE_CHECKING:
@@ -78,14 +78,14 @@ class TextReporter(Quiet):
         if name not in _SENTENCES and self._verbosity > 0:
             sentence = f"{name}: " + ", ".join(f"{key}={value}" for key, value in facts.items())
         if sentence:
-            click.echo(sentence, err=True)
+            click.echo(printable(sentence), err=True)
 
     def warn(self, message: str, *, resolution: str | None = None) -> None:
         """Say it, whatever the verbosity."""
         super().warn(message)
-        click.echo(f"warning: {message}", err=True)
+        click.echo(printable(f"warning: {message}"), err=True)
         if resolution:
-            click.echo(f"fix:     {resolution}", err=True)
+            click.echo(printable(f"fix:     {resolution}"), err=True)
 
     def begin(self, phase: str, total_bytes: int) -> None:
         """Draw a bar."""

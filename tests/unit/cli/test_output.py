@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from blocksnap.cli.main import run
 from blocksnap.cli.output import format_size, print_facts, print_json, print_json_streaming, print_table
 from blocksnap.cli.reporting import JsonReporter, TextReporter
 from blocksnap.errors import UsageError
@@ -92,3 +93,28 @@ def test_long_lists_are_streamed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert json.loads(printed) == {"engine": "compare", "none": [], "some": [[0, 1], [5, 2]], "n": 2}
     assert "\n    [0, 1],\n    [5, 2]\n" in printed
+
+
+HOSTILE = "v\x1b]0;owned\x07\x9b31m\rx\u202ey\udc80"
+
+
+def test_what_comes_out_of_a_repository_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("NAME",), [(HOSTILE,), ("two\nlines",)])
+    print_facts([("volume", HOSTILE), ("label", "two\nlines, 3\u00a0kB, \u00fc")])
+    reporter = TextReporter(verbosity=1)
+    reporter.event("finding", severity="damage", object=HOSTILE, message=HOSTILE)
+    reporter.event("unknown", volume=HOSTILE)
+    reporter.warn(HOSTILE, resolution=HOSTILE)
+    seen = capsys.readouterr()
+    out = seen.out + seen.err
+    assert not {letter for letter in out if not letter.isprintable()} - {"\n", "\u00a0"}
+    assert out.count(r"v\x1b]0;owned\x07\x9b31m\rx\u202ey\udc80") == 7
+    assert r"two\nlines" in seen.out
+    assert "two\nlines, 3\u00a0kB, \u00fc" in seen.out
+
+
+def test_an_error_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", "--repo", "/nowhere/\x1b[31m"]) != 0
+    seen = capsys.readouterr()
+    assert "\x1b" not in seen.out + seen.err
+    assert r"/nowhere/\x1b[31m" in seen.err
