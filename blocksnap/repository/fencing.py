@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from blocksnap.backends.errors import ObjectExistsError
 from blocksnap.errors import DamageError
 from blocksnap.repository.documents import Fence, WriterRecord
+from blocksnap.repository.errors import NewerFormatError
 from blocksnap.repository.frame import FrameType, Sealer
 from blocksnap.repository.repository import Repository
 
@@ -40,8 +41,11 @@ def nobody_is_gone(_: WriterRecord) -> bool:
     return False
 
 
-def read_runs(repository: Repository) -> dict[str, Run]:
-    """Return all runs that have announced themselves, settled or not."""
+def read_runs(repository: Repository, *, is_newer_passed_over: bool = False) -> dict[str, Run]:
+    """Return all runs that have announced themselves, settled or not.
+
+    A record that a later version wrote raises NewerFormatError, or is one that cannot be read.
+    """
     names: dict[str, list[tuple[int, str]]] = {}
     for info in repository.backend.list("writers/"):
         writer, _, number = info.name.removeprefix("writers/").partition(".")
@@ -50,7 +54,10 @@ def read_runs(repository: Repository) -> dict[str, Run]:
     runs = {}
     for writer, records in names.items():
         # The epoch is said in the second record or never.
-        read = [_read_record(repository, name) for _, name in sorted({*sorted(records)[:2], max(records)})]
+        wanted = sorted({*sorted(records)[:2], max(records)})
+        read = (
+            _read_record(repository, name, is_newer_passed_over=is_newer_passed_over) for _, name in wanted
+        )
         known = [record for record in read if record is not None]
         latest = max(known, key=lambda record: record.sequence, default=None)
         epochs = [record.epoch for record in known if record.epoch is not None]
@@ -58,10 +65,14 @@ def read_runs(repository: Repository) -> dict[str, Run]:
     return runs
 
 
-def _read_record(repository: Repository, name: str) -> WriterRecord | None:
+def _read_record(repository: Repository, name: str, *, is_newer_passed_over: bool) -> WriterRecord | None:
     try:
         return repository.read_document(name, FrameType.WRITER, WriterRecord)
     except DamageError:
+        return None
+    except NewerFormatError:
+        if not is_newer_passed_over:
+            raise
         return None
 
 

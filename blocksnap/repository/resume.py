@@ -55,7 +55,7 @@ def _dead_runs(
 ) -> set[str]:
     mine = {
         writer: run.record
-        for writer, run in read_runs(repository).items()
+        for writer, run in read_runs(repository, is_newer_passed_over=True).items()
         if run.record is not None and run.record.host == host and writer in writers
     }
     for writer in sorted(mine.keys() - settled_runs(repository)):

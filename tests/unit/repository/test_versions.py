@@ -161,6 +161,12 @@ def test_a_writer_record_of_a_later_format(blocksnap: InProcess) -> None:
     rewrite(path, keys_of(blocksnap), FrameType.WRITER, next_format)
     assert codes(blocksnap) == {**ALL_WORK, "check": 3}
     assert findings(blocksnap) == {("newer", f"writers/{path.name}")}
+    # Its run is at work, or was interrupted, and has packs that no segment lists yet.
+    repository = open_repository(blocksnap.folder / "repository")
+    writer = bytes.fromhex(path.name.partition(".")[0])
+    pack = PackWriter(repository.backend, repository.keys, writer)
+    pack.seal()
+    assert codes(blocksnap) == {**ALL_WORK, "check": 3}
 
 
 def test_a_segment_of_a_later_version_is_done_without(blocksnap: InProcess) -> None:
