@@ -109,7 +109,8 @@ def _replace_segments(repository: Repository, writer: RepositoryWriter, sweep: S
         data = _encode_shard(shard, index, repository.keys.index_key)
         repository.backend.put(segment_name(sweep.epoch, writer.id, number), data)
         number += 1
-    _delete_all(repository, sorted(old))
+    # One that was made up for a damaged one is no object; what it says is stored by now.
+    _delete_all(repository, sorted(old.intersection(repository.segment_names())))
     repository.refresh_index()
 
 

@@ -235,6 +235,25 @@ def test_an_interrupted_collection_is_taken_up(path: Path, monkeypatch: pytest.M
     assert len(content_of(path, second)) == 30
 
 
+def test_a_sweep_goes_on_over_a_segment_that_was_damaged_since(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = back_up(path, {n: n for n in range(30)})
+    (harmed,) = (path / "index").iterdir()
+    second = back_up(path, {n: 50 + n for n in range(20)})
+    forget(path, first)
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting, "execute_sweep", lambda *_: None)
+        prune(path)
+    sweep = read_epoch(open_repository(path)).sweep
+    assert sweep is not None
+    assert sweep.packs
+    flip_a_bit(harmed)
+    assert prune(path).state == "done"
+    assert not {name for name in sweep.packs if (path / name).exists()}
+    assert len(content_of(path, second)) == 30
+
+
 def test_nothing_goes_while_a_manifest_cannot_be_read(path: Path) -> None:
     first = back_up(path, {n: n for n in range(30)})
     second = back_up(path, dict.fromkeys(range(30), 7))
