@@ -96,6 +96,9 @@ class Backend(ABC):
     def close(self) -> None:
         """Let go of descriptors and connections."""
 
+    def flush(self, name: str) -> None:  # noqa: B027 - few storages have anything to do
+        """Make an object durable that was listed, and whose creation may never have returned."""
+
     def free_bytes(self) -> int | None:
         """Return the room that is left for objects; None where nobody can tell."""
         return None

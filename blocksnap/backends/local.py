@@ -117,6 +117,13 @@ class LocalBackend(Backend):
         folder = validate_name(prefix.rstrip("/")) if prefix else ""
         yield from self._walk(folder)
 
+    def flush(self, name: str) -> None:
+        """Flush the directory: its creator may have been killed between link(2) and that."""
+        try:
+            self._sync_folder(validate_name(name).rpartition("/")[0])
+        except OSError as err:
+            raise BackendFailedError(f"flush {name}", self._path, err) from err
+
     def free_bytes(self) -> int:
         """Return what the file system has left for this user."""
         try:

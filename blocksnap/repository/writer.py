@@ -209,6 +209,7 @@ class RepositoryWriter:
     def adopt(self, packs: Iterable[SealedPack]) -> None:
         """List packs that others have stored, and that no segment lists."""
         for pack in packs:
+            self._repository.backend.flush(pack.id.name)
             self._durable.append(pack)
             self.adopted += pack.size
             if sum(len(each.rows) for each in self._durable) >= SEGMENT_ROWS:

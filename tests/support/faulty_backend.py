@@ -60,6 +60,9 @@ class FaultyBackend(Backend):
             raise BackendFailedError(f"delete {name}", self.place, OSError(errno.EPERM, "refused"))
         self._call(f"delete {name}", lambda: self._inner.delete(name))
 
+    def flush(self, name: str) -> None:
+        self._call(f"flush {name}", lambda: self._inner.flush(name))
+
     def close(self) -> None:
         self._inner.close()
 

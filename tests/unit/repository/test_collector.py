@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import map_root, newest_of, root_document
 from blocksnap.repository import collector as collecting
@@ -212,6 +213,39 @@ def test_what_a_dead_run_had_stored_is_taken_over(path: Path) -> None:
     assert content_of(path, id_) == {n: chunk(n) for n in range(20)}
     assert prune(path).state in ("nothing", "done")
     assert content_of(path, id_) == {n: chunk(n) for n in range(20)}
+
+
+def test_what_is_taken_over_is_durable_before_it_is_listed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = open_repository(path)
+    sync = LocalBackend._sync_folder
+
+    def die(backend: LocalBackend, folder: str) -> None:
+        if folder.startswith("packs/"):
+            raise KeyboardInterrupt
+        sync(backend, folder)
+
+    run = RepositoryWriter(repository, HOST)
+    store(run, repository, {n: n for n in range(20)})
+    with monkeypatch.context() as patch:
+        # Killed when its packs have their names, which are not durable yet.
+        patch.setattr(LocalBackend, "_sync_folder", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.flush()
+    run.stop()
+    names = {info.name for info in repository.backend.list("packs/")}
+    assert names
+    flushed: list[str] = []
+
+    def note(backend: LocalBackend, folder: str) -> None:
+        flushed.append(folder)
+        sync(backend, folder)
+
+    monkeypatch.setattr(LocalBackend, "_sync_folder", note)
+    with RepositoryWriter(open_repository(path), HOST, everybody) as following:
+        assert following.adopted
+    assert {name.rpartition("/")[0] for name in names} <= set(flushed[: flushed.index("index")])
 
 
 def test_an_interrupted_collection_is_taken_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
