@@ -125,6 +125,8 @@ class RepositoryWriter:
         self.id = os.urandom(16)
         self.stored = Stored()
         self._sealer = Sealer(repository.keys, level=_DOCUMENT_LEVEL)
+        # Of the thread that announces: a compressor that two threads use at once kills the process, or worse.
+        self._announcer = Sealer(repository.keys, level=_DOCUMENT_LEVEL)
         self._claimed: dict[bytes, object] = {}
         self._data = _Flow()
         self._meta = _Flow()
@@ -290,7 +292,7 @@ class RepositoryWriter:
             epoch=self._epoch,
             collects=self._collects,
         )
-        sealed = self._sealer.seal(FrameType.WRITER, record.model_dump_json().encode())
+        sealed = self._announcer.seal(FrameType.WRITER, record.model_dump_json().encode())
         self._repository.backend.put(f"writers/{self.id.hex()}.{self._sequence}", sealed)
         self.stored.metadata_bytes += len(sealed)
         self._sequence += 1

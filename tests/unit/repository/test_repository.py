@@ -15,6 +15,7 @@ from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import NoRepositoryError, PassphraseError, UsageError
 from blocksnap.operations.catalogue import find_backup, map_root, root_document
 from blocksnap.operations.keys import add_key
+from blocksnap.repository import writer as writing
 from blocksnap.repository.blockmap import ZERO, MapReader, MapWriter
 from blocksnap.repository.check import Checker
 from blocksnap.repository.documents import (
@@ -307,3 +308,22 @@ def test_a_storage_that_has_gone_is_no_damage(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(BackendAwayError):
         repository.backups()
+
+
+def test_what_is_stored_while_the_run_says_that_it_is_alive_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(writing, "HEARTBEAT_SECONDS", 0)
+    make_repository(tmp_path / "r", encrypted=False)
+    dice = random.Random(1)
+    words = [dice.randbytes(6) for _ in range(200)]
+    stored: dict[bytes, bytes] = {}
+    with open_writer(open_repository(tmp_path / "r")) as writer:
+        for _ in range(25):
+            plain = b"".join(dice.choices(words, k=20_000))
+            stored[writer.store_blob(FrameType.ATTACHMENT, plain)] = plain
+        writer.flush()
+    repository = open_repository(tmp_path / "r")
+    assert len([*repository.backend.list("writers/")]) > 10
+    assert {id_: repository.load(FrameType.ATTACHMENT, id_) for id_ in stored} == stored
