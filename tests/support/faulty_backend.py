@@ -73,7 +73,8 @@ class FaultyBackend(Backend):
         self.calls.append(what)
         if number == self._at:
             if self._fault == "fail":
-                raise BackendFailedError(what, self.place, OSError(errno.EIO, "injected"))
+                # Not EIO, which may be a bad sector under that object alone.
+                raise BackendFailedError(what, self.place, OSError(errno.EREMOTEIO, "injected"))
             self._dead = True
             if self._fault == "die after":
                 call()
