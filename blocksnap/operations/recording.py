@@ -15,7 +15,7 @@ from blocksnap.operations.reporting import Reporter
 from blocksnap.repository.documents import RecordedDisk, RecordedHeader, RecordedMount, Recovery
 from blocksnap.system import blockdev
 from blocksnap.system.command import has_program, run
-from blocksnap.system.lvm_text import parse, section_in
+from blocksnap.system.lvm_text import parse, section_in, text_in
 from blocksnap.system.mounts import device_of, read_mounts
 from blocksnap.volumes.base import Volume
 from blocksnap.volumes.luks_header import LuksHeaderVolume, headers_below
@@ -81,7 +81,7 @@ def _devices(volumes: Sequence[Volume], groups: dict[str, str]) -> list[int]:
 def physical_volumes(vg: str, text: str) -> list[str]:
     """Return the devices of a group's physical volumes when it was recorded; raises LvmTextError."""
     volumes = section_in(section_in(parse(text), vg), "physical_volumes")
-    return [str(section_in(volumes, name)["device"]) for name in volumes]
+    return [text_in(section_in(volumes, name), "device") for name in volumes]
 
 
 def _whole_disks(number: int) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blocksnap.errors import TargetError
+from blocksnap.errors import DamageError, TargetError, UsageError
 from blocksnap.operations.recording import physical_volumes
 from blocksnap.repository.documents import RecordedHeader, Recovery
 from blocksnap.system import lvm
@@ -30,6 +30,16 @@ class NoRecordError(TargetError):
         super().__init__(
             f"with backup {backup} nothing was recorded of the host",
             resolution="that is done for logical volumes and devices, and not for files",
+        )
+
+
+class SenselessRecordError(DamageError):
+    """What was recorded of the host is not what LVM writes of a group (exit code 13)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"what was recorded of the host makes no sense: {reason}",
+            resolution="the volumes can be restored all the same: make the group anew, then restore --create",
         )
 
 
@@ -72,7 +82,14 @@ def export_host(recovery: Recovery, backed_up: Sequence[str], folder: Path) -> l
 
 
 def script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of the script; raises LvmTextError when what was recorded makes no sense."""
+    """Yield the lines of the script; raises SenselessRecordError."""
+    try:
+        yield from _script(recovery, backed_up)
+    except (LvmTextError, UsageError) as err:
+        raise SenselessRecordError(str(err)) from err
+
+
+def _script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
     yield "#!/bin/sh -eu"
     yield "# Written by blocksnap. READ IT FIRST: it overwrites the disks that it names. Put in the names"
     yield "# of the new ones, which have to be at least as large, and leave out what is there already."

@@ -20,7 +20,10 @@ class LvmTextError(ValueError):
 def parse(text: str) -> Section:
     """Return the sections as dictionaries; raises LvmTextError for what is no such text."""
     tokens = _tokens(text)
-    section, closed = _section(tokens)
+    try:
+        section, closed = _section(tokens)
+    except RecursionError as err:
+        raise LvmTextError("sections are too deep in each other") from err
     if closed:
         raise LvmTextError("a brace too many")
     return section
@@ -39,6 +42,14 @@ def number_in(section: Section, name: str) -> int:
     value = section.get(name)
     if not isinstance(value, int):
         raise LvmTextError(f"{name} is no number")
+    return value
+
+
+def text_in(section: Section, name: str) -> str:
+    """Return a string; raises LvmTextError."""
+    value = section.get(name)
+    if not isinstance(value, str):
+        raise LvmTextError(f"{name} is no string")
     return value
 
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.errors import TargetError, UsageError
+from blocksnap.errors import TargetError
 from blocksnap.operations.recording import physical_volumes
-from blocksnap.operations.recovering_host import export_host, script
+from blocksnap.operations.recovering_host import SenselessRecordError, export_host, script
 from blocksnap.repository.documents import RecordedDisk, RecordedHeader, RecordedMount, Recovery
-from blocksnap.system.lvm_text import LvmTextError
 
 GROUP = """
 my-vg {
@@ -65,7 +64,7 @@ def test_the_script_makes_pools_before_volumes_and_tells_what_there_is_no_backup
 
 def test_names_that_are_no_names_of_lvm_never_reach_a_shell() -> None:
     hostile = GROUP.replace("my-vg {", "$(reboot) {", 1)
-    with pytest.raises(UsageError, match="is no name of a volume"):
+    with pytest.raises(SenselessRecordError, match="is no name of a volume"):
         list(script(Recovery(groups={"$(reboot)": hostile}), []))
     hostile = GROUP.replace('"/dev/sdb"', '"/dev/$(reboot)"')
     assert "'/dev/$(reboot)'" in "\n".join(script(Recovery(groups={"my-vg": hostile}), []))
@@ -74,11 +73,22 @@ def test_names_that_are_no_names_of_lvm_never_reach_a_shell() -> None:
         ('type = "striped"', 'type = "x\nreboot\n"'),
         ('"/dev/sdb"', '"--config=x"'),
     ):
-        with pytest.raises((UsageError, LvmTextError)):
+        with pytest.raises(SenselessRecordError):
             list(script(Recovery(groups={"my-vg": GROUP.replace(old, new)}), ["my-vg/data"]))
     disk = RecordedDisk(path="/dev/sda\nreboot\n", size=1)
     lines = "\n".join(script(Recovery(disks=(disk,)), [])).splitlines()
     assert not any(line.startswith("reboot") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["my-vg {", "my-vg { logical_volumes = 1 }", GROUP.replace('device = "/dev/sdb"', ""), "a {" * 100_000],
+    ids=["cut", "another kind", "no device", "deep"],
+)
+def test_a_group_that_makes_no_sense_is_damage(text: str) -> None:
+    with pytest.raises(SenselessRecordError, match="recorded of the host makes no sense") as raised:
+        list(script(Recovery(groups={"my-vg": text}), []))
+    assert raised.value.exit_code == 13
 
 
 def test_headers_are_restored_and_containers_opened_before_groups_are_made() -> None:
