@@ -41,7 +41,7 @@ LIMITS = Limits(dead_percent=10)
 CHUNK = 16 << 10
 VOLUME = 1 * MIB
 ROUNDS = 6
-EVERY = int(os.environ.get("BLOCKSNAP_SOAK_EVERY", "60"))
+EVERY = int(os.environ.get("BLOCKSNAP_SOAK_EVERY", "40"))
 """Each so many flushes one is looked at."""
 
 
