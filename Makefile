@@ -160,7 +160,7 @@ host-test:
 # It hung once in a full run, and has its own target until it is known why.
 LAB_SOAKED := tests/lvm/test_quiesce.py
 # Two labs at once, one for each core; the second one's output follows the first one's.
-LAB_SECOND := $(addprefix tests/lvm/test_,thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
+LAB_SECOND := $(addprefix tests/lvm/test_,thin_bases.py thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
 	classic.py guard.py power_cut.py quiesce_commands.py quiesce_databases.py \
 	restore_failures.py restore_in_place.py instant.py instant_failures.py)
 lab-test:
