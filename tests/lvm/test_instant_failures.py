@@ -312,7 +312,8 @@ def test_damage_is_told_and_what_is_there_is_served(
                     (folder / name).read_bytes()
                 except OSError:
                     bad += 1
-            assert bad <= 1
+            # The chunk may have the end of one and the beginning of another.
+            assert bad <= 2
             use(folder, 5, 5)
         assert run_.end(signal.SIGTERM) == 143
     blocksnap.done("restore", "--instant", "--abandon", volume)
