@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from blocksnap.operations.tree_storing import inode_map
 from blocksnap.repository.documents import Backup, DrillStep
 from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.drilling import SAID_BYTES, run_check
+from blocksnap.restore.drilling import performed, run_check
 from blocksnap.system import namespace
 from blocksnap.system.command import run
 
@@ -61,18 +60,10 @@ def drill_tree(
     """Restore it, verify it, and run the job's own command; the first step that fails is the last."""
     drill = TreeDrill([])
     with ExitStack() as stack:
-        for name, act in _steps(repository, backup, settings, report, drill, stack):
-            began = time.monotonic()
-            try:
-                said, ok = act(), True
-            except (BlocksnapError, OSError) as err:
-                said, ok = str(err), False
-            seconds = round(time.monotonic() - began, 3)
-            step = DrillStep(step=name, seconds=seconds, ok=ok, said=said[-SAID_BYTES:])
+        for came_of_it in performed(_steps(repository, backup, settings, report, drill, stack)):
+            step = DrillStep.model_validate(came_of_it)
             drill.steps.append(step)
             report.event("drill-step", backup=backup.id, **step.model_dump(mode="json"))
-            if not ok:
-                break
     return drill
 
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from blocksnap.restore.inside import Answering, Inner, InsideError, Request
 from blocksnap.restore.naming import flush_folder, give_name
 from blocksnap.restore.partitions import Contents, Partition
-from blocksnap.system import mounts
 from blocksnap.system.command import run
+from blocksnap.system.files import flush_filesystem_of
 
 PARTITIONS = "partitions"
 """The name of a file that says which partitions there are."""
@@ -121,11 +121,12 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
     for each in sources:
         if os.path.lexists(os.path.join(target, each)):
             raise InsideError(f"{os.path.join(target, each)} exists already")
-    with _private_folder(target) as private:
+    with _private_folder(target) as (private, fd):
         for each, source in sources.items():
             copy = os.path.join(private, each)
             run("cp", "--archive", "--no-target-directory", "--", source, copy, timeout_seconds=_COPY_SECONDS)
-        mounts.flush(private)
+        # By what was open before the first write: it is told of one that was lost.
+        flush_filesystem_of(fd)
         for each in sources:
             made = os.path.join(target, each)
             try:
@@ -137,11 +138,13 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
 
 
 @contextmanager
-def _private_folder(above: str) -> Iterator[str]:
+def _private_folder(above: str) -> Iterator[tuple[str, int]]:
     private = tempfile.mkdtemp(prefix=".blocksnap-", suffix=".partial", dir=above)
+    fd = os.open(private, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield private
+        yield private, fd
     finally:
+        os.close(fd)
         shutil.rmtree(private, ignore_errors=True)
 
 

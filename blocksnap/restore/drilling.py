@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -44,16 +44,21 @@ def _drill(inner: Inner, request: Request) -> Iterator[object]:
     with ExitStack() as stack:
         contents = inner.contents(request["backup"])
         drilled = [_attach(image, each, folder, stack) for each in _filesystems(contents)]
-        for name, act in _steps(contents, drilled, _Check.of(request, image, folder)):
-            began = time.monotonic()
-            try:
-                said, ok = act(), True
-            except (BlocksnapError, OSError) as err:
-                said, ok = str(err), False
-            seconds = round(time.monotonic() - began, 3)
-            yield {"step": name, "seconds": seconds, "ok": ok, "said": said[-SAID_BYTES:]}
-            if not ok:
-                return
+        yield from performed(_steps(contents, drilled, _Check.of(request, image, folder)))
+
+
+def performed(steps: Iterable[tuple[str, Callable[[], str]]]) -> Iterator[dict[str, object]]:
+    """Do what a drill does, step by step up to the first that fails, and yield what came of each."""
+    for name, act in steps:
+        began = time.monotonic()
+        try:
+            said, ok = act(), True
+        except (BlocksnapError, OSError) as err:
+            said, ok = str(err), False
+        seconds = round(time.monotonic() - began, 3)
+        yield {"step": name, "seconds": seconds, "ok": ok, "said": said[-SAID_BYTES:]}
+        if not ok:
+            return
 
 
 @dataclass(frozen=True, slots=True)

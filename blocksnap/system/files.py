@@ -1,4 +1,4 @@
-"""What the kernel knows of who uses a file."""
+"""Whether somebody may write to a file that is open here, and how what was written becomes durable."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import errno
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
 from typing import Literal
 
 from blocksnap.system import cgroup
-from blocksnap.system.openers import may_write
+from blocksnap.system.openers import file_writers
 
 Writers = Literal["none", "frozen", "running"]
 """Who has a file open, or mapped, for writing: nobody, processes that are frozen, or anybody else."""
@@ -69,42 +68,5 @@ def who_writes(fd: int) -> Writers:
     """
     if not is_open_for_writing(fd):
         return "none"
-    pids = set(_writing_processes(os.fstat(fd)))
+    pids = set(file_writers(os.fstat(fd)))
     return "frozen" if pids and all(cgroup.stands_still(pid) for pid in pids) else "running"
-
-
-def _writing_processes(file: os.stat_result) -> Iterator[int]:
-    """Yield the processes that have a file open for writing, or map it, as far as /proc shows it.
-
-    Whatever maps a file of that number counts: a mapping does not say on what filesystem in the same terms.
-    """
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and (_has_open(int(name), file) or _has_mapped(int(name), file.st_ino)):
-            yield int(name)
-
-
-def _has_open(pid: int, file: os.stat_result) -> bool:
-    try:
-        names = os.listdir(f"/proc/{pid}/fd")
-    except OSError:
-        return False
-    return any(_is_writable(pid, name, file) for name in names)
-
-
-def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
-    try:
-        if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), file):
-            return False
-        return may_write(f"/proc/{pid}", name)
-    except OSError:
-        return False
-
-
-def _has_mapped(pid: int, inode: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
-            # address perms offset dev inode path (proc(5))
-            words = (line.split(None, 5) for line in maps)
-            return any(each[1].endswith("s") and each[4] == str(inode) for each in words)
-    except OSError:
-        return False

@@ -1,4 +1,7 @@
-"""Which processes have a block device open, as far as /proc tells: proc(5), ``fd`` and ``fdinfo``."""
+"""Which processes have a file or a block device open for writing, as far as /proc tells.
+
+proc(5): ``fd``, ``fdinfo`` and ``maps``.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _PROCESSES = Path("/proc")
-
-
-def may_write(process: str | Path, fd: str) -> bool:
-    """Tell whether a process, by its folder in /proc, can write through a descriptor; raises OSError."""
-    with open(f"{process}/fdinfo/{fd}", encoding="ascii") as info:
-        for line in info:
-            if line.startswith("flags:"):
-                return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
-    return False
 
 
 def device_writers(numbers: Collection[int]) -> list[str]:
@@ -31,13 +25,23 @@ def device_writers(numbers: Collection[int]) -> list[str]:
         if folder.name == str(os.getpid()):
             continue
         try:
-            if any(may_write(folder, fd) for fd in _open_devices(folder, numbers)):
+            if any(_may_write(folder, fd) for fd in _open_devices(folder, numbers)):
                 name = (folder / "comm").read_text(errors="replace").strip()
                 found.append(f"open for writing by process {folder.name} ({name})")
         except OSError:
             # It has ended meanwhile, or is none of ours to look at.
             continue
     return sorted(found)
+
+
+def file_writers(file: os.stat_result) -> Iterator[int]:
+    """Yield the processes that have a file open for writing, or map it, as far as /proc shows it.
+
+    Whatever maps a file of that number counts: a mapping does not say on what filesystem in the same terms.
+    """
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and (_has_open(int(name), file) or _has_mapped(int(name), file.st_ino)):
+            yield int(name)
 
 
 def _open_devices(process: Path, numbers: Collection[int]) -> Iterator[str]:
@@ -50,3 +54,39 @@ def _open_devices(process: Path, numbers: Collection[int]) -> Iterator[str]:
                 status = os.stat(path)
                 if stat.S_ISBLK(status.st_mode) and status.st_rdev in numbers:
                     yield fd
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return False
+    return any(_is_writable(pid, name, file) for name in names)
+
+
+def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
+    try:
+        if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), file):
+            return False
+        return _may_write(f"/proc/{pid}", name)
+    except OSError:
+        return False
+
+
+def _has_mapped(pid: int, inode: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            # address perms offset dev inode path (proc(5))
+            words = (line.split(None, 5) for line in maps)
+            return any(each[1].endswith("s") and each[4] == str(inode) for each in words)
+    except OSError:
+        return False
+
+
+def _may_write(process: str | Path, fd: str) -> bool:
+    """Tell whether a process, by its folder in /proc, can write through a descriptor; raises OSError."""
+    with open(f"{process}/fdinfo/{fd}", encoding="ascii") as info:
+        for line in info:
+            if line.startswith("flags:"):
+                return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    return False
