@@ -25,7 +25,7 @@ def device_writers(numbers: Collection[int]) -> list[str]:
         if folder.name == str(os.getpid()):
             continue
         try:
-            if any(_may_write(folder, fd) for fd in _open_devices(folder, numbers)):
+            if any(_may_write(_facts(folder, fd)) for fd in _open_devices(folder, numbers)):
                 name = (folder / "comm").read_text(errors="replace").strip()
                 found.append(f"open for writing by process {folder.name} ({name})")
         except OSError:
@@ -66,9 +66,11 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
     try:
-        if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), file):
+        facts = _facts(f"/proc/{pid}", name)
+        # The status of any other file may be waited for, from a server that is gone (``ino``: Linux 5.14).
+        if not _may_write(facts) or facts.get("ino", str(file.st_ino)) != str(file.st_ino):
             return False
-        return _may_write(f"/proc/{pid}", name)
+        return os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), file)
     except OSError:
         return False
 
@@ -83,10 +85,12 @@ def _has_mapped(pid: int, inode: int) -> bool:
         return False
 
 
-def _may_write(process: str | Path, fd: str) -> bool:
-    """Tell whether a process, by its folder in /proc, can write through a descriptor; raises OSError."""
-    with open(f"{process}/fdinfo/{fd}", encoding="ascii") as info:
-        for line in info:
-            if line.startswith("flags:"):
-                return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
-    return False
+def _facts(process: str | Path, fd: str) -> dict[str, str]:
+    """Return what the kernel tells of a descriptor, by the words that are one each; raises OSError."""
+    with open(f"{process}/fdinfo/{fd}", encoding="ascii", errors="replace") as info:
+        words = (line.split() for line in info)
+        return {each[0].rstrip(":"): each[1] for each in words if len(each) == 2}
+
+
+def _may_write(facts: dict[str, str]) -> bool:
+    return int(facts.get("flags", "0"), 8) & os.O_ACCMODE != os.O_RDONLY
