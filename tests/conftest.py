@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,24 @@ from support.in_process import InProcess
 # A deadline makes a busy machine look like a broken program.
 settings.register_profile("blocksnap", deadline=None)
 settings.load_profile("blocksnap")
+
+
+def shared_directories() -> dict[str, tuple[int, int, int, list[str]]]:
+    """What describes the directories that all on this machine share, and those above them."""
+    ends = [Path("/etc"), Path("/run"), Path("/var/tmp"), Path(tempfile.gettempdir())]  # noqa: S108
+    described = {}
+    for path in sorted({str(each) for end in ends for each in (end, *end.parents)}):
+        info = os.stat(path)
+        described[path] = (info.st_mode, info.st_uid, info.st_gid, sorted(os.listxattr(path)))
+    return described
+
+
+@pytest.fixture(autouse=True)
+def _what_is_not_ours_stays() -> Iterator[None]:
+    """Tests run as root: a random load that followed a symbolic link once closed /var to all others."""
+    before = shared_directories()
+    yield
+    assert shared_directories() == before
 
 
 @pytest.fixture

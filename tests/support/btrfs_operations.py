@@ -409,10 +409,17 @@ def remove_something(work: Workload) -> None:
 # --- what describes a file ---
 
 
+def with_a_mode(work: Workload) -> str:
+    """Choose anything but a symbolic link: a change through one could end outside, where nothing is ours."""
+    path = work.path(work.something())
+    if os.path.islink(path):
+        raise NothingToWorkOnError
+    return path
+
+
 @operation(3)
 def chmod(work: Workload) -> None:
-    name = work.something()
-    os.chmod(work.path(name), work.random.choice((0o600, 0o644, 0o755, 0o4755, 0o2755, 0o1777, 0)))
+    os.chmod(with_a_mode(work), work.random.choice((0o600, 0o644, 0o755, 0o4755, 0o2755, 0o1777, 0)))
 
 
 @operation(2)
@@ -458,7 +465,7 @@ def access_list(work: Workload) -> bytes:
 
 @operation(2)
 def set_acl(work: Workload) -> None:
-    os.setxattr(work.path(work.something()), "system.posix_acl_access", access_list(work))
+    os.setxattr(with_a_mode(work), "system.posix_acl_access", access_list(work), follow_symlinks=False)
 
 
 @operation(1)
