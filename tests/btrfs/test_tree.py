@@ -61,7 +61,7 @@ def test_rounds_of_everything(tmp_path: Path, lab: BtrfsLab, mount: str, *, keep
     work.run(ROUNDS, operations=25)
     work.close()
     assert work.tally.missed == 0
-    assert work.tally.changed > 50
+    assert work.tally.changed > 20
 
 
 @pytest.mark.parametrize("mkfs", ["-O ^no-holes -n 4096", "--mixed"])
