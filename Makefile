@@ -74,6 +74,9 @@ soak-subvolumes: bootstrap ## 20 rounds on a btrfs subvolume each way it is moun
 	BLOCKSNAP_SOAK_ROUNDS=20 $(PYTEST) --timeout 7200 -s tests/btrfs/test_subvolume_rounds.py
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 7200 -s tests/btrfs/test_subvolume_packages.py
 
+soak-btrfs-old: bootstrap ## all tests of btrfs on the kernel of the lab, 6.1: ten minutes
+	vagrant/lab --timeout 5400 -- $(PYTEST) --timeout 1800 tests/btrfs
+
 soak-images: bootstrap ## an image of 4 GiB on XFS and on btrfs, at work while it is backed up
 	BLOCKSNAP_IMAGE_BYTES=4294967296 $(PYTEST) --timeout 3600 tests/conformance/test_images.py -k random_writes
 
