@@ -246,7 +246,7 @@ class LocalBackend(Backend):
             raise BackendFailedError(f"list {folder}", self._path, err) from err
         try:
             with os.scandir(fd) as entries:
-                found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+                found = [(entry.name, status) for entry in entries if (status := _status(entry)) is not None]
         except OSError as err:
             raise BackendFailedError(f"list {folder}", self._path, err) from err
         finally:
@@ -341,6 +341,14 @@ class LocalBackend(Backend):
             if err.errno in _NO_LINKS:
                 failed.resolution = "use a filesystem with hard links, such as ext4, XFS, btrfs or NFS"
             raise failed from err
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Look at an entry, or return None for one that somebody removed since the directory was read."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def _remove_unlocked(name: str, folder: int) -> None:

@@ -56,7 +56,7 @@ def forget_command(
     """
     from datetime import UTC, datetime
 
-    from blocksnap.operations.forget import execute_forget, plan_by_name, plan_by_policy
+    from blocksnap.operations.forget import backups_arriving, execute_forget, plan_by_name, plan_by_policy
     from blocksnap.system.host import host_id
 
     rules = {name.removeprefix("keep_"): value for name, value in keep.items() if value is not None}
@@ -74,11 +74,12 @@ def forget_command(
     elif rules:
         policy = _policy_of_rules(rules, volumes, tags, zone)
     repository = settings.open_repository()
+    arriving = backups_arriving(settings.state_directory)
     if backups:
-        plan = plan_by_name(repository, backups, force=force)
+        plan = plan_by_name(repository, backups, arriving=arriving, force=force)
     else:
-        host = host_id() if job else None
-        plan = plan_by_policy(repository, policy, datetime.now(UTC), host=host, force=force)
+        host, now = host_id() if job else None, datetime.now(UTC)
+        plan = plan_by_policy(repository, policy, now, host=host, arriving=arriving, force=force)
     if not dry_run:
         execute_forget(repository, plan)
     _show_forget(settings, plan, dry_run=dry_run)

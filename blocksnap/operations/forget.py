@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from blocksnap.errors import UsageError
+from blocksnap.controller.arriving import read_arrivals
+from blocksnap.errors import BusyError, UsageError
 from blocksnap.operations.catalogue import find_backup, newest_of
 from blocksnap.repository.documents import Forgotten
 from blocksnap.repository.epochs import create_forgotten
@@ -26,6 +27,17 @@ class NewestBackupError(UsageError):
         )
 
 
+class BackupArrivingError(BusyError):
+    """A backup was to be forgotten whose data is still on its way to a volume (exit code 11)."""
+
+    def __init__(self, id_: str, volume: str) -> None:
+        self.id, self.volume = id_, volume
+        super().__init__(
+            f"{id_[:8]} is being restored to {volume}, which is in use and has not all of it yet",
+            resolution="wait until it is there, see: blocksnap doctor",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ForgetPlan:
     """What is kept and what is not, each with its reasons."""
@@ -38,20 +50,51 @@ class ForgetPlan:
         return tuple(decision.candidate.id for decision in self.decisions if not decision.keep)
 
 
+def backups_arriving(state_directory: str) -> dict[str, str]:
+    """Return the volume of each backup that an instant restore on this host has still to read."""
+    return {
+        arrival.backup: arrival.volume
+        for arrival, _held in read_arrivals(state_directory)
+        if arrival.stage != "whole"
+    }
+
+
 def plan_by_policy(
-    repository: Repository, policy: Policy, now: datetime, *, host: str | None = None, force: bool
+    repository: Repository,
+    policy: Policy,
+    now: datetime,
+    *,
+    host: str | None = None,
+    arriving: Mapping[str, str],
+    force: bool,
 ) -> ForgetPlan:
-    """Apply a policy to all backups, or those of a host; raises TooMuchForgottenError unless forced."""
+    """Apply a policy to all backups, or those of a host; raises TooMuchForgottenError unless forced.
+
+    What is still on its way to a volume (``backups_arriving``) stays, whatever the policy says.
+    """
     backups = [each for each in repository.backups() if host is None or each.manifest.host == host]
-    decisions = apply_policy(_candidates(backups), policy, now)
+    decisions = tuple(
+        replace(decision, keep=True, reasons=(f"being restored to {volume}",))
+        if not decision.keep and (volume := arriving.get(decision.candidate.id)) is not None
+        else decision
+        for decision in apply_policy(_candidates(backups), policy, now)
+    )
     if not force:
         require_modest(decisions)
     return ForgetPlan(decisions)
 
 
-def plan_by_name(repository: Repository, names: Sequence[str], *, force: bool) -> ForgetPlan:
-    """Give up the backups that were named; raises NoSuchBackupError, NewestBackupError unless forced."""
+def plan_by_name(
+    repository: Repository, names: Sequence[str], *, arriving: Mapping[str, str], force: bool
+) -> ForgetPlan:
+    """Give up the backups that were named.
+
+    Raises NoSuchBackupError, BackupArrivingError; NewestBackupError unless forced.
+    """
     chosen = {stored.backup.id: stored for stored in (find_backup(repository, name) for name in names)}
+    for id_ in chosen:
+        if (volume := arriving.get(id_)) is not None:
+            raise BackupArrivingError(id_, volume)
     backups = repository.backups()
     if not force:
         for stored in chosen.values():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.controller.arriving import Arrival, ArrivalFile
 from support.commands import CommandLine
 
 SIZE = 2 << 20
@@ -67,6 +68,25 @@ def test_a_named_backup_goes_and_the_newest_is_refused(blocksnap: CommandLine) -
     blocksnap.done("forget", known[3], "--force")
     assert ids(blocksnap) == [known[0], known[2]]
     assert blocksnap("forget", known[3]).code == 2
+
+
+def test_what_an_instant_restore_still_reads_stays(blocksnap: CommandLine, tmp_path: Path) -> None:
+    known = ids(blocksnap)
+    places = {"group": "vg", "name": "data", "arriving": "data-a", "meanwhile": "data-m"}
+    arrival = Arrival(stage="arriving", repository="r", backup=known[0], size=SIZE, token="0" * 32, **places)
+    file = ArrivalFile(str(tmp_path / "state"), "vg", "data")
+    with file.held():
+        file.write(arrival)
+    refused = blocksnap("forget", known[0], "--force")
+    assert (refused.code, len(refused.errors)) == (11, 1)
+    assert "restored to vg/data" in refused.stderr
+    said = json.loads(blocksnap.done("forget", "--keep-last", "1", "--force", "--json").stdout)
+    assert said["forgotten"] == known[1:3]
+    assert said["decisions"][0]["reasons"] == ["being restored to vg/data"]
+    # From then on it reads nothing of the repository.
+    file.write(arrival.model_copy(update={"stage": "whole"}))
+    blocksnap.done("forget", known[0])
+    assert ids(blocksnap) == known[3:]
 
 
 def test_neither_names_nor_rules_is_wrong_usage(blocksnap: CommandLine) -> None:

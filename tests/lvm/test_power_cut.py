@@ -107,7 +107,7 @@ def work(folder: Path, beside: Path, mark: Callable[[str], None]) -> None:
         if number % 3 == 2:
             mark(f"forget:{ids[-2]}")
             repository = opened(folder)
-            execute_forget(repository, plan_by_name(repository, [ids[-2]], force=True))
+            execute_forget(repository, plan_by_name(repository, [ids[-2]], arriving={}, force=True))
             assert prune(opened(folder), LIMITS, Quiet(), wait_seconds=0).state == "done"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -327,3 +328,27 @@ def test_what_is_stored_while_the_run_says_that_it_is_alive_is_whole(
     repository = open_repository(tmp_path / "r")
     assert len([*repository.backend.list("writers/")]) > 10
     assert {id_: repository.load(FrameType.ATTACHMENT, id_) for id_ in stored} == stored
+
+
+def test_objects_may_go_while_they_are_listed(tmp_path: Path) -> None:
+    """Prune deletes beside everybody else, on other hosts too."""
+    backend = LocalBackend(str(tmp_path))
+    (tmp_path / "packs").mkdir()
+    names = [tmp_path / "packs" / f"{number:032x}" for number in range(4000)]
+    for name in names:
+        name.touch()
+    stays = {f"packs/{name.name}" for name in names[::50]}
+
+    def delete() -> None:
+        for name in names:
+            if f"packs/{name.name}" not in stays:
+                name.unlink()
+
+    prune = threading.Thread(target=delete)
+    prune.start()
+    try:
+        while prune.is_alive():
+            assert stays <= {info.name for info in backend.list("packs/")}
+    finally:
+        prune.join()
+        backend.close()
