@@ -4,7 +4,8 @@ Two writers and two collectors work on one repository, step by step, in every in
 for ever before any of its steps, which is what a crash is; a collector may also begin anew. Backups may be
 forgotten at any time, and any writer that a collector waits for may be shut out at any time, so no clock
 is trusted. The storage holds two blobs in one pack, each needed by one backup: so a pack can be dead, half
-dead, copied, condemned, kept, and swept.
+dead, copied, condemned, kept, and swept. In another beginning a harmed copy of one lies in a pack that a
+repair has set aside, and the other was once given up as lost, and has turned up since.
 
 ``Rules`` has the parts of the protocol that can be left out; each of them is needed, as the tests show.
 """
@@ -41,6 +42,14 @@ class Rules:
     """A writer drops the rows of condemned packs."""
     copy_first: bool = True
     """What is needed of a half-dead pack is copied before the pack is condemned."""
+    find_nothing_aside: bool = True
+    """A writer does not rely on a pack that was set aside."""
+    copy_past_aside: bool = True
+    """What a pack has that was set aside is copied from elsewhere all the same."""
+    keep_past_aside: bool = True
+    """A condemned pack is kept where the only other copy was set aside."""
+    keep_given_up: bool = True
+    """What was once given up as lost is kept where a backup needs it again."""
 
 
 class Epoch(NamedTuple):
@@ -63,6 +72,8 @@ class Storage(NamedTuple):
     announced: frozenset[str]
     seen: frozenset[tuple[str, int]]
     epochs: tuple[Epoch, ...]
+    aside: frozenset[str] = frozenset()
+    given_up: Ids = frozenset()
 
 
 class Writer(NamedTuple):
@@ -114,10 +125,21 @@ def first_storage() -> Storage:
     )
 
 
+def repaired_storage() -> Storage:
+    """Return the same after a repair: what it has set aside is listed, and harmed."""
+    first = first_storage()
+    return first._replace(
+        packs=first.packs | {("H", frozenset("a"))},
+        rows=first.rows | {("a", "H")},
+        aside=frozenset("H"),
+        given_up=frozenset("z"),
+    )
+
+
 def lost_blobs(storage: Storage) -> set[tuple[str, str]]:
     """Return what backups need and no row leads to: there must never be any."""
     packs = dict(storage.packs)
-    there = {id_ for id_, pack in storage.rows if id_ in packs.get(pack, ())}
+    there = {id_ for id_, pack in storage.rows if id_ in packs.get(pack, ()) and pack not in storage.aside}
     return {
         (slot, id_)
         for slot, refs in storage.manifests
@@ -168,7 +190,8 @@ def _work(name: str, writer: Writer, storage: Storage, rules: Rules) -> Iterator
             if refs != FENCE and slot not in storage.forgotten | writer.banned:
                 yield f"takes parent {slot}", writer._replace(step="listed", refs=refs), storage
     elif step == "listed":
-        view = frozenset(row for row in storage.rows if row[1] not in writer.dropped)
+        dropped = writer.dropped | (storage.aside if rules.find_nothing_aside else frozenset())
+        view = frozenset(row for row in storage.rows if row[1] not in dropped)
         yield "reads the index", writer._replace(step="indexed", view=view), storage
     elif step == "indexed":
         packs = dict(storage.packs)
@@ -254,11 +277,16 @@ def _choose(collector: Collector, storage: Storage, rules: Rules) -> Iterator[tu
     }
     packs = dict(storage.packs)
     listed = {pack for _, pack in storage.rows}
-    victims = frozenset(pack for pack in listed if pack in packs and packs[pack] - needed)
-    elsewhere = {id_ for id_, pack in storage.rows if pack in packs and pack not in victims}
-    copies = frozenset(id_ for pack in victims for id_ in packs[pack] & needed if id_ not in elsewhere)
-    step = "chosen" if copies and rules.copy_first else "ready"
-    yield "chooses victims", collector._replace(step=step, victims=victims, copies=copies), storage
+    chosen = {pack for pack in listed if pack in packs and packs[pack] - needed}
+    no_home = storage.aside if rules.copy_past_aside else frozenset()
+    # A pack that was set aside goes when nothing in it is needed, which may be seen so or so.
+    for aside in dict.fromkeys((Ids(), storage.aside.intersection(packs))):
+        victims = frozenset(chosen - storage.aside | aside)
+        elsewhere = {id_ for id_, pack in storage.rows if pack in packs and pack not in victims | no_home}
+        sources = victims - storage.aside
+        copies = frozenset(id_ for pack in sources for id_ in packs[pack] & needed if id_ not in elsewhere)
+        step = "chosen" if copies and rules.copy_first else "ready"
+        yield "chooses victims", collector._replace(step=step, victims=victims, copies=copies), storage
 
 
 def _finish(collector: Collector, storage: Storage, rules: Rules) -> Iterator[tuple[str, Collector, Storage]]:
@@ -318,13 +346,14 @@ def _mark_again(
         id_
         for slot, refs in storage.manifests
         if (slot != WRITERS[-1]) == late and rules.mark_again and refs != FENCE and slot not in passed_over
-        for id_ in refs
+        for id_ in refs - (frozenset() if rules.keep_given_up else storage.given_up)
     }
     if not late:
         yield "lists manifests", collector._replace(step="half listed", needed=needed), storage
         return
     packs = dict(storage.packs)
-    elsewhere = {id_ for id_, pack in storage.rows if pack in packs and pack not in epoch.condemned}
+    no_home = epoch.condemned | (storage.aside if rules.keep_past_aside else frozenset())
+    elsewhere = {id_ for id_, pack in storage.rows if pack in packs and pack not in no_home}
     kept = frozenset(
         pack for id_, pack in storage.rows if pack in epoch.condemned and id_ in needed - elsewhere
     )

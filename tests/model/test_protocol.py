@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from protocol import Bounds, Collector, Epoch, Rules, Storage, Writer
+from protocol import Bounds, Collector, Epoch, Rules, Storage, Writer, first_storage, repaired_storage
 from search import Scene, search
 
 SMALL = [
@@ -42,15 +42,34 @@ LATE = Scene(
 )
 
 
+# Nobody needs z any more, and its one copy is the harmed one.
+ONLY_HARMED = repaired_storage()._replace(
+    packs=frozenset({("P", frozenset("a")), ("H", frozenset("az"))}),
+    rows=frozenset({("a", "P"), ("a", "H"), ("z", "H")}),
+    manifests=frozenset({("m1", frozenset("a")), ("m2", frozenset("a"))}),
+)
+BEGINNINGS = {"first": first_storage(), "repaired": repaired_storage(), "only harmed": ONLY_HARMED}
+
+
 def bounds_id(bounds: Bounds) -> str:
     return f"{bounds.writers}w-{bounds.collectors}c-{bounds.epochs}e-{bounds.forgets}f-{bounds.restarts}r"
 
 
+SOAK = "BLOCKSNAP_SOAK" in os.environ
+CASES = {
+    f"{bounds_id(bounds)}-{name}": (bounds, beginning)
+    for name, beginning in BEGINNINGS.items()
+    # Two collectors and two writers beside what a repair has left would be twenty million states.
+    for bounds in ((LARGE if SOAK else SMALL) if name == "first" else LARGE[:2] if SOAK else SMALL[::2])
+}
+
+
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("bounds", LARGE if "BLOCKSNAP_SOAK" in os.environ else SMALL, ids=bounds_id)
-def test_nothing_is_lost(bounds: Bounds) -> None:
-    found = search(Rules(), bounds)
-    print(bounds_id(bounds), found.states)
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_lost(case: str) -> None:
+    bounds, beginning = CASES[case]
+    found = search(Rules(), bounds, Scene(beginning))
+    print(case, found.states)
     assert found.loss is None
     assert found.states > 10_000
 
@@ -83,18 +102,19 @@ def test_a_late_collector_changes_nothing() -> None:
     assert search(Rules(), *WHERE_IT_SHOWS["one_sweep"]).loss is None
 
 
+SMALL_BOUNDS = Bounds(writers=1, collectors=1, epochs=1, forgets=1, restarts=0)
 WHERE_IT_SHOWS: dict[str, tuple[Bounds, Scene | None]] = {
     "freeze_forgotten": (Bounds(writers=2, collectors=1, epochs=2, forgets=2, restarts=1), None),
     "one_sweep": (Bounds(writers=2, collectors=2, epochs=2, forgets=1, restarts=1), LATE),
+    "find_nothing_aside": (SMALL_BOUNDS, Scene(ONLY_HARMED)),
+    "copy_past_aside": (SMALL_BOUNDS, Scene(repaired_storage())),
+    "keep_past_aside": (SMALL_BOUNDS, Scene(repaired_storage())),
+    "keep_given_up": (SMALL_BOUNDS, Scene(repaired_storage())),
 }
-SMALLEST: tuple[Bounds, Scene | None] = (
-    Bounds(writers=1, collectors=1, epochs=1, forgets=1, restarts=0),
-    None,
-)
 
 
 @pytest.mark.parametrize("rule", [each.name for each in fields(Rules)])
 def test_without_a_rule_a_backup_is_lost(rule: str) -> None:
-    bounds, scene = WHERE_IT_SHOWS.get(rule, SMALLEST)
+    bounds, scene = WHERE_IT_SHOWS.get(rule, (SMALL_BOUNDS, None))
     broken = search(replace(Rules(), **{rule: False}), bounds, scene)
     assert broken.loss is not None, f"nothing is lost without {rule}: is it needed?"
