@@ -241,7 +241,7 @@ def test_postgres_runs() -> None:
         cd /tmp
         as_postgres() {{ runuser -u postgres -- env PATH={binaries[-1]}:$PATH "$@"; }}
         as_postgres initdb -D /tmp/cluster >&2
-        as_postgres pg_ctl -D /tmp/cluster -l /tmp/cluster/log -w start >&2
+        as_postgres pg_ctl -D /tmp/cluster -l /tmp/cluster/log -w start >&2 || ! cat /tmp/cluster/log >&2
         as_postgres psql -Atc 'select 6 * 7'
     """
     result = lab(script=script)
