@@ -199,8 +199,8 @@ def btrfs_touched(fd: int, since: int, /) -> tuple[bytes, bytes, bytes, int]:
     its name in its own source after it was made; 0 lists all. Inodes without a name are left out. What was
     removed leaves no trace here.
 
-    Returns ``(numbers, generations, modes, items)``: little-endian u64, u64 and u32 of each, in the order of
-    the numbers, and how many items the kernel returned. Needs CAP_SYS_ADMIN.
+    Returns ``(numbers, transactions, modes, items)``: little-endian u64, u64 (transid) and u32 of each, in
+    the order of the numbers, and how many items the kernel returned. Needs CAP_SYS_ADMIN.
     """
 
 def data_extents(fd: int, offset: int, length: int, /) -> bytes:

@@ -20,7 +20,7 @@ enum {
 void bs_btrfs_touched_deinit(struct bs_btrfs_touched *touched)
 {
         bs_bytes_deinit(&touched->numbers);
-        bs_bytes_deinit(&touched->generations);
+        bs_bytes_deinit(&touched->transactions);
         bs_bytes_deinit(&touched->modes);
 }
 
@@ -44,11 +44,11 @@ static int note_touched(const struct bs_btrfs_item *item, uint64_t since, struct
         if (result < 0 || inode.nlink == 0 || !is_later(&inode, since))
                 return result;
         bs_bytes_add_number(&out->numbers, item->key.objectid, 8);
-        bs_bytes_add_number(&out->generations, inode.generation, 8);
+        bs_bytes_add_number(&out->transactions, inode.transid, 8);
         bs_bytes_add_number(&out->modes, inode.mode, 4);
         result = bs_bytes_status(&out->numbers);
         if (result == 0)
-                result = bs_bytes_status(&out->generations);
+                result = bs_bytes_status(&out->transactions);
         return result == 0 ? bs_bytes_status(&out->modes) : result;
 }
 

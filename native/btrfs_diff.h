@@ -13,10 +13,10 @@
 #include "btrfs_extents.h"
 
 struct bs_btrfs_touched {
-        struct bs_bytes numbers;     /* u64 each, ascending */
-        struct bs_bytes generations; /* u64 each, of the same inodes */
-        struct bs_bytes modes;       /* u32 each */
-        uint64_t items;              /* read from the tree */
+        struct bs_bytes numbers;      /* u64 each, ascending */
+        struct bs_bytes transactions; /* u64 each, the transid of the same inodes */
+        struct bs_bytes modes;        /* u32 each */
+        uint64_t items;               /* read from the tree */
 };
 
 void bs_btrfs_touched_deinit(struct bs_btrfs_touched *touched);

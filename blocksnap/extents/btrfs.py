@@ -16,6 +16,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 from blocksnap.errors import VolumeError
@@ -27,15 +28,27 @@ from blocksnap.extents.btrfs_changes import (
     InodeRemoval,
     RememberedInode,
     SubvolumeChanges,
+    Witness,
 )
-from blocksnap.extents.btrfs_identity import BtrfsIdentity, Compare, decide, decide_base, decide_kept
+from blocksnap.extents.btrfs_identity import (
+    BtrfsIdentity,
+    Compare,
+    Inherit,
+    decide,
+    decide_base,
+    decide_kept,
+)
 from blocksnap.extents.btrfs_records import LISTING, read_listing, read_records, write_memory
+from blocksnap.extents.btrfs_witnesses import choose, from_binding, hear, newest, unseen
 from blocksnap.extents.changes import Binding
 from blocksnap.extents.model import ExtentList
 from blocksnap.system.btrfs import (
+    InodeStamp,
     commit,
     exclusive_operation,
     filesystem_info,
+    inode_directory,
+    inode_stamp,
     last_relocation,
     subvolume_info,
 )
@@ -96,8 +109,7 @@ def find_subvolume_changes(
             base_is_read_only=subvolume_info(base_fd).read_only,
         )
         if not isinstance(decision, Compare):
-            walk = _Walk(trees, None, remember=remember).run(decision.since)
-            return SubvolumeChanges("btrfs-tree", decision.reason, inherits=True, walk=walk)
+            return _compared(trees, None, decision, remember=remember)
         doubt = f"; the base is not used: {decision.reason}"
         trees = _Trees(fd, None)
     by_memory = decide(
@@ -105,8 +117,7 @@ def find_subvolume_changes(
     )
     if isinstance(by_memory, Compare):
         return _everything(trees, by_memory.reason, remember=remember)
-    walk = _Walk(trees, parent.memory, remember=remember).run(by_memory.since)
-    return SubvolumeChanges("btrfs-tree", by_memory.reason + doubt, inherits=True, walk=walk)
+    return _remembered(trees, parent, replace(by_memory, reason=by_memory.reason + doubt), remember=remember)
 
 
 def compare_snapshots(fd: int, base_fd: int, *, remember: bool = False) -> SubvolumeChanges:
@@ -122,8 +133,7 @@ def compare_snapshots(fd: int, base_fd: int, *, remember: bool = False) -> Subvo
         decision = Compare("the earlier snapshot is writable")
     if isinstance(decision, Compare):
         return _everything(_Trees(fd, None), decision.reason, remember=remember)
-    walk = _Walk(trees, None, remember=remember).run(decision.since)
-    return SubvolumeChanges("btrfs-tree", decision.reason, inherits=True, walk=walk)
+    return _compared(trees, None, decision, remember=remember)
 
 
 def compare_files(base_fd: int, base_inode: int, fd: int, inode: int) -> FileChanges:
@@ -148,8 +158,63 @@ def compare_files(base_fd: int, base_inode: int, fd: int, inode: int) -> FileCha
 
 
 def _everything(trees: _Trees, reason: str, *, remember: bool) -> SubvolumeChanges:
-    walk = _Walk(trees, None, remember=remember).run(0)
-    return SubvolumeChanges("compare", reason, inherits=False, walk=walk)
+    found = trees.touched(0)
+    walk = _Walk(trees, None, found, 0, remember=remember).run()
+    witnesses = trees.witnesses(found, ()) if remember else ()
+    return SubvolumeChanges("compare", reason, inherits=False, walk=walk, witnesses=witnesses)
+
+
+def _compared(
+    trees: _Trees, memory: InodeMemory | None, decision: Inherit, *, remember: bool
+) -> SubvolumeChanges:
+    walk = _Walk(trees, memory, trees.touched(decision.since), decision.since, remember=remember).run()
+    return SubvolumeChanges("btrfs-tree", decision.reason, inherits=True, walk=walk)
+
+
+def _remembered(
+    trees: _Trees, parent: SubvolumeParent, decision: Inherit, *, remember: bool
+) -> SubvolumeChanges:
+    """Go by what the parent remembers, unless the snapshot contradicts its history."""
+    since = decision.since
+    before = from_binding(parent.binding)
+    hearing = hear(before, since, trees.stamp)
+    contradiction = hearing.contradiction
+    found = trees.touched(hearing.look_since(since) if before and not contradiction else since)
+    touched, untouched = found.parted(since)
+    if before and not contradiction:
+        youngest = sorted(newest(untouched.aged()))
+        stamps = [(number, trees.stamp(number)) for number in youngest]
+        contradiction = unseen(stamps, parent.memory.recall(youngest))
+    if contradiction:
+        reason = f"the filesystem was rolled back since the parent backup: {contradiction}"
+        return _everything(trees, reason, remember=remember)
+    walk = _Walk(trees, parent.memory, touched, since, remember=remember).run()
+    known = set(untouched.numbers)
+    standing = [each for each in hearing.standing if each.inode not in known]
+    witnesses = trees.witnesses(found, standing) if remember else ()
+    return SubvolumeChanges("btrfs-tree", decision.reason, inherits=True, walk=walk, witnesses=witnesses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inodes:
+    """Inodes of a snapshot, ascending, with the transaction of the last change and the mode of each."""
+
+    numbers: Sequence[int]
+    transactions: Sequence[int]
+    modes: Sequence[int]
+
+    def aged(self) -> Iterator[tuple[int, int]]:
+        """Return the number of each with its transaction."""
+        return zip(self.numbers, self.transactions, strict=True)
+
+    def parted(self, since: int) -> tuple[_Inodes, _Inodes]:
+        """Part those that may have changed after a snapshot of transaction ``since`` from the others."""
+        later, earlier = (tuple(array(code) for code in "QQI") for _ in range(2))
+        for inode in zip(self.numbers, self.transactions, self.modes, strict=True):
+            is_later = inode[1] > since or (inode[1] == since and stat.S_ISDIR(inode[2]))
+            for column, value in zip(later if is_later else earlier, inode, strict=True):
+                column.append(value)
+        return _Inodes(*later), _Inodes(*earlier)
 
 
 class _Trees:
@@ -214,6 +279,33 @@ class _Trees:
             resolution="run it again when no balance is running",
         )
 
+    def touched(self, since: int) -> _Inodes:
+        """Return the inodes that may have changed since a snapshot of transaction ``since``; 0 for all."""
+        from blocksnap._native import btrfs_touched
+
+        numbers, transactions, modes, _ = self.undisturbed(lambda: btrfs_touched(self.fd, since))
+        return _Inodes(
+            memoryview(numbers).cast("Q"), memoryview(transactions).cast("Q"), memoryview(modes).cast("I")
+        )
+
+    def stamp(self, inode: int) -> InodeStamp | None:
+        """Return what the snapshot has of an inode."""
+        return inode_stamp(self.fd, self._snapshot.tree_id, inode)
+
+    def witnesses(self, found: _Inodes, standing: Sequence[Witness]) -> tuple[Witness, ...]:
+        """Choose the witnesses of this snapshot, of what was found and of those of the parent that stand."""
+        own = self.identity.transaction
+        ages = chain(found.aged(), ((each.inode, each.transaction) for each in standing))
+        chosen = []
+        for number in choose(ages, own):
+            stamp = self.stamp(number)
+            directory = inode_directory(self.fd, self._snapshot.tree_id, number)
+            # A snapshot that is named in its own source touches a directory there after the copy.
+            if stamp is None or directory is None or (stamp.is_directory and stamp.transaction == own):
+                continue
+            chosen.append(Witness(number, stamp.generation, stamp.transaction, stamp.changed_at, directory))
+        return tuple(chosen)
+
     def moved_since(self, transaction: int) -> bool:
         """Tell whether an extent that is older may have been given a place after a transaction."""
         return last_relocation(self.fd) > transaction
@@ -239,22 +331,20 @@ def _without_extents(known: RememberedInode) -> RememberedInode:
 class _Walk:
     """One comparison: touched directories, what was removed, everything else."""
 
-    def __init__(self, trees: _Trees, memory: InodeMemory | None, *, remember: bool) -> None:
+    def __init__(
+        self, trees: _Trees, memory: InodeMemory | None, found: _Inodes, since: int, *, remember: bool
+    ) -> None:
         self._trees = trees
         self._memory = memory
         self._remember = remember
-        self._touched: Sequence[int] = ()
-        self._since = 0
+        self._found = found
+        self._touched = found.numbers
+        self._since = since
         self._moved = False
 
-    def run(self, since: int) -> Iterator[Change]:
-        from blocksnap._native import btrfs_touched
-
-        self._since = since
-        numbers, _, modes, _ = self._trees.undisturbed(lambda: btrfs_touched(self._trees.fd, since))
-        self._touched = memoryview(numbers).cast("Q")
+    def run(self) -> Iterator[Change]:
         directories, others = array("Q"), array("Q")
-        for number, mode in zip(self._touched, memoryview(modes).cast("I"), strict=True):
+        for number, mode in zip(self._touched, self._found.modes, strict=True):
             (directories if stat.S_ISDIR(mode) else others).append(number)
         for part in (directories, others):
             gone: dict[int, bool] = {}

@@ -122,6 +122,21 @@ Change = InodeChange | InodeRemoval
 
 
 @dataclass(frozen=True, slots=True)
+class Witness:
+    """An inode of a snapshot that tells the next backup whether it is of the same history.
+
+    ``transaction`` (transid) and ``changed_at`` (ctime in nanoseconds) are those of its last change,
+    ``directory`` is the number of one in which it has a name.
+    """
+
+    inode: int
+    generation: int
+    transaction: int
+    changed_at: int
+    directory: int
+
+
+@dataclass(frozen=True, slots=True)
 class SubvolumeChanges:
     """The answer of an engine for one snapshot.
 
@@ -136,6 +151,8 @@ class SubvolumeChanges:
     reason: str
     inherits: bool
     walk: Iterator[Change]
+    witnesses: Sequence[Witness] = ()
+    """Inodes that tell the next backup of the history of this snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +165,8 @@ class RememberedInode:
     generation: int
     size: int
     state: bytes | None
+    changed_at: int | None = None
+    """Its ctime in nanoseconds, where that is known."""
 
 
 class InodeMemory(Protocol):

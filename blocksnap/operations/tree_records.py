@@ -69,7 +69,7 @@ class ParentMemory:
             state = write_listing(Entry(e.name, e.inode, _KINDS[e.kind], e.index) for e in listed)
         elif record.is_file:
             state = self._reader.value(record.detail) or None
-        return RememberedInode(record.generation, record.size, state)
+        return RememberedInode(record.generation, record.size, state, record.ctime)
 
 
 class RecordShelf:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ _SEARCH_KEY = struct.Struct("<7Q4I32x")
 _SEARCH_BYTES = 4096
 _SEARCH_HEADER = struct.Struct("<3Q2I")
 # linux/btrfs_tree.h
-_ROOT_TREE, _DATA_RELOCATION_TREE, _ROOT_ITEM, _INODE_ITEM = 1, (1 << 64) - 9, 132, 1
+_ROOT_TREE, _DATA_RELOCATION_TREE, _ROOT_ITEM, _INODE_ITEM, _INODE_REF = 1, (1 << 64) - 9, 132, 1, 12
+_INODE_STAMP = struct.Struct("<QQ36xI68xqI")
 _ROOT_GENERATION_AT, _ROOT_LAST_SNAPSHOT_AT = 160, 200
 NEVER_TOLD: Final = (1 << 64) - 1
 """Later than every transaction."""
@@ -97,6 +99,16 @@ class FilesystemInfo:
 
     uuid: UUID
     sector_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class InodeStamp:
+    """What tells an inode and its last change: generation, transid, and ctime in nanoseconds."""
+
+    generation: int
+    transaction: int
+    changed_at: int
+    is_directory: bool
 
 
 def open_subvolume(path: str) -> int:
@@ -221,6 +233,31 @@ def last_snapshot(fd: int, tree_id: int) -> int:
     return _root_field(fd, tree_id, _ROOT_LAST_SNAPSHOT_AT, "ask btrfs when a snapshot was taken") or 0
 
 
+def inode_stamp(fd: int, tree_id: int, inode: int) -> InodeStamp | None:
+    """Return what a tree has of an inode, None where it has none of that number; raises BtrfsError."""
+    try:
+        found = _search(fd, tree_id, inode, _INODE_ITEM)
+    except OSError as err:
+        raise BtrfsError(f"find inode {inode} of the subvolume", err) from err
+    if found is None:
+        return None
+    generation, transaction, mode, seconds, nanoseconds = _INODE_STAMP.unpack_from(found.content)
+    changed_at = seconds * 1_000_000_000 + nanoseconds
+    return InodeStamp(generation, transaction, changed_at, is_directory=stat.S_ISDIR(mode))
+
+
+def inode_directory(fd: int, tree_id: int, inode: int) -> int | None:
+    """Return the number of a directory in which an inode has a name; None where that is not simply told.
+
+    Raises BtrfsError.
+    """
+    try:
+        found = _search(fd, tree_id, inode, _INODE_REF)
+    except OSError as err:
+        raise BtrfsError(f"find a name of inode {inode} of the subvolume", err) from err
+    return None if found is None else found.offset
+
+
 def inode_generation(fd: int, tree_id: int, inode: int) -> int:
     """Return the generation of an inode as the kernel shows it, in 32 bits.
 
@@ -229,7 +266,7 @@ def inode_generation(fd: int, tree_id: int, inode: int) -> int:
     found = _search(fd, tree_id, inode, _INODE_ITEM)
     if found is None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-    return int(struct.unpack_from("<I", found)[0])
+    return int(struct.unpack_from("<I", found.content)[0])
 
 
 def _root_field(fd: int, tree_id: int, at: int, action: str) -> int | None:
@@ -238,10 +275,16 @@ def _root_field(fd: int, tree_id: int, at: int, action: str) -> int | None:
         found = _search(fd, _ROOT_TREE, tree_id, _ROOT_ITEM)
     except OSError as err:
         raise BtrfsError(action, err) from err
-    return None if found is None else int(struct.unpack_from("<Q", found, at)[0])
+    return None if found is None else int(struct.unpack_from("<Q", found.content, at)[0])
 
 
-def _search(fd: int, tree: int, number: int, kind: int) -> memoryview | None:
+@dataclass(frozen=True, slots=True)
+class _Item:
+    offset: int
+    content: memoryview
+
+
+def _search(fd: int, tree: int, number: int, kind: int) -> _Item | None:
     """Return the first item of a kind that a number has in a tree, None without one; raises OSError."""
     answer = bytearray(_SEARCH_BYTES)
     last = (1 << 64) - 1
@@ -249,7 +292,8 @@ def _search(fd: int, tree: int, number: int, kind: int) -> memoryview | None:
     fcntl.ioctl(fd, _TREE_SEARCH, answer)
     if not _SEARCH_KEY.unpack_from(answer)[9]:
         return None
-    return memoryview(answer)[_SEARCH_KEY.size + _SEARCH_HEADER.size :]
+    _, _, offset, _, _ = _SEARCH_HEADER.unpack_from(answer, _SEARCH_KEY.size)
+    return _Item(offset, memoryview(answer)[_SEARCH_KEY.size + _SEARCH_HEADER.size :])
 
 
 def directory_path(fd: int, inode: int) -> bytes:

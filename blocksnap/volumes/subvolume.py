@@ -18,6 +18,7 @@ from typing import Literal
 from uuid import UUID
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.extents import btrfs_witnesses
 from blocksnap.extents.btrfs import SubvolumeParent, find_subvolume_changes
 from blocksnap.extents.btrfs_changes import SubvolumeChanges
 from blocksnap.extents.btrfs_identity import BtrfsIdentity
@@ -176,6 +177,7 @@ class SubvolumeSnapshot:
         self._source_fd = source_fd
         self._last_snapshot = last_snapshot
         self._info = btrfs.subvolume_info(fd)
+        self._witnesses: Binding = {}
         self._removed = False
         self._lock = threading.Lock()
         room = os.fstatvfs(fd)
@@ -188,13 +190,15 @@ class SubvolumeSnapshot:
 
     @property
     def binding(self) -> Binding:
-        """Identity of the filesystem, the subvolume and this snapshot."""
+        """Identity of filesystem, subvolume and snapshot, and once changes were asked for its witnesses."""
         identity = BtrfsIdentity.of(btrfs.filesystem_info(self._fd), self._info)
-        return {**identity.to_binding(), "path": self._volume.name, "run": self._run}
+        return {**identity.to_binding(), "path": self._volume.name, "run": self._run, **self._witnesses}
 
     def find_tree_changes(self, parent: SubvolumeParent | None) -> SubvolumeChanges:
         """Ask the tree which inodes differ from the parent, and what of them."""
-        return find_subvolume_changes(self._fd, parent, last_snapshot=self._last_snapshot)
+        found = find_subvolume_changes(self._fd, parent, last_snapshot=self._last_snapshot)
+        self._witnesses = btrfs_witnesses.to_binding(found.witnesses)
+        return found
 
     def open_file(self, inode: int) -> int:
         """Open a regular file of the snapshot by its inode number; raises OSError."""

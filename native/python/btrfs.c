@@ -35,12 +35,12 @@ static PyObject *btrfs_touched(PyObject *Py_UNUSED(module), PyObject *arguments)
                 return raise_btrfs(result, &scan.error);
 
         _cleanup_object_ PyObject *numbers = bytes_of(&found.numbers);
-        _cleanup_object_ PyObject *generations = bytes_of(&found.generations);
+        _cleanup_object_ PyObject *transactions = bytes_of(&found.transactions);
         _cleanup_object_ PyObject *modes = bytes_of(&found.modes);
 
-        if (!numbers || !generations || !modes)
+        if (!numbers || !transactions || !modes)
                 return NULL;
-        return Py_BuildValue("(OOOK)", numbers, generations, modes, (unsigned long long)found.items);
+        return Py_BuildValue("(OOOK)", numbers, transactions, modes, (unsigned long long)found.items);
 }
 
 static PyObject *btrfs_diff(PyObject *Py_UNUSED(module), PyObject *arguments)

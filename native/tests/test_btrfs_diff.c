@@ -329,8 +329,8 @@ static void test_touched(void)
         CHECK_EQUAL(touched.numbers.count, 16);
         CHECK_EQUAL(number(touched.numbers.data, 8), 257);
         CHECK_EQUAL(number(touched.numbers.data + 8, 8), 260);
-        CHECK_EQUAL(number(touched.generations.data, 8), 5);
-        CHECK_EQUAL(number(touched.generations.data + 8, 8), 20);
+        CHECK_EQUAL(number(touched.transactions.data, 8), 20);
+        CHECK_EQUAL(number(touched.transactions.data + 8, 8), 20);
         CHECK_EQUAL(number(touched.modes.data + 4, 4), FILE_MODE);
         bs_btrfs_touched_deinit(&touched);
         CHECK_EQUAL(bs_btrfs_touched(&source, 0, &never, &error, &touched), 0);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -54,27 +55,171 @@ def test_a_rollback_is_another_subvolume(lab: BtrfsLab, blocksnap: CommandLine) 
     assert backup["reason"] == "first backup of this volume"
 
 
-def test_a_disk_that_was_rolled_back_under_a_host_that_was_not(
-    tmp_path: Path, lab: BtrfsLab, blocksnap: CommandLine
-) -> None:
-    """Its transactions soon look right again, and what was taken back would be inherited."""
-    file, before = lab.live / "file", tmp_path / "disk"
+def roll_back(lab: BtrfsLab, copy: Path) -> None:
+    """Put a copy of the disk back, and let time go on until its transactions look late enough."""
     call("umount", lab.mount)
-    call("cp", "--sparse=always", lab.device, before)
+    call("dd", f"if={copy}", f"of={lab.device}", "bs=1M", "conv=sparse,nocreat")
     call("mount", "-o", lab.options, lab.device, lab.mount)
-    file.write_bytes(noise(3, 300_000))
-    blocksnap.done("backup", lab.live)
+
+
+def copy_disk(lab: BtrfsLab, copy: Path) -> None:
+    """Copy the disk, of which a filesystem that is not mounted tells all."""
     call("umount", lab.mount)
-    call("dd", f"if={before}", f"of={lab.device}", "bs=1M", "conv=sparse,nocreat")
+    call("cp", "--sparse=always", lab.device, copy)
     call("mount", "-o", lab.options, lab.device, lab.mount)
-    for number in range(40):
+
+
+def pass_time(lab: BtrfsLab, transactions: int = 30) -> None:
+    """Let the filesystem go on: what is always written goes on being written."""
+    for number in range(transactions):
         (lab.live / "clock").write_text(f"{number}")
         lab.sync()
+
+
+def found_rolled_back(blocksnap: CommandLine, lab: BtrfsLab) -> str:
+    """Back up what was rolled back, see that all of it is right, and return the reason."""
     (backup,) = blocksnap.done("backup", "--json", lab.live).backups
     blocksnap.done("restore", "latest", lab.mount / "back")
     assert rsync_differences(lab.live, lab.mount / "back") == ""
     assert (backup["method"], backup["kind"]) == ("compare", "incremental")
     assert "was rolled back" in backup["reason"]
+    return str(backup["reason"])
+
+
+def test_a_disk_that_was_rolled_back_under_a_host_that_was_not(
+    tmp_path: Path, lab: BtrfsLab, blocksnap: CommandLine
+) -> None:
+    """Its transactions soon look right again, and what was taken back would be inherited."""
+    copy_disk(lab, tmp_path / "disk")
+    (lab.live / "file").write_bytes(noise(3, 300_000))
+    blocksnap.done("backup", lab.live)
+    roll_back(lab, tmp_path / "disk")
+    pass_time(lab)
+    assert "knows nothing of the parent's snapshot" in found_rolled_back(blocksnap, lab)
+
+
+def take_a_snapshot(lab: BtrfsLab) -> None:
+    lab.snapshot("of somebody else")
+
+
+def balance(lab: BtrfsLab) -> None:
+    call("btrfs", "balance", "start", "-m", lab.mount)
+
+
+Happening = Callable[[BtrfsLab], None]
+
+
+def change(lab: BtrfsLab) -> None:
+    (lab.live / "file").write_bytes(noise(3, 300_000))
+
+
+def add(lab: BtrfsLab) -> None:
+    (lab.live / "folder" / "new").write_bytes(noise(3, 10_000))
+
+
+def remove(lab: BtrfsLab) -> None:
+    (lab.live / "folder" / "old").unlink()
+
+
+def nothing(_: BtrfsLab) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("lost", "instead", "hides"),
+    [
+        (change, nothing, take_a_snapshot),
+        (remove, nothing, balance),
+        (add, nothing, take_a_snapshot),
+        (nothing, change, take_a_snapshot),
+    ],
+)
+def test_a_disk_that_was_rolled_back_where_others_take_snapshots(
+    tmp_path: Path,
+    lab: BtrfsLab,
+    blocksnap: CommandLine,
+    lost: Happening,
+    instead: Happening,
+    hides: Happening,
+) -> None:
+    """Then the subvolume remembers one that is late enough, and only its inodes tell."""
+    (lab.live / "folder").mkdir()
+    (lab.live / "folder" / "old").write_bytes(noise(2, 10_000))
+    blocksnap.done("backup", lab.live)
+    copy_disk(lab, tmp_path / "disk")
+    pass_time(lab, 3)
+    lost(lab)
+    blocksnap.done("backup", lab.live)
+    roll_back(lab, tmp_path / "disk")
+    lab.sync()
+    instead(lab)
+    pass_time(lab)
+    hides(lab)
+    pass_time(lab, 3)
+    assert ": inode " in found_rolled_back(blocksnap, lab)
+
+
+def leave_alone(lab: BtrfsLab) -> None:
+    (lab.live / "clock").write_text("1")
+
+
+def remove_everything(lab: BtrfsLab) -> None:
+    lab.delete(lab.live / "kept")
+    for path in lab.live.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_and_mount_again(lab: BtrfsLab) -> None:
+    (lab.live / "clock").unlink()
+    lab.cycle()
+    (lab.live / "another").write_text("it may have the number of one that is gone")
+
+
+def move_about(lab: BtrfsLab) -> None:
+    (lab.live / "folder" / "a").rename(lab.live / "a")
+    (lab.live / "folder").rename(lab.live / "other")
+    os.link(lab.live / "a", lab.live / "other" / "link")
+    (lab.live / "a").unlink()
+
+
+def defragment(lab: BtrfsLab) -> None:
+    call("btrfs", "filesystem", "defragment", "-r", lab.live)
+
+
+def keep_snapshots_inside(lab: BtrfsLab) -> None:
+    calls.snapshot(str(lab.live), str(lab.live / "kept"))
+
+
+def crash(lab: BtrfsLab) -> None:
+    """What fsync wrote to the log is put into the tree at the next mount."""
+    with (lab.live / "folder" / "b").open("ab") as file:
+        file.write(b"more")
+        os.fsync(file.fileno())
+    (lab.live / "folder" / "c").unlink()
+    fd = os.open(lab.live / "folder", os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    copy = Path(f"{lab.mount}.crashed")
+    call("cp", "--sparse=always", lab.device, copy)
+    roll_back(lab, copy)
+
+
+def test_what_is_no_rollback(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    (lab.live / "folder").mkdir()
+    for name in "abcdefghijklmnop":
+        (lab.live / "folder" / name).write_text(name)
+    blocksnap.done("backup", lab.live)
+    for ordinary in (
+        leave_alone, change, balance, defragment, take_a_snapshot, keep_snapshots_inside, leave_alone, crash,
+        move_about, remove_everything, leave_alone, remove_and_mount_again, leave_alone,
+    ):  # fmt: skip
+        pass_time(lab, 3)
+        ordinary(lab)
+        (backup,) = blocksnap.done("backup", "--json", lab.live).backups
+        said = (ordinary.__name__, backup["method"], backup["reason"].partition(" since ")[0])
+        assert said == (ordinary.__name__, "btrfs-tree", "same subvolume and history")
+    blocksnap.done("restore", "latest", lab.mount / "back")
+    assert rsync_differences(lab.live, lab.mount / "back") == ""
 
 
 def test_asked_for_all_of_it(lab: BtrfsLab, blocksnap: CommandLine) -> None:

@@ -93,7 +93,9 @@ class Backup:
         """Return what is remembered, as InodeMemory asks."""
         known = ((number, self.records.get(number)) for number in numbers)
         return {
-            number: RememberedInode(record.generation, record.attributes.size, record.state or None)
+            number: RememberedInode(
+                record.generation, record.attributes.size, record.state or None, record.attributes.ctime
+            )
             for number, record in known
             if record is not None
         }

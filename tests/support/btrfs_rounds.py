@@ -10,10 +10,12 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from blocksnap.extents.btrfs import SubvolumeParent, find_subvolume_changes
 from blocksnap.extents.btrfs_identity import BtrfsIdentity
+from blocksnap.extents.btrfs_witnesses import to_binding
 from blocksnap.system.btrfs import filesystem_info, open_subvolume, subvolume_info
 from support.btrfs_lab import BtrfsLab
 from support.btrfs_model import Backup, Tally
@@ -72,12 +74,11 @@ class Rounds:
             else:
                 with opened(self._base) as base_fd:
                     answer = find_subvolume_changes(fd, parent, base_fd)
-                    answer = type(answer)(
-                        answer.method, answer.reason, answer.inherits, iter(list(answer.walk))
-                    )
+                    answer = replace(answer, walk=iter(list(answer.walk)))
             assert answer.inherits == bool(self._binding), answer.reason
             self.tally.add(self._backup.update(answer, capture(snapshot)))
-            self._binding = BtrfsIdentity.of(filesystem_info(fd), subvolume_info(fd)).to_binding()  # type: ignore[assignment]
+            identity = BtrfsIdentity.of(filesystem_info(fd), subvolume_info(fd))
+            self._binding = {**identity.to_binding(), **to_binding(answer.witnesses)}
         self._note_addresses()
         for old in [self._base] if self._keep_base else [snapshot]:
             if old is not None:
