@@ -26,6 +26,8 @@ from blocksnap.extents.model import ExtentList
 from blocksnap.system.command import CommandError
 from blocksnap.system.devmapper import SnapshotState, SnapshotStatus
 
+ATTACHMENT = "attachment"
+"""Where a manifest has the UUID of what joins a base to its origin; older ones lack it."""
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.2
 _HEADER_CHUNKS = 1
@@ -74,6 +76,8 @@ class CowBase:
     chunk_size: int
     is_writable: bool
     is_merging: bool
+    attachment: str = ""
+    """UUID of what joins it to its origin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,11 @@ def decide(current: CowIdentity, parent: Parent, base: CowBase | None) -> Trust 
         return Doubt("the parent backup does not say what classic snapshot it was taken of")
     if base is None:
         return Doubt("the snapshot of the parent backup is not there any more")
-    doubt = _doubt_about_volume(current, known, parent) or _doubt_about_base(current, known, base)
+    doubt = (
+        _doubt_about_volume(current, known, parent)
+        or _doubt_about_base(current, known, base)
+        or _doubt_about_attachment(parent, base)
+    )
     if doubt:
         return Doubt(doubt)
     return Trust(
@@ -210,6 +218,14 @@ def _doubt_about_base(current: CowIdentity, known: CowIdentity, base: CowBase) -
         (base.chunk_size != known.chunk_size, "the base snapshot has another chunk size than it had"),
     )
     return next((reason for found, reason in doubts if found), None)
+
+
+def _doubt_about_attachment(parent: Parent, base: CowBase) -> str | None:
+    """Whoever splits a snapshot off and puts it back may have written, and given the volume other places."""
+    known = parent.binding.get(ATTACHMENT)
+    if known is None or known == base.attachment:
+        return None
+    return "the base snapshot was taken off the volume and put back, and records nothing in between"
 
 
 def doubt_about_status(status: SnapshotStatus, chunk_size: int) -> str | None:

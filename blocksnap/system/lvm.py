@@ -173,6 +173,26 @@ def group_text(vg: str, uuids: Collection[str]) -> str:
         text = (_BACKUP_FOLDER / check_name(vg)).read_text()
         if all(uuid in text for uuid in uuids):
             return text
+    return _present_text(vg)
+
+
+def attachment(vg: str, snapshot: str) -> str:
+    """Return the UUID of what joins a classic snapshot to its origin now; empty where nothing does.
+
+    Raises VolumeError.
+    """
+    from blocksnap.system.lvm_text import LvmTextError, attachment_in
+
+    try:
+        return attachment_in(_present_text(vg), vg, check_name(snapshot))
+    except LvmTextError as err:
+        raise VolumeError(
+            f"what LVM writes of the volume group {vg} makes no sense: {err}",
+            resolution="blocksnap needs lvm2 2.03 or later",
+        ) from err
+
+
+def _present_text(vg: str) -> str:
     with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
         file = Path(folder, "group")
         run("vgcfgbackup", *_config(), "-f", str(file), check_name(vg))

@@ -59,6 +59,21 @@ def strings_in(section: Section, name: str) -> list[str]:
     return [str(each) for each in value] if isinstance(value, list) else []
 
 
+def attachment_in(text: str, vg: str, store: str) -> str:
+    """Return the UUID of what joins a classic snapshot to its origin; empty where nothing does.
+
+    It is a volume of its own in LVM's metadata, which no report shows: another one is made when a snapshot
+    that was split off (lvconvert --splitsnapshot) is put back, while that keeps its UUID, tags and time.
+    Raises LvmTextError. (lvm2: lib/metadata/snapshot_manip.c, vg_add_snapshot)
+    """
+    volumes = section_in(section_in(parse(text), vg), "logical_volumes")
+    for name in volumes:
+        segment = section_in(section_in(volumes, name), "segment1")
+        if segment.get("type") == "snapshot" and segment.get("cow_store") == store:
+            return text_in(section_in(volumes, name), "id")
+    return ""
+
+
 def _tokens(text: str) -> Iterator[str]:
     at = 0
     while at < len(text):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blocksnap.extents.changes import BaseDecision, BasePolicy, Binding, Changes, Parent
-from blocksnap.extents.cow import CowBase, CowIdentity, CowStore, find_cow_changes
+from blocksnap.extents.cow import ATTACHMENT, CowBase, CowIdentity, CowStore, find_cow_changes
 from blocksnap.system import blockdev, devmapper, mounts, written
 from blocksnap.system.command import CommandError
 from blocksnap.system.devmapper import SnapshotStatus
@@ -127,6 +127,7 @@ class ClassicSnapshot:
         self._timing = timing
         self._store = store
         self._found: _Found | None = None
+        self._attachment: Binding = {}
         self._removed = False
         self._readers = Readers()
 
@@ -142,11 +143,15 @@ class ClassicSnapshot:
 
     @property
     def binding(self) -> Binding:
-        """Identity of the volume and of this snapshot, and how large its store was made, and why."""
+        """Identity of the volume and of this snapshot, and how large its store was made, and why.
+
+        Once it is to stay as base, what joins it to the volume too.
+        """
         return {
             **self._known().identity.to_binding(),
             "store_size": self._store.size,
             "store_reason": self._store.reason,
+            **self._attachment,
         }
 
     def find_changes(self, parent: Parent | None) -> Changes:
@@ -207,6 +212,9 @@ class ClassicSnapshot:
         if percent > BASE_PERCENT and status.total < largest_store(self.size):
             reason = f"its store is {percent:.1f} % full, and a base begins below {BASE_PERCENT:g} %"
             return BaseDecision(stays=False, reason=reason)
+        from blocksnap.system import lvm
+
+        self._attachment = {ATTACHMENT: lvm.attachment(self._origin.vg_name, self._name)}
         return BaseDecision(stays=True, reason="as asked for")
 
     def settle(self, owner: str, *, stays: bool) -> None:
@@ -275,6 +283,8 @@ class _Found:
 
 
 def _base_record(lv: LvRecord) -> CowBase:
+    from blocksnap.system import lvm
+
     return CowBase(
         lv_uuid=lv.lv_uuid,
         origin_uuid=lv.origin_uuid,
@@ -282,6 +292,7 @@ def _base_record(lv: LvRecord) -> CowBase:
         chunk_size=lv.chunk_size or 0,
         is_writable=lv.lv_permissions != "read-only",
         is_merging=lv.lv_merging is not False,
+        attachment=lvm.attachment(lv.vg_name, lv.name),
     )
 
 

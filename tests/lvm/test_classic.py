@@ -132,7 +132,30 @@ def write_to_base(volume: ClassicVolume, blocksnap: InProcess) -> str:
     return "can be written to"
 
 
-@pytest.mark.parametrize("spoil", [overflow, lose, merge, write_to_base], ids=lambda each: each.__name__)
+def put_back(volume: ClassicVolume, blocksnap: InProcess) -> str:
+    """Written to, and given other places, while the base is no snapshot: with one LVM does not shrink it."""
+    (base,) = ours(volume.group)
+    name = f"{volume.group}/{NAME}"
+    for active in ("y", "n"):
+        tool("lvchange", f"-a{active}", name)
+        with pytest.raises(AssertionError, match="cannot be reduced"):
+            tool("lvreduce", "-y", "-f", "-L", "4M", name)
+    tool("lvconvert", "-y", "--splitsnapshot", f"{volume.group}/{base}")
+    tool("lvreduce", "-y", "-f", "-L", "4M", name)
+    tool("lvcreate", "-y", "-W", "n", "-L", "4M", "-n", "in-the-way", volume.group)
+    tool("lvextend", "-y", "-L", f"{SIZE}b", name)
+    tool("lvchange", "-ay", name)
+    write_at(volume.node, 2 * MIB, os.urandom(MIB))
+    tool("lvconvert", "-y", "-s", "-Zn", "-c", "4k", name, f"{volume.group}/{base}")
+    tool("lvremove", "-y", f"{volume.group}/in-the-way")
+    return "taken off the volume and put back"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [overflow, lose, merge, write_to_base, put_back],
+    ids=lambda each: each.__name__,
+)
 def test_any_doubt_about_the_base_is_a_full_compare(
     volume: ClassicVolume, blocksnap: InProcess, spoil: object
 ) -> None:

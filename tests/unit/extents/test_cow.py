@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from blocksnap.extents import cow
 from blocksnap.extents.changes import Changes, Parent
 from blocksnap.extents.cow import (
+    ATTACHMENT,
     CowBase,
     CowIdentity,
     CowStore,
@@ -179,6 +180,19 @@ def test_every_doubt_about_a_base_has_its_own_reason(
     decision = decide(replace(CURRENT, **now), parent(**then), replace(BASE, **base))
     assert isinstance(decision, Doubt)
     assert reason in decision.reason
+
+
+def test_a_base_that_was_put_back_is_doubted() -> None:
+    known = Parent(
+        SIZE, {**PARENT.to_binding(), ATTACHMENT: "joined"}, known_here=True, load_mapped=lambda: None
+    )
+    assert isinstance(decide(CURRENT, known, replace(BASE, attachment="joined")), Trust)
+    for other in ("joined again", ""):
+        found = decide(CURRENT, known, replace(BASE, attachment=other))
+        assert isinstance(found, Doubt)
+        assert "put back" in found.reason
+    # An older parent does not say.
+    assert isinstance(decide(CURRENT, parent(), replace(BASE, attachment="joined")), Trust)
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(CowIdentity)])
