@@ -51,7 +51,8 @@ def layers_above(number: int, table: Sequence[Mount] | None = None) -> list[Laye
     """Return the filesystems of this mount namespace above a device, those deepest in the stack first.
 
     Partitions, encryption, RAID and nested volume groups are followed through the kernel's list of holders,
-    loop devices through the file that each is backed by.
+    loop devices through the file that each is backed by. ``number`` may be what stat calls the device of the
+    files in a btrfs subvolume: then those that are mounted from images in it.
     """
     table = mounts.read_mounts() if table is None else table
     _, found = _climb(number, table)
@@ -74,7 +75,9 @@ def _climb(number: int, table: Sequence[Mount]) -> tuple[set[int], dict[int, Lay
     """Return the devices above one, itself included, and the filesystems on them, by their numbers."""
     found: dict[int, Layer] = {}
     seen: set[int] = set()
-    wanted = [(number, 0)]
+    # What stat calls the device of files is on btrfs that of their subvolume, and none that is mounted.
+    inside = () if os.major(number) else _loops_on(number, table)
+    wanted = [(number, 0), *((loop, 1) for loop in inside)]
     while wanted:
         device, depth = wanted.pop(0)
         if device in seen:
@@ -95,6 +98,12 @@ def backing_filesystem(number: int) -> int | None:
 
     None for other devices.
     """
+    found = _backing(number)
+    return found[0] if found else None
+
+
+def _backing(number: int) -> tuple[int, int] | None:
+    """Return how the filesystem behind a loop device is numbered: by mountinfo, and by stat of the file."""
     if os.major(number) != _LOOP_MAJOR:
         return None
     folder = Path(f"/sys/dev/block/{blockdev.number_text(number)}/loop")
@@ -104,7 +113,7 @@ def backing_filesystem(number: int) -> int | None:
         seen = mounts.mount_at(path, mounts.read_mounts())
         if seen is not None and seen.filesystem.startswith(_FUSE):
             # Whoever looks at the file waits for a process, and for ever if that does not answer.
-            return seen.device
+            return seen.device, seen.device
         device = _device_of_file(number)
     except (OSError, blockdev.NoDeviceError):
         # It is not attached.
@@ -112,8 +121,8 @@ def backing_filesystem(number: int) -> int | None:
     with contextlib.suppress(OSError):
         mount = mounts.mount_under(path)
         if mount is not None and os.stat(path).st_dev == device:
-            return mount.device
-    return device
+            return mount.device, device
+    return device, device
 
 
 def _device_of_file(number: int) -> int:
@@ -130,6 +139,7 @@ def _device_of_file(number: int) -> int:
 def _loops_on(filesystem: int, table: Sequence[Mount]) -> list[int]:
     """Return the loop devices whose files lie on a filesystem, and on which something lies.
 
+    It is numbered as mountinfo does, or as stat does its files: on btrfs these are those of one subvolume.
     Others are not asked: the kernel looks at the file for an answer, and waits for ever where that is served
     by a process that does not answer (FUSE).
     """
@@ -140,4 +150,4 @@ def _loops_on(filesystem: int, table: Sequence[Mount]) -> list[int]:
         is_used = mounts.mounts_of(number, list(table)) or blockdev.holders(number)
         if is_used or blockdev.partitions(number):
             numbers.append(number)
-    return [number for number in numbers if backing_filesystem(number) == filesystem]
+    return [number for number in numbers if filesystem in (_backing(number) or ())]

@@ -30,7 +30,9 @@ from blocksnap.quiesce.places import Target
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
 from blocksnap.system.freeze import layers_above
+from blocksnap.volumes.resolve import resolve_volume
 from blocksnap.volumes.subvolume import SubvolumeVolume
+from support import btrfs_calls as calls
 from support.loops import call, loop_device, mounted
 from support.require import require
 from support.standing import Application, holding, is_gone, thaw, wait_until
@@ -225,6 +227,50 @@ def test_a_snapshot_is_taken_in_a_filesystem_that_would_be_frozen(tmp_path: Path
                 standstill.end()
                 standstill.close()
     assert outcome.by == (f"flush of {point}",)
+
+
+@pytest.mark.parametrize("kind", ["image on btrfs", "image on xfs", "subvolume"])
+def test_what_is_mounted_from_an_image_is_frozen_for_its_clone(tmp_path: Path, kind: str) -> None:
+    """On btrfs a file has a device number of its subvolume's own, which nothing is mounted from."""
+    filesystem = "xfs" if kind.endswith("xfs") else "btrfs"
+    require(filesystem, shutil.which(f"mkfs.{filesystem}") is not None, f"no {filesystem}")
+    with ExitStack() as stack:
+        device = stack.enter_context(loop_device(tmp_path / "disk.img", size=320 << 20))
+        call(f"mkfs.{filesystem}", "-q", device)
+        point = stack.enter_context(holding(device, tmp_path / "point"))
+        folder = point / "images"
+        if filesystem == "btrfs":
+            calls.create_subvolume(str(folder))
+            calls.create_subvolume(str(point / "other"))
+            assert layers_above((point / "other").stat().st_dev) == []
+        else:
+            folder.mkdir()
+        image = folder / "image"
+        inner_device = stack.enter_context(loop_device(image, size=16 << 20))
+        call("mkfs.ext4", "-q", inner_device)
+        inner = stack.enter_context(holding(inner_device, tmp_path / "inner"))
+        volume = resolve_volume(str(folder if kind == "subvolume" else image))
+        assert volume.kind == kind.partition(" ")[0]
+        assert inner.stat().st_dev in Target("key", volume.snapshot_device or 0).numbers_above()
+        volume.prepare()
+        standstill = QuiesceRequest(QuiesceSettings(deadline_seconds=10)).assemble([volume], tmp_path)
+        assert standstill is not None
+        with Path(os.devnull).open("wb") as journal:
+            standstill.attend(journal.fileno(), {})
+        try:
+            standstill.begin()
+            with subprocess.Popen(["touch", inner / "file"]) as writer:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    writer.wait(0.3)
+                snapshot = volume.take_snapshot("run", lambda _step, _facts: None)
+                standstill.end()
+                assert writer.wait(30) == 0
+            outcome = standstill.conclude()
+        finally:
+            standstill.end()
+            standstill.close()
+        snapshot.remove()
+    assert (outcome.state, outcome.by) == ("frozen", (f"filesystem on {inner}",))
 
 
 def test_a_filesystem_on_a_partition_is_found(tmp_path: Path) -> None:
