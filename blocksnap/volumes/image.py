@@ -26,8 +26,9 @@ from blocksnap.extents.changes import BASE_KEPT, BaseDecision, BasePolicy, Bindi
 from blocksnap.extents.clone_identity import CloneIdentity, CloneSource
 from blocksnap.system import clones
 from blocksnap.system.clones import ClonedFile, CloneError
+from blocksnap.system.handles import handle_of, open_directory
 from blocksnap.system.host import host_id
-from blocksnap.system.mounts import mount_under
+from blocksnap.system.mounts import mount_under, read_mounts
 from blocksnap.volumes.base import Ledger, Level, SnapshotTiming, Trace, VolumeKind
 from blocksnap.volumes.errors import NoSuchVolumeError, SnapshotLostError
 
@@ -60,6 +61,7 @@ class ImageVolume:
         status = os.stat(self._path)
         self._size = status.st_size
         self._device = status.st_dev
+        self._handle = handle_of(os.path.dirname(self._path))
 
     @property
     def name(self) -> str:
@@ -82,13 +84,14 @@ class ImageVolume:
         return self._device
 
     def trace(self, run: str) -> Trace | None:
-        """Return the name that the clone of a run will have."""
+        """Return the name that the clone of a run will have, and how its directory is found if renamed."""
         return {
             "kind": TRACE,
             "folder": _folder_of(self._path),
             "name": clone_name(run, self._path),
             "path": self._path,
             "run": run,
+            **({"handle": self._handle} if self._handle else {}),
         }
 
     def prepare(self) -> None:
@@ -116,7 +119,7 @@ class ImageVolume:
             except OSError as err:
                 raise CloneError(self._path, err) from err
             timing = SnapshotTiming(taken_at=at, freeze_seconds=time.monotonic() - began)
-        return ImageSnapshot(self._path, self._source, clone, name, run, timing)
+        return ImageSnapshot(self._path, self._source, clone, self.trace(run) or {}, timing)
 
     def _open(self) -> int:
         try:
@@ -128,14 +131,13 @@ class ImageVolume:
 class ImageSnapshot:
     """An immutable clone of an image, held open."""
 
-    def __init__(
-        self, path: str, source: CloneSource, fd: int, name: str, run: str, timing: SnapshotTiming
-    ) -> None:
+    def __init__(self, path: str, source: CloneSource, fd: int, trace: Trace, timing: SnapshotTiming) -> None:
         self._path = path
         self._source = source
         self._fd = fd
-        self._name = name
-        self._run = run
+        self._trace = trace
+        self._name = trace["name"]
+        self._run = trace["run"]
         self._timing = timing
         self._state: ClonedFile | None = None
         self._stays = self._dropped = False
@@ -233,7 +235,7 @@ class ImageSnapshot:
                 self._fd = -1
 
     def _remove(self) -> None:
-        remove_clone(_folder_of(self._path), self._name)
+        remove_trace(self._trace)
 
     def _known(self) -> ClonedFile:
         if self._state is None:
@@ -291,11 +293,38 @@ def finish_rotation(path: str, name: str, run: str, owner: str) -> bool:
 
 
 def remove_trace(trace: Mapping[str, str]) -> Left:
-    """Remove the clone that a trace in the journal announced, unless it became a base; raises CloneError."""
+    """Remove the clone that a trace in the journal announced, unless it became a base; raises CloneError.
+
+    It is found, too, where the directory of the image was renamed since.
+    """
     folder, name = trace["folder"], trace["name"]
     if not name.startswith(_PREFIX) or name in _bases(trace["path"]):
         return "nothing"
-    return remove_clone(folder, name)
+    if remove_clone(folder, name) == "removed":
+        return "removed"
+    with ExitStack() as stack:
+        for moved in _moved_folders(trace.get("handle"), stack):
+            is_there = os.path.lexists(f"{moved}/{name}") and not os.path.lexists(f"{moved}/{name}{_MARK}")
+            if is_there and remove_clone(moved, name) == "removed":
+                return "removed"
+    return "nothing"
+
+
+def _moved_folders(handle: str | None, stack: ExitStack) -> Iterator[str]:
+    """Yield paths of the folder in the directory with a handle, wherever that is on what is mounted here.
+
+    A directory of another filesystem may be among them; names of clones are of one run alone.
+    """
+    mounts = {each.device: each.point for each in read_mounts() if each.filesystem in _SOURCES}
+    for point in mounts.values() if handle else ():
+        try:
+            mount = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, mount)
+            fd = open_directory(mount, handle or "")
+        except OSError:
+            continue
+        stack.callback(os.close, fd)
+        yield f"/proc/self/fd/{fd}/{FOLDER}"
 
 
 def remove_clone(folder: str, name: str) -> Left:

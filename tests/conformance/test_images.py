@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.controller.journal import Journal
 from blocksnap.errors import VolumeError
 from blocksnap.system.clones import CloneFolderError, can_clone
 from blocksnap.system.files import is_being_written
@@ -44,6 +45,30 @@ def clones(folder: Path) -> list[str]:
 
 def method_on(folder: Path) -> str:
     return "fiemap" if "xfs" in str(folder) else "btrfs-tree"
+
+
+def test_a_clone_is_found_where_its_directory_was_renamed(place: Path, blocksnap: InProcess) -> None:
+    """After a crash, by what its journal knows, and at the end of a run."""
+    folder = place / "before"
+    folder.mkdir()
+    (folder / "image").write_bytes(random.Random(1).randbytes(MIB))
+    volume = resolve_volume(str(folder / "image"))
+    child = os.fork()
+    if not child:
+        journal = Journal(blocksnap.folder / "state", "dead")
+        journal.append("snapshot", volume=volume.key, name=volume.name, trace=volume.trace("dead"))
+        volume.prepare()
+        volume.take_snapshot("dead", lambda _step, _facts: None)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    snapshot = volume.take_snapshot("alive", lambda _step, _facts: None)
+    folder.rename(place / "after")
+    assert len(clones(place / "after")) == 2
+    snapshot.remove()
+    assert len(clones(place / "after")) == 1
+    assert b"removed the clone" in blocksnap.done("doctor", "--fix")
+    assert os.listdir(place / "after") == ["image"]
+    assert blocksnap.done("doctor") == b"nothing found\n"
 
 
 def test_a_folder_of_images_is_one_group(place: Path, blocksnap: InProcess) -> None:
