@@ -84,13 +84,22 @@ class Progress(Protocol):
 
 
 class ChunkFetcher:
-    """Reads ranges of packs and yields their chunks, opened and proven."""
+    """Reads ranges of packs and yields their chunks, opened and proven.
 
-    def __init__(self, repository: Repository, geometry: Geometry, losses: Losses | None = None) -> None:
+    Several may share ``buffers``, of which each thread has its own; they are not used side by side in one.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        geometry: Geometry,
+        losses: Losses | None = None,
+        buffers: threading.local | None = None,
+    ) -> None:
         self._repository = repository
         self._geometry = geometry
         self._losses = losses
-        self._buffers = threading.local()
+        self._buffers = threading.local() if buffers is None else buffers
 
     def chunks(self, fetch: RangeFetch) -> Iterator[tuple[tuple[int, ...], bytes | memoryview]]:
         """Yield (chunk numbers, content) for every frame of a range, and zeros for what may be missing.

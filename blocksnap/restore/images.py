@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from blocksnap.errors import BlocksnapError, StorageError
+from blocksnap.errors import BlocksnapError, DamageError, StorageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import HOLE, ZERO, Entry, MapReader, MapRoot
 from blocksnap.repository.frame import FrameType
@@ -30,7 +30,7 @@ _EMPTY = (HOLE, ZERO)
 
 @dataclass(slots=True)
 class Image:
-    """One backup as it is opened by one reader: its map, how its volume is cut, and where the reader is."""
+    """A backup, or a file in one, as one reader opens it: its map, how it is cut, where the reader is."""
 
     geometry: Geometry
     root: MapRoot
@@ -50,8 +50,8 @@ class ImageReader:
         self._maps = MapReader(repository.load_node)
         self._maps_lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="blocksnap-image")
-        # Each keeps a buffer for every thread, and there are no more than sizes of volumes.
-        self._fetchers: dict[Geometry, ChunkFetcher] = {}
+        # Files of a tree have as many geometries as sizes: the buffers belong to the threads.
+        self._buffers = threading.local()
         self._lock = threading.Lock()
         self._chunks: OrderedDict[bytes, memoryview] = OrderedDict()
         self._held = 0
@@ -60,18 +60,25 @@ class ImageReader:
     def read(self, image: Image, offset: int, size: int) -> bytes:
         """Return ``size`` bytes, less at the end; raises DamageError where they cannot be had."""
         geometry = image.geometry
-        self._fetchers.setdefault(geometry, ChunkFetcher(self._repository, geometry))
         end = min(offset + size, geometry.size)
         if offset >= end:
             return b""
         first, last = geometry.numbers(offset, end - offset)
         wanted = self._want(image, first, last)
         self._fetch_ahead(image, offset, end)
-        parts = []
+        parts: list[bytes | memoryview] = []
         for number, source in wanted:
             begin = number * geometry.chunk_size
             low, high = max(offset - begin, 0), min(end - begin, geometry.chunk_size)
-            parts.append(bytes(high - low) if source is None else _content(source)[low:high])
+            if source is None:
+                parts.append(bytes(high - low))
+                continue
+            content = _content(source)
+            if len(content) != geometry.length(number):
+                # It was fetched for another place, where it had the right length.
+                err = DamageError(f"chunk {number} has {len(content)} bytes")
+                raise UnreadableChunkError((number,), geometry, err)
+            parts.append(content[low:high])
         return b"".join(parts)
 
     def close(self) -> None:
@@ -148,7 +155,7 @@ class ImageReader:
     def _load(
         self, geometry: Geometry, missing: Sequence[tuple[int, Entry]]
     ) -> Iterator[tuple[Entry, memoryview]]:
-        fetcher = self._fetchers[geometry]
+        fetcher = ChunkFetcher(self._repository, geometry, buffers=self._buffers)
         runs = ((number, 1, entry) for number, entry in missing)
         for window in plan_windows(runs, lambda id_: self._repository.locate(FrameType.DATA, id_)):
             for numbers, err in window.missing:
@@ -162,7 +169,10 @@ class ImageReader:
 
                 opened = fetcher.open_into(fetch, new_room)
                 for frame, (_, length) in zip(fetch.frames, opened, strict=True):
-                    yield frame.id, room.pop()[:length]
+                    content = room.pop()[:length]
+                    # What is short must not hold the room of a whole chunk for as long as it is kept.
+                    is_short = length < geometry.chunk_size
+                    yield frame.id, memoryview(bytes(content)) if is_short else content
 
     def _keep(self, entry: Entry, content: memoryview) -> None:
         with self._lock:
