@@ -108,7 +108,11 @@ class InodeReader:
     def listing(self, record: InodeRecord) -> list[DirectoryEntry]:
         """Return the names in a directory, ascending by index; no two are the same."""
         where = f"directory {record.number}"
-        return require_distinct(self._listed(record.detail, where), where)
+        return require_distinct(self.names(record), where)
+
+    def names(self, record: InodeRecord) -> Iterator[DirectoryEntry]:
+        """Yield the names in a directory, ascending by index, without holding them; some may be the same."""
+        return self._listed(record.detail, f"directory {record.number}")
 
     def _listed(self, value: Value, where: str) -> Iterator[DirectoryEntry]:
         if value.is_inline:

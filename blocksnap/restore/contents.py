@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from blocksnap.restore.inside import Answering, Inner, InsideError, Request
 from blocksnap.restore.naming import flush_folder, give_name
 from blocksnap.restore.partitions import Contents, Partition
+from blocksnap.restore.private_folder import private_folder
 from blocksnap.system.command import run
 from blocksnap.system.files import flush_filesystem_of
 
@@ -121,7 +119,7 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
     for each in sources:
         if os.path.lexists(os.path.join(target, each)):
             raise InsideError(f"{os.path.join(target, each)} exists already")
-    with _private_folder(target) as (private, fd):
+    with private_folder(target) as (private, fd):
         for each, source in sources.items():
             copy = os.path.join(private, each)
             run("cp", "--archive", "--no-target-directory", "--", source, copy, timeout_seconds=_COPY_SECONDS)
@@ -135,17 +133,6 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
                 raise InsideError(f"{made} exists already") from err
             yield {"path": made}
         flush_folder(target)
-
-
-@contextmanager
-def _private_folder(above: str) -> Iterator[tuple[str, int]]:
-    private = tempfile.mkdtemp(prefix=".blocksnap-", suffix=".partial", dir=above)
-    fd = os.open(private, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield private, fd
-    finally:
-        os.close(fd)
-        shutil.rmtree(private, ignore_errors=True)
 
 
 def _split(contents: Contents, path: str) -> tuple[str, str]:
@@ -200,8 +187,13 @@ def _partition_entry(partition: Partition) -> dict[str, object]:
     }
 
 
+def kind_of(mode: int) -> str:
+    """Return what people call a kind of file."""
+    return _KINDS.get(stat.S_IFMT(mode), "unknown")
+
+
 def _entry(name: str, path: str, status: os.stat_result) -> dict[str, object]:
-    kind = _KINDS.get(stat.S_IFMT(status.st_mode), "unknown")
+    kind = kind_of(status.st_mode)
     return {
         "path": name,
         "kind": kind,

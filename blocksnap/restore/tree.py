@@ -37,7 +37,7 @@ _NODATACOW = 2
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NODES = (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
-_ENTRY_KINDS = {
+ENTRY_KINDS = {
     1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK, 5: stat.S_IFIFO, 6: stat.S_IFSOCK,
     7: stat.S_IFLNK,
 }  # fmt: skip
@@ -82,6 +82,14 @@ class _FileLosses(Losses):
         self._files.lose(begin, end)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of the names in one directory of a backup, with all that is below them."""
+
+    folder: InodeRecord
+    names: tuple[DirectoryEntry, ...]
+
+
 @dataclass(slots=True)
 class _Folder:
     fd: int
@@ -95,11 +103,17 @@ class TreeRestore:
     """One restore into an empty directory that is ours alone.
 
     ``unkept`` takes what the filesystem cannot keep, ``nested`` the paths of nested subvolumes, which are
-    empty directories here.
+    empty directories here. Of a ``part`` the names come into the directory, to be renamed from there.
     """
 
     def __init__(
-        self, repository: Repository, reader: InodeReader, top_fd: int, name: str, chunk_size: int
+        self,
+        repository: Repository,
+        reader: InodeReader,
+        top_fd: int,
+        name: str,
+        chunk_size: int,
+        part: Part | None = None,
     ) -> None:
         self._repository = repository
         self._reader = reader
@@ -114,6 +128,7 @@ class TreeRestore:
         self._final: list[tuple[bytes, InodeRecord]] = []
         self._losses: _FileLosses | None = None
         self._top: InodeRecord | None = None
+        self._part = part
         self._inodes = self._file_bytes = 0
 
     def run(self, progress: Progress, missing: list[MissingRange] | None = None) -> TreeResult:
@@ -133,12 +148,8 @@ class TreeRestore:
             if missing is not None:
                 found = self._files.lost()
                 missing += [MissingRange(printable(each.path), each.offset, each.length) for each in found]
-            for path, record in self._final:
-                fd = self.open_path(path, os.O_RDONLY)
-                try:
-                    inode_attributes.set_final(fd, record, path, self.unkept)
-                finally:
-                    os.close(fd)
+            if self._part is None:
+                self._seal(self._top_fd)
         except UnreadableRangeError as err:
             path, offset = self._files.place(err.offset // self._chunk_size)
             raise UnreadableFileError(path, offset, err.length, err) from err
@@ -156,6 +167,10 @@ class TreeRestore:
                 self._top_fd, self._top, xattrs, b"", self.unkept, may_be_final=False
             )
 
+    def seal_part(self, folder_fd: int) -> None:
+        """Forbid changes of what forbade them, when the part is in its place; raises OSError."""
+        self._seal(folder_fd)
+
     def seal_top(self) -> None:
         """Make the top directory immutable, if it was; it has its name then."""
         if self._top is not None:
@@ -163,23 +178,19 @@ class TreeRestore:
 
     def open_path(self, path: bytes, flags: int) -> int:
         """Open something below the top, step by step, so that no symbolic link is followed."""
-        *folders, name = path.split(b"/")
-        fd = os.dup(self._top_fd)
-        try:
-            for each in folders:
-                below = os.open(each, _FOLDER, dir_fd=fd)
+        return _open_below(self._top_fd, path, flags)
+
+    def _seal(self, top_fd: int) -> None:
+        for path, record in self._final:
+            fd = _open_below(top_fd, path, os.O_RDONLY)
+            try:
+                inode_attributes.set_final(fd, record, path, self.unkept)
+            finally:
                 os.close(fd)
-                fd = below
-            return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-        finally:
-            os.close(fd)
 
     def _walk(self) -> Iterator[tuple[int, int, Entry]]:
         """Make everything; yield the chunks that are to be fetched."""
-        self._top = self._find(TOP, b"")
-        if not self._top.is_directory:
-            raise DamagedObjectError("the top directory", "it is no directory")
-        stack = [self._enter(os.dup(self._top_fd), b"", b"", self._top)]
+        stack = [self._begin()]
         try:
             while stack:
                 folder = stack[-1]
@@ -197,6 +208,20 @@ class TreeRestore:
             for folder in stack:
                 os.close(folder.fd)
 
+    def _begin(self) -> _Folder:
+        fd = os.dup(self._top_fd)
+        if self._part is not None:
+            self._entered.add(self._part.folder.number)
+            return _Folder(fd, b"", b"", self._part.folder, iter(self._part.names))
+        try:
+            self._top = self._find(TOP, b"")
+            if not self._top.is_directory:
+                raise DamagedObjectError("the top directory", "it is no directory")
+        except DamageError:
+            os.close(fd)
+            raise
+        return self._enter(fd, b"", b"", self._top)
+
     def _make(
         self, folder: _Folder, entry: DirectoryEntry
     ) -> Generator[tuple[int, int, Entry], None, _Folder | None]:
@@ -209,7 +234,7 @@ class TreeRestore:
                 return None
             record = self._find(entry.inode, path)
             kind = stat.S_IFMT(record.mode)
-            if _ENTRY_KINDS.get(entry.kind, kind) != kind:
+            if ENTRY_KINDS.get(entry.kind, kind) != kind:
                 raise DamagedObjectError(printable(path), "its name and its inode are not of the same kind")
             if kind != stat.S_IFDIR and self._link(folder, entry, path, record):
                 return None
@@ -320,7 +345,7 @@ class TreeRestore:
 
     def _finish_file(self, file: OpenFile) -> None:
         record, path = file.record, file.path
-        may_be_final = record.nlink < 2
+        may_be_final = record.nlink < 2 and not self._is_renamed(path)
         xattrs = self._xattrs(record)
         try:
             inode_attributes.finish_open(
@@ -332,7 +357,29 @@ class TreeRestore:
             self._final.append((path, record))
 
     def _finish_folder(self, fd: int, record: InodeRecord, path: bytes) -> None:
-        inode_attributes.finish_open(fd, record, self._xattrs(record), path, self.unkept)
+        may_be_final = not self._is_renamed(path)
+        inode_attributes.finish_open(
+            fd, record, self._xattrs(record), path, self.unkept, may_be_final=may_be_final
+        )
+        if not may_be_final and record.flags & inode_attributes.FINAL:
+            self._final.append((path, record))
+
+    def _is_renamed(self, path: bytes) -> bool:
+        """Tell whether it gets another name when all is there, which what forbids changes would forbid."""
+        return self._part is not None and b"/" not in path
 
     def _xattrs(self, record: InodeRecord) -> Iterable[tuple[bytes, bytes]]:
         return decode_xattrs(self._reader.value(record.xattrs), f"inode {record.number}")
+
+
+def _open_below(top_fd: int, path: bytes, flags: int) -> int:
+    *folders, name = path.split(b"/")
+    fd = os.dup(top_fd)
+    try:
+        for each in folders:
+            below = os.open(each, _FOLDER, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    finally:
+        os.close(fd)

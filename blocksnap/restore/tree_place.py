@@ -74,7 +74,7 @@ class NewTree:
             with contextlib.suppress(OSError, TargetError):
                 parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
-                    _remove(parent, name)
+                    remove_tree(parent, name)
                 finally:
                     os.close(parent)
         if self._fd >= 0:
@@ -115,7 +115,7 @@ class NewTree:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_uid != os.geteuid():
                 raise TreeExistsError(self._hidden)
-            _remove(parent, name)
+            remove_tree(parent, name)
         except BlockingIOError as err:
             raise TargetBusyError(self._hidden, "another restore") from err
         finally:
@@ -133,8 +133,8 @@ def _make(parent: int, name: str) -> bool:
     return True
 
 
-def _remove(parent: int, name: str) -> None:
-    """Remove a subvolume whole, or a directory with all that is in it."""
+def remove_tree(parent: int, name: str) -> None:
+    """Remove a subvolume whole, or a directory with all that is in it; raises OSError."""
     fd = os.open(name, _FOLDER, dir_fd=parent)
     try:
         clear_flags_of(fd)
