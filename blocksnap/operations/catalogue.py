@@ -27,12 +27,18 @@ def root_document(root: MapRoot) -> Root:
     return Root(levels=root.levels, root=names.get(root.entry) or root.entry.hex())
 
 
+def is_tree(backup: Backup) -> bool:
+    """Tell whether a backup is of a subvolume: a tree of files, and no image."""
+    return backup.inodes is not None
+
+
 def require_image(backup: Backup) -> None:
     """Raise UsageError for the backup of a subvolume, which is a tree of files and no image."""
-    if backup.inodes is not None:
+    if is_tree(backup):
         raise UsageError(
             f"backup {backup.id[:8]} of {backup.volume.name} is a tree of files and no image",
-            resolution=f"restore it to a new directory: blocksnap restore {backup.id[:8]} DIRECTORY",
+            resolution="its files: blocksnap mount, blocksnap files; all of them to a new directory: "
+            f"blocksnap restore {backup.id[:8]} DIRECTORY",
         )
 
 

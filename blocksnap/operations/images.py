@@ -15,17 +15,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from blocksnap.errors import BlocksnapError
-from blocksnap.operations.catalogue import find_backup, map_root, of_volume, require_image
-from blocksnap.operations.reporting import Reporter
+from blocksnap.errors import BlocksnapError, UsageError
+from blocksnap.operations.catalogue import find_backup, is_tree, map_root, of_volume, require_image
+from blocksnap.operations.reporting import Reporter, each_once
+from blocksnap.operations.trees import FilesOfTree, served_trees
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.contents import answers
-from blocksnap.restore.inside import NoFuseError, ask, fork_inner
+from blocksnap.restore.inside import InnerProcess, NoFuseError, ask, fork_inner
+from blocksnap.restore.tree_mount import NoTreeError, hold_tree
 from blocksnap.system import namespace
 from blocksnap.system.children import fork_child, wait_for_child
 from blocksnap.system.command import run
@@ -35,14 +37,6 @@ _MESSAGE_BYTES = 1 << 20
 _READ_AHEAD_KIB = 4096
 IMAGES_FOLDER = f"{namespace.PRIVATE_FOLDER}/images"
 OpenRepository = Callable[[], Repository]
-
-
-class NoTreeError(BlocksnapError):
-    """The tree of backups cannot be shown."""
-
-    def __init__(self, folder: str, reason: str) -> None:
-        self.folder = folder
-        super().__init__(f"cannot mount on {folder}: {reason}", resolution="name an empty directory")
 
 
 def show_backups(
@@ -68,9 +62,17 @@ def show_backups(
         inner = fork_inner(answers(), namespace.PRIVATE_FOLDER, control)
         repository = open_repository()
         shown = _backups_of(repository, name)
-        with served_images(repository, shown.values(), report, end_users=inner.end):
+        shows_trees = is_tree(next(iter(shown.values())))
+        if shows_trees:
+            inner.end()
+            _send_all(control, b"", [])
+            serving = served_trees(repository, shown, control, folder, report)
+        else:
+            serving = served_images(repository, shown.values(), report, end_users=inner.end)
+        with serving:
             try:
-                _hand_over(control, shown, inner.questions, folder)
+                if not shows_trees:
+                    _hand_over(control, shown, inner.questions, folder)
                 _read_further_ahead(pid, folder)
                 mounted(len(shown))
                 control.recv(1)
@@ -99,8 +101,22 @@ class _Shown:
     taken_at: float
 
 
-class Files:
+class Files(Protocol):
     """The files in one backup."""
+
+    backup: Backup
+
+    def entries(self, path: str, *, recursive: bool, find: str | None) -> Iterator[dict[str, Any]]:
+        """Yield what is in a folder, or the entry that a path names; raises BlocksnapError."""
+        ...
+
+    def copy(self, path: str, folder: str) -> list[str]:
+        """Copy a path into a folder; return what was made. Raises BlocksnapError."""
+        ...
+
+
+class FilesInImage:
+    """The files in the filesystem of an image, which another process mounts."""
 
     def __init__(self, inner: socket.socket, backup: Backup) -> None:
         self._inner = inner
@@ -121,14 +137,30 @@ class Files:
 
 @contextmanager
 def files_of(open_repository: OpenRepository, name: str, report: Reporter) -> Iterator[Files]:
-    """Make the files in a backup readable for as long as the block lasts."""
-    require_fuse()
-    namespace.leave_mounts()
-    inner = fork_inner(answers(), namespace.PRIVATE_FOLDER)
+    """Make the files in a backup readable for as long as the block lasts.
+
+    Those of a subvolume are read from the repository; only for those in an image something is mounted.
+    Raises NoFuseError, NotMountedError, and what opening the repository and finding the backup raise.
+    """
+    # Whether it can be done is told when it is known that it has to be.
+    inner: InnerProcess | BlocksnapError
+    try:
+        require_fuse()
+        namespace.leave_mounts()
+        inner = fork_inner(answers(), namespace.PRIVATE_FOLDER)
+    except BlocksnapError as err:
+        inner = err
     repository = open_repository()
     backup = find_backup(repository, name).backup
+    if is_tree(backup):
+        if isinstance(inner, InnerProcess):
+            inner.end()
+        yield FilesOfTree(repository, backup, report)
+        return
+    if isinstance(inner, BlocksnapError):
+        raise inner
     with served_images(repository, [backup], report, end_users=inner.end):
-        yield Files(inner.questions, backup)
+        yield FilesInImage(inner.questions, backup)
 
 
 def require_fuse() -> None:
@@ -174,18 +206,11 @@ def served_images(
         backup.id: (Geometry(backup.size, backup.chunk_size), map_root(backup.map), backup.time.timestamp())
         for backup in backups
     }
-    told: set[str] = set()
-
-    def warn_once(err: BlocksnapError) -> None:
-        if err.brief not in told:
-            told.add(err.brief)
-            report.warn(err.brief, resolution=err.resolution)
-
     # Loaded now, so that the threads that read find it.
     _ = repository.index
     os.mkdir(IMAGES_FOLDER)
     with ServedImages(
-        repository, described, IMAGES_FOLDER, tell or warn_once, patient=patient, writable=writable
+        repository, described, IMAGES_FOLDER, tell or each_once(report), patient=patient, writable=writable
     ) as images:
         try:
             yield
@@ -203,6 +228,11 @@ def _backups_of(repository: Repository, name: str) -> dict[str, Backup]:
     for backup in of_it:
         folder = backup.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         found[f"{folder}-{backup.id[:8]}" if folder in found else folder] = backup
+    if len({is_tree(backup) for backup in found.values()}) > 1:
+        raise UsageError(
+            f"{name} is a subvolume and an image too, which are not shown as one",
+            resolution="name one by its key: blocksnap list --json",
+        )
     return found
 
 
@@ -224,9 +254,12 @@ def _show_tree(folder: str, control: socket.socket) -> bool:
     if handed_over is None:
         # Whoever was to tell what to show has given up.
         return True
+    document, fds = handed_over
+    if not fds:
+        return hold_tree(folder, control)
     from blocksnap.restore.showing import Shown, serve_tree
 
-    document, (root, inner) = handed_over
+    root, inner = fds
     shown = [Shown(**each) for each in json.loads(document)]
     return serve_tree(folder, control, shown, root, socket.socket(fileno=inner))
 
@@ -253,8 +286,7 @@ def _read_further_ahead(pid: int, folder: str) -> None:
 
 
 def _send_all(control: socket.socket, document: bytes, fds: list[int]) -> None:
-    head = len(document).to_bytes(8, "little")
-    socket.send_fds(control, [head], fds)
+    socket.send_fds(control, [len(document).to_bytes(8, "little")], fds)
     control.sendall(document)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+from blocksnap.errors import BlocksnapError
 
 
 class Reporter(Protocol):
@@ -29,6 +31,18 @@ class Reporter(Protocol):
     def end(self) -> None:
         """Tell that the phase is over."""
         ...
+
+
+def each_once(report: Reporter) -> Callable[[BlocksnapError], None]:
+    """Return what warns of errors, of each once however often it comes, from any thread."""
+    told: set[str] = set()
+
+    def warn(err: BlocksnapError) -> None:
+        if err.brief not in told:
+            told.add(err.brief)
+            report.warn(err.brief, resolution=err.resolution)
+
+    return warn
 
 
 @contextmanager

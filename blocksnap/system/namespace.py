@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import struct
 
 from blocksnap.errors import BlocksnapError
@@ -116,6 +117,26 @@ def mount_device(node: str, folder: str, filesystem: str, options: str) -> None:
         _mount(node, folder, filesystem, _MS_NOSUID | _MS_NODEV, options)
     except OSError as err:
         raise NotMountedError(f"the {filesystem} filesystem", err) from err
+
+
+def mount_fuse(folder: str) -> int:
+    """Mount a FUSE filesystem, read-only, and return the connection by which it has to be served.
+
+    Whoever has that last ends it: then everything in the filesystem is an error until it is unmounted
+    (fuse(4), Documentation/filesystems/fuse.rst). Raises NotMountedError.
+    """
+    try:
+        connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            owner = f"user_id={os.geteuid()},group_id={os.getegid()}"
+            options = f"fd={connection},rootmode={stat.S_IFDIR:o},{owner}"
+            _mount("blocksnap", folder, "fuse.blocksnap", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, options)
+        except BaseException:
+            os.close(connection)
+            raise
+    except OSError as err:
+        raise NotMountedError(f"a tree on {folder}", err) from err
+    return connection
 
 
 def unmount_for_good(folder: str) -> None:

@@ -10,50 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted
+from support.shown import children_of, is_mounted, shown, wait_for
 
 MIB = 1 << 20
 FILESYSTEMS = {"ext4": (64, "-q"), "xfs": (320, "-q"), "btrfs": (128, "-q")}
-
-
-@contextmanager
-def shown(blocksnap: CommandLine, what: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `blocksnap mount` until the block ends, and see that umount ends it."""
-    folder.mkdir(exist_ok=True)
-    process = blocksnap.start("mount", what, folder)
-    try:
-        wait_for(process, folder)
-        yield process
-        call("umount", folder)
-        assert process.wait(timeout=60) in (0, 3)
-    finally:
-        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
-        process.kill()
-        process.communicate()
-
-
-def wait_for(process: subprocess.Popen[bytes], folder: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not os.path.ismount(folder):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "it was not mounted"
-        time.sleep(0.05)
-
-
-def is_mounted(folder: Path) -> bool:
-    """Tell it from the kernel's list: a tree whose process has died cannot be asked."""
-    return f" {folder} " in Path("/proc/mounts").read_text()
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def make_filesystem(kind: str, image: Path) -> dict[str, str]:

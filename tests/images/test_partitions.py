@@ -14,10 +14,11 @@ import pytest
 
 from blocksnap.restore.partitions import look_inside
 from images.test_drill import configure, drilled
-from images.test_mount import children_of, digests_of, is_mounted, shown, wait_for
+from images.test_mount import digests_of
 from support.commands import CommandLine
 from support.disks import MIB, boot_sector, make_gpt, make_mbr, make_sectors
 from support.loops import call
+from support.shown import children_of, is_mounted, shown, wait_for
 
 
 def host_partitions() -> list[str]:

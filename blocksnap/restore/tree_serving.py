@@ -1,0 +1,301 @@
+"""Backups of subvolumes as users see them: each a tree of files, in a FUSE filesystem that can only be read.
+
+Records and chunks are fetched when somebody asks for them. What cannot be proven is an I/O error and told;
+everything that the kernel asks for by a name comes with it, so an error is of that name alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from mfusepy import Operations
+
+from blocksnap.errors import BlocksnapError, DamageError
+from blocksnap.repository.inode_map import InodeMap
+from blocksnap.repository.inodes import InodeRecord
+from blocksnap.repository.listings import SUBVOLUME
+from blocksnap.repository.repository import Repository
+from blocksnap.restore.engine import UnreadableRangeError
+from blocksnap.restore.fuse import serve
+from blocksnap.restore.images import Image, ImageReader
+from blocksnap.restore.inside import NoFuseError
+from blocksnap.restore.naming import printable
+from blocksnap.restore.tree import ENTRY_KINDS, TOP, UnreadableFileError
+from blocksnap.restore.tree_view import STUB, TreeView, blocks_of
+
+LATEST = "latest"
+_VIEWS = 3
+"""How many backups have what they need in memory: somebody compares two, or goes through all."""
+_NUMBER_BITS = 48
+"""Inode numbers of a backup; btrfs gives them out one by one. Above them is which backup it is: files of two
+backups must not look like one."""
+_ROOT, _LATEST_LINK = 1, 2
+_BLOCK = 4096
+_KEPT_SECONDS = 3600
+"""How long the kernel may go by what it was told: nothing changes."""
+_END_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShownTree:
+    """A backup: the name of its folder (nothing for the only one), its inodes, its time in nanoseconds."""
+
+    folder: str
+    inodes: InodeMap
+    chunk_size: int
+    taken_ns: int
+
+
+class UnshownPathError(DamageError):
+    """What a path leads to cannot be read from the repository."""
+
+    def __init__(self, path: bytes, err: DamageError) -> None:
+        self.path = path
+        super().__init__(
+            f"{printable(path)} cannot be shown: {err.brief}",
+            resolution="run: blocksnap check --read-data, and repair; an older backup may have it unharmed",
+        )
+
+
+class ServedTrees:
+    """A context in which backups are shown through a FUSE connection, which belongs to it from then on.
+
+    ``when_ended`` is called, by another thread, when nothing is served any more, with the reason as
+    ``restore.fuse`` gives it.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        shown: Sequence[ShownTree],
+        connection: int,
+        tell: Callable[[BlocksnapError], None],
+        when_ended: Callable[[str], None],
+    ) -> None:
+        self._reader = ImageReader(repository)
+        self._connection = connection
+        self._operations = Trees(repository, self._reader, shown, tell)
+        self._when_ended = when_ended
+        self._failure = ""
+        self._thread = threading.Thread(target=self._serve, name="blocksnap-fuse", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Serve; raises NoFuseError."""
+        self._thread.start()
+        while not self._operations.ready.wait(0.05):
+            if not self._thread.is_alive():
+                raise NoFuseError(self._failure)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait a little for the end of what was unmounted: who still has a file open is not waited for."""
+        self._thread.join(_END_SECONDS)
+        self._reader.close()
+
+    def _serve(self) -> None:
+        try:
+            # libfuse takes a connection that is mounted already by this name (fuse_session_mount).
+            place = f"/dev/fd/{self._connection}"
+            self._failure = serve(self._operations, place, kept_seconds=_KEPT_SECONDS)
+        finally:
+            self._when_ended(self._failure)
+
+
+class Trees(Operations):  # type: ignore[misc] # mfusepy has no types
+    """What is in the filesystem; paths begin with a slash."""
+
+    use_ns = True
+
+    def __init__(
+        self,
+        repository: Repository,
+        reader: ImageReader,
+        shown: Sequence[ShownTree],
+        tell: Callable[[BlocksnapError], None],
+    ) -> None:
+        self._repository = repository
+        self._reader = reader
+        self._shown = {each.folder: each for each in shown}
+        # The only one has its own inode numbers.
+        self._ordinals = {each.folder: at if each.folder else 0 for at, each in enumerate(shown, 1)}
+        self._newest = max(shown, key=lambda each: each.taken_ns)
+        self._tell = tell
+        self._views: OrderedDict[str, TreeView] = OrderedDict()
+        self._lock = threading.Lock()
+        self._handles: dict[int, Image] = {}
+        self._numbers = itertools.count(1)
+        self.ready = threading.Event()
+
+    def init(self, path: str) -> None:  # noqa: ARG002
+        """The kernel has answered: it is mounted."""
+        self.ready.set()
+
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:  # noqa: ARG002
+        """Describe what a path leads to."""
+        shown, rest = self._split(path)
+        if shown is None:
+            return self._outside(path)
+        with self._errors(path):
+            view = self._view(shown)
+            return self._facts(shown, view, view.find(rest))
+
+    def readdir(self, path: str, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:  # noqa: ARG002
+        """List a directory, with the numbers and kinds of what is in it."""
+        shown, rest = self._split(path)
+        if shown is None:
+            self._outside(path)
+            # A number of 0 would say that there is nothing.
+            root = {"st_mode": stat.S_IFDIR, "st_ino": _ROOT}
+            yield from ((name, root, 0) for name in (".", ".."))
+            for name, each in self._shown.items():
+                yield name, {"st_mode": stat.S_IFDIR, "st_ino": self._number(each, TOP)}, 0
+            if len(self._shown) > 1:
+                yield LATEST, {"st_mode": stat.S_IFLNK, "st_ino": _LATEST_LINK}, 0
+            return
+        with self._errors(path):
+            view = self._view(shown)
+            folder = view.find(rest)
+            names = view.names(folder)
+        here = {"st_mode": stat.S_IFDIR, "st_ino": self._number(shown, folder.number)}
+        yield ".", here, 0
+        yield "..", here, 0
+        for found in names:
+            is_stub = found.kind == SUBVOLUME
+            number = self._number(shown, STUB if is_stub else found.inode)
+            mode = stat.S_IFDIR if is_stub else ENTRY_KINDS.get(found.kind, 0)
+            yield found.name.decode("utf-8", "surrogateescape"), {"st_mode": mode, "st_ino": number}, 0
+
+    def readlink(self, path: str) -> str:
+        """Tell where a link leads: as it did, or to the newest backup."""
+        shown, rest = self._split(path)
+        if shown is None:
+            return self._newest.folder
+        with self._errors(path):
+            view = self._view(shown)
+            return view.target(view.find(rest)).decode("utf-8", "surrogateescape")
+
+    def open(self, path: str, flags: int) -> int:
+        """Open a file for reading."""
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        shown, rest = self._split(path)
+        if shown is None:
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with self._errors(path):
+            view = self._view(shown)
+            record = view.find(rest)
+            number = next(self._numbers)
+            self._handles[number] = Image(view.geometry(record), record.content)
+            return number
+
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        """Read; what cannot be had is an I/O error, and never other bytes."""
+        with self._errors(path):
+            return self._reader.read(self._handles[fh], offset, size)
+
+    def release(self, path: str, fh: int) -> int:  # noqa: ARG002
+        """Forget a reader."""
+        self._handles.pop(fh, None)
+        return 0
+
+    def getxattr(self, path: str, name: str, position: int = 0) -> bytes:  # noqa: ARG002
+        """Return an extended attribute."""
+        found = self._xattrs(path).get(name.encode("utf-8", "surrogateescape"))
+        if found is None:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        return found
+
+    def listxattr(self, path: str) -> list[str]:
+        """Name the extended attributes."""
+        return [name.decode("utf-8", "surrogateescape") for name in self._xattrs(path)]
+
+    def statfs(self, path: str) -> dict[str, int]:
+        """Tell how much is in a backup, or in the newest; there is no room for more."""
+        shown, _ = self._split(path)
+        inodes = (shown or self._newest).inodes
+        return {
+            "f_bsize": _BLOCK, "f_frsize": _BLOCK, "f_blocks": -(-inodes.file_bytes // _BLOCK),
+            "f_files": inodes.count, "f_namemax": 255,
+        }  # fmt: skip
+
+    def _xattrs(self, path: str) -> dict[bytes, bytes]:
+        shown, rest = self._split(path)
+        if shown is None:
+            return {}
+        with self._errors(path):
+            view = self._view(shown)
+            return view.xattrs(view.find(rest))
+
+    def _split(self, path: str) -> tuple[ShownTree | None, bytes]:
+        """Return the backup that a path is of, and the path in it."""
+        if "" in self._shown:
+            return self._shown[""], path[1:].encode("utf-8", "surrogateescape")
+        first, _, rest = path[1:].partition("/")
+        return self._shown.get(first), rest.encode("utf-8", "surrogateescape")
+
+    def _outside(self, path: str) -> dict[str, int]:
+        """Describe what is in no backup: the folder of all, and the link to the newest."""
+        when = self._newest.taken_ns
+        times = {"st_mtime": when, "st_ctime": when, "st_atime": when}
+        if path == "/":
+            return {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2, "st_ino": _ROOT, **times}
+        if path == f"/{LATEST}" and len(self._shown) > 1:
+            size = len(self._newest.folder)
+            return {
+                "st_mode": stat.S_IFLNK | 0o777, "st_nlink": 1, "st_ino": _LATEST_LINK, "st_size": size,
+                **times,
+            }  # fmt: skip
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    def _facts(self, shown: ShownTree, view: TreeView, record: InodeRecord) -> dict[str, int]:
+        return {
+            "st_ino": self._number(shown, record.number),
+            "st_mode": record.mode,
+            "st_nlink": record.nlink,
+            "st_uid": record.uid,
+            "st_gid": record.gid,
+            "st_size": record.size,
+            "st_blocks": blocks_of(view.room(record)),
+            "st_rdev": os.makedev(*record.device),
+            "st_mtime": record.mtime,
+            "st_ctime": record.ctime,
+            "st_atime": record.atime,
+        }
+
+    def _number(self, shown: ShownTree, inode: int) -> int:
+        return self._ordinals[shown.folder] << _NUMBER_BITS | inode % (1 << _NUMBER_BITS)
+
+    def _view(self, shown: ShownTree) -> TreeView:
+        with self._lock:
+            found = self._views.get(shown.folder)
+            if found is None:
+                found = TreeView(self._repository, shown.inodes, shown.chunk_size, shown.taken_ns)
+                self._views[shown.folder] = found
+                if len(self._views) > _VIEWS:
+                    self._views.popitem(last=False)
+            self._views.move_to_end(shown.folder)
+            return found
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Tell of what cannot be had, and make an I/O error of it."""
+        try:
+            yield
+        except BlocksnapError as err:
+            name = path[1:].encode("utf-8", "surrogateescape")
+            if isinstance(err, UnreadableRangeError):
+                self._tell(UnreadableFileError(name, err.offset, err.length, err))
+            elif isinstance(err, DamageError):
+                self._tell(UnshownPathError(name, err))
+            else:
+                self._tell(err)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path) from err
