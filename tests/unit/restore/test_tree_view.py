@@ -1,0 +1,183 @@
+"""Trees looked into without being restored: what is found, what is refused, and what is kept of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from blocksnap.errors import DamageError
+from blocksnap.operations.catalogue import find_backup
+from blocksnap.operations.reporting import Quiet
+from blocksnap.operations.trees import FilesOfTree, NoSuchPathError
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository.blockmap import MapRoot
+from blocksnap.repository.errors import DamagedObjectError
+from blocksnap.repository.frame import FrameType
+from blocksnap.repository.listings import DirectoryEntry
+from blocksnap.restore import tree_names, tree_view
+from blocksnap.restore.images import Image, ImageReader
+from blocksnap.restore.private_folder import private_folder
+from blocksnap.restore.tree_names import Names
+from blocksnap.restore.tree_view import STUB, TreeView
+from support.inode_trees import Node, chunk, inode_map, store_tree
+from support.repositories import CHUNK, make_repository, open_repository, open_writer
+
+FILE, FOLDER, LINK, SUBVOLUME = 1, 2, 7, 8
+TREE = {
+    256: [(b"file", 257, FILE), (b"folder", 258, FOLDER), (b"link", 260, LINK), (b"sub", 300, SUBVOLUME)],
+    258: [(b"inner", 259, FILE), (b"deeper", 261, FOLDER)],
+    261: [(b"last", 262, FILE)],
+}
+GOOD = Node({0: 1, 2: 2}, 3)
+
+
+def names(*entries: tuple[bytes, int, int]) -> Node:
+    listed = (DirectoryEntry(name, inode, kind, 2 + at) for at, (name, inode, kind) in enumerate(entries))
+    return Node(names=tuple(listed), kind=stat.S_IFDIR)
+
+
+def files_of(place: Path, tree: Mapping[int, Node]) -> FilesOfTree:
+    make_repository(place / "repository", encrypted=False)
+    repository = open_repository(place / "repository")
+    with open_writer(repository) as writer:
+        store_tree(writer, repository, tree)()
+    repository = open_repository(place / "repository")
+    return FilesOfTree(repository, find_backup(repository, "latest").backup, Quiet())
+
+
+def view_of(files: FilesOfTree, place: Path) -> TreeView:
+    return TreeView(open_repository(place / "repository"), inode_map(files.backup), CHUNK, 5)
+
+
+def small_tree() -> dict[int, Node]:
+    folders = {number: names(*listed) for number, listed in TREE.items()}
+    return {**folders, 257: GOOD, 259: GOOD, 260: Node(detail=b"folder", kind=stat.S_IFLNK), 262: GOOD}
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_names_are_found(monkeypatch: pytest.MonkeyPatch, collide: bool) -> None:
+    if collide:
+        monkeypatch.setattr(tree_names, "hash", lambda name: name[0] % 3, raising=False)
+    dice = random.Random(3)
+    listed = {dice.randbytes(dice.randrange(1, 256)).translate(None, b"/\0") or b"x" for _ in range(200)}
+    entries = [
+        DirectoryEntry(name, 257 + at, at % 8, at + 2) for at, name in enumerate(sorted(listed, key=len))
+    ]
+    found = Names(entries, "here")
+    assert [(each.name, each.inode, each.kind) for each in found] == [
+        (each.name, each.inode, each.kind) for each in entries
+    ]
+    for each in entries:
+        assert found.find(each.name) == (each.name, each.inode, each.kind)
+        assert (found.find(each.name + b"!") is not None) == (each.name + b"!" in listed)
+    for at in (0, 100):
+        twice = [*entries, DirectoryEntry(entries[at].name, 1, 1, 1000)]
+        with pytest.raises(DamagedObjectError, match="same name twice"):
+            Names(twice, "here")
+    assert list(Names([], "here")) == []
+    assert Names([], "here").find(b"x") is None
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = files_of(tmp_path, small_tree())
+    # With nothing kept it is the same.
+    for folders, held in ((4096, 1 << 20), (1, 1)):
+        monkeypatch.setattr(tree_view, "_KEPT_FOLDERS", folders)
+        monkeypatch.setattr(tree_view, "_KEPT_NAMES_BYTES", held)
+        view = view_of(files, tmp_path)
+        for _ in range(2):
+            assert view.find(b"folder/deeper/last").number == 262
+            assert view.find(b"").number == 256
+            assert view.find(b"sub").number == STUB
+            assert list(view.names(view.find(b"sub"))) == []
+            assert view.target(view.find(b"link")) == b"folder"
+            for path in (b"no", b"folder/no", b"no/folder", b"sub/file"):
+                with pytest.raises(FileNotFoundError):
+                    view.find(path)
+            for path in (b"file/x", b"link/inner", b"folder/inner/x/y"):
+                with pytest.raises(NotADirectoryError):
+                    view.find(path)
+
+
+def test_hostile_trees(tmp_path: Path) -> None:
+    tree = {
+        256: names(
+            (b"loop", 257, FOLDER), (b"top", 256, FOLDER), (b"wrong", 258, FOLDER), (b"no", 300, FILE)
+        ),
+        257: names((b"again", 257, FOLDER)),
+        258: GOOD,
+    }
+    files = files_of(tmp_path, tree)
+    view = view_of(files, tmp_path)
+    assert view.find(b"loop").number == 257
+    for path in (b"loop/again", b"loop/again/again", b"top", b"top/loop", b"wrong", b"wrong/x", b"no"):
+        with pytest.raises(DamageError):
+            view.find(path)
+    with pytest.raises(DamageError):
+        list(files.entries("", recursive=True, find=None))
+    (tmp_path / "out").mkdir()
+    for path in ("", "loop", "top", "wrong", "no"):
+        with pytest.raises(DamageError):
+            files.copy(path, str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_copies_and_refusals(tmp_path: Path) -> None:
+    files = files_of(tmp_path, small_tree())
+    out = tmp_path / "out"
+    out.mkdir()
+    assert files.copy("folder/inner", str(out)) == [str(out / "inner")]
+    assert (out / "inner").read_bytes() == chunk(1) + bytes(CHUNK) + chunk(2)
+    assert files.copy("/folder/./deeper/", str(out)) == [str(out / "deeper")]
+    assert os.listdir(out / "deeper") == ["last"]
+    for path in ("..", "folder/../file", "link/inner", "file/x", "nothing"):
+        with pytest.raises(NoSuchPathError):
+            files.copy(path, str(out))
+    listed = [entry["path"] for entry in files.entries("", recursive=True, find=None)]
+    assert listed == [
+        "file", "folder", "link", "sub", "folder/deeper", "folder/inner", "folder/deeper/last",
+    ]  # fmt: skip
+    assert sorted(os.listdir(out)) == ["deeper", "inner"]
+
+
+def test_a_chunk_of_another_length_is_no_content(tmp_path: Path) -> None:
+    """A chunk that is in memory already has its right id, but not the length that another file wants."""
+    make_repository(tmp_path / "repository")
+    repository = open_repository(tmp_path / "repository")
+    with open_writer(repository) as writer:
+        id_ = writer.store_blob(FrameType.DATA, b"short")
+        writer.flush()
+    reader = ImageReader(open_repository(tmp_path / "repository"))
+    try:
+        short = MapRoot(0, id_)
+        assert reader.read(Image(Geometry(5, CHUNK), short), 0, 9) == b"short"
+        for size in (4, 6, CHUNK):
+            with pytest.raises(DamageError, match="has 5 bytes"):
+                reader.read(Image(Geometry(size, CHUNK), short), 0, size)
+    finally:
+        reader.close()
+
+
+def test_only_what_was_left_behind_is_removed(tmp_path: Path) -> None:
+    for name, mode in {".blocksnap-abcdefgh.partial": 0o700, ".blocksnap-openopen.partial": 0o755}.items():
+        (tmp_path / name).mkdir(mode=mode)
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / ".blocksnap-of.12345678.partial").mkdir(mode=0o700)
+    (tmp_path / ".blocksnap-locked_1.partial").mkdir(mode=0o700)
+    fd = os.open(tmp_path / ".blocksnap-locked_1.partial", os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with private_folder(str(tmp_path)) as (one, _), private_folder(str(tmp_path)) as (other, _):
+            assert one != other
+            assert Path(one).is_dir()
+    finally:
+        os.close(fd)
+    assert sorted(os.listdir(tmp_path)) == [
+        ".blocksnap-locked_1.partial", ".blocksnap-of.12345678.partial", ".blocksnap-openopen.partial",
+    ]  # fmt: skip
