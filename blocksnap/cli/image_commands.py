@@ -25,7 +25,8 @@ def mount_command(settings: Settings, *, backup: str, folder: str) -> None:
 
     Each has its raw volume as the file image, and where the kernel can mount its filesystem (ext4, XFS or
     btrfs, without a replay of the journal) what is in it under files; of a disk with partitions under p1, p2
-    and so on, while the file partitions says what each is. It runs until DIR is unmounted.
+    and so on, while the file partitions says what each is. Backups of a btrfs subvolume are trees of files as
+    they are, with owners, links and extended attributes. It runs until DIR is unmounted.
     """
     from blocksnap.extents import memory
     from blocksnap.operations.images import show_backups
@@ -58,9 +59,9 @@ def files_command(
 ) -> None:
     """List the files in a BACKUP, or copy them out, without mounting anything by hand.
 
-    PATH is that of a file or directory in the volume's filesystem, its root if not given. Of a disk with
-    partitions it begins with one of them (p1/etc/fstab), and without it they are listed. Copies keep owners,
-    modes, times, links, extended attributes and holes, and never replace anything.
+    PATH is that of a file or directory in the volume's filesystem or the subvolume, its root if not given. Of
+    a disk with partitions it begins with one of them (p1/etc/fstab), and without it they are listed. Copies
+    keep owners, modes, times, links, extended attributes and holes, and never replace anything.
     """
     from blocksnap.extents import memory
     from blocksnap.operations.images import files_of

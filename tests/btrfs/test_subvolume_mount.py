@@ -124,6 +124,40 @@ def test_a_nested_subvolume_is_an_empty_directory(
         assert (tmp_path / "tree" / "nested").stat().st_ino == 2
 
 
+def open_deep(top: Path, name: str, depth: int, *, make: bool) -> int:
+    """Open a directory whose path no system call would take."""
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(depth):
+        if make:
+            os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    return fd
+
+
+def test_a_path_that_is_too_long_for_a_system_call(
+    lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path
+) -> None:
+    name = "n" * 200
+    folder = open_deep(lab.live, name, 25, make=True)
+    fd = os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=folder)
+    os.write(fd, b"deep")
+    os.close(fd)
+    os.close(folder)
+    blocksnap.done("backup", "-q", lab.live)
+    with shown(blocksnap, "latest", tmp_path / "tree"):
+        folder = open_deep(tmp_path / "tree", name, 25, make=False)
+        fd = os.open("file", os.O_RDONLY, dir_fd=folder)
+        assert os.read(fd, 10) == b"deep"
+        os.close(fd)
+        os.close(folder)
+    (tmp_path / "out").mkdir()
+    path = "/".join([name] * 25 + ["file"])
+    blocksnap.done("files", "latest", path, "--to", tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_text() == "deep"
+
+
 def test_large_directories_and_many_readers(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
     many = lab.live / "many"
     many.mkdir()
