@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from mfusepy import Operations
@@ -30,6 +31,7 @@ from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.inside import NoFuseError
 from blocksnap.restore.naming import printable
 from blocksnap.restore.tree import ENTRY_KINDS, TOP, UnreadableFileError
+from blocksnap.restore.tree_names import Name, Names
 from blocksnap.restore.tree_view import STUB, TreeView, blocks_of
 
 LATEST = "latest"
@@ -39,6 +41,8 @@ _NUMBER_BITS = 48
 """Inode numbers of a backup; btrfs gives them out one by one. Above them is which backup it is: files of two
 backups must not look like one."""
 _ROOT, _LATEST_LINK = 1, 2
+_DOTS = (".", "..")
+_FOLDER_KIND, _LINK_KIND = 2, 7
 _BLOCK = 4096
 _KEPT_SECONDS = 3600
 """How long the kernel may go by what it was told: nothing changes."""
@@ -64,6 +68,15 @@ class UnshownPathError(DamageError):
             f"{printable(path)} cannot be shown: {err.brief}",
             resolution="run: blocksnap check --read-data, and repair; an older backup may have it unharmed",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """An open directory: its number, its names, and what makes text, kind and inode number of one."""
+
+    number: int
+    describe: Callable[[Name], tuple[str, int, int]]
+    names: Names | list[Name]
 
 
 class ServedTrees:
@@ -132,6 +145,7 @@ class Trees(Operations):  # type: ignore[misc] # mfusepy has no types
         self._views: OrderedDict[str, TreeView] = OrderedDict()
         self._lock = threading.Lock()
         self._handles: dict[int, Image] = {}
+        self._listings: dict[int, _Listing] = {}
         self._numbers = itertools.count(1)
         self.ready = threading.Event()
 
@@ -148,31 +162,45 @@ class Trees(Operations):  # type: ignore[misc] # mfusepy has no types
             view = self._view(shown)
             return self._facts(shown, view, view.find(rest))
 
-    def readdir(self, path: str, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:  # noqa: ARG002
-        """List a directory, with the numbers and kinds of what is in it."""
+    def opendir(self, path: str) -> int:
+        """Open a directory, whose names are held until it is closed."""
         shown, rest = self._split(path)
         if shown is None:
             self._outside(path)
-            # A number of 0 would say that there is nothing.
-            root = {"st_mode": stat.S_IFDIR, "st_ino": _ROOT}
-            yield from ((name, root, 0) for name in (".", ".."))
-            for name, each in self._shown.items():
-                yield name, {"st_mode": stat.S_IFDIR, "st_ino": self._number(each, TOP)}, 0
-            if len(self._shown) > 1:
-                yield LATEST, {"st_mode": stat.S_IFLNK, "st_ino": _LATEST_LINK}, 0
-            return
-        with self._errors(path):
-            view = self._view(shown)
-            folder = view.find(rest)
-            names = view.names(folder)
-        here = {"st_mode": stat.S_IFDIR, "st_ino": self._number(shown, folder.number)}
-        yield ".", here, 0
-        yield "..", here, 0
-        for found in names:
-            is_stub = found.kind == SUBVOLUME
-            number = self._number(shown, STUB if is_stub else found.inode)
-            mode = stat.S_IFDIR if is_stub else ENTRY_KINDS.get(found.kind, 0)
-            yield found.name.decode("utf-8", "surrogateescape"), {"st_mode": mode, "st_ino": number}, 0
+            listing = self._list_backups()
+        else:
+            with self._errors(path):
+                view = self._view(shown)
+                folder = view.find(rest)
+                listing = _Listing(
+                    self._number(shown, folder.number), partial(self._list, shown), view.names(folder)
+                )
+        number = next(self._numbers)
+        self._listings[number] = listing
+        return number
+
+    def readdir_with_offset(
+        self,
+        path: str,  # noqa: ARG002
+        offset: int,
+        fh: int,
+    ) -> Iterator[tuple[str, dict[str, int], int]]:
+        """List a directory from a place on, with the numbers and kinds of what is in it.
+
+        With places libfuse takes no more than it passes on at a time, and does not hold all.
+        """
+        listing = self._listings[fh]
+        for place in range(offset, len(listing.names) + len(_DOTS)):
+            if place < len(_DOTS):
+                name, mode, number = _DOTS[place], stat.S_IFDIR, listing.number
+            else:
+                name, mode, number = listing.describe(listing.names[place - len(_DOTS)])
+            yield name, {"st_mode": mode, "st_ino": number}, place + 1
+
+    def releasedir(self, path: str, fh: int) -> int:  # noqa: ARG002
+        """Forget a directory."""
+        self._listings.pop(fh, None)
+        return 0
 
     def readlink(self, path: str) -> str:
         """Tell where a link leads: as it did, or to the newest backup."""
@@ -255,6 +283,24 @@ class Trees(Operations):  # type: ignore[misc] # mfusepy has no types
                 **times,
             }  # fmt: skip
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    def _list_backups(self) -> _Listing:
+        names = [Name(name.encode(), TOP, _FOLDER_KIND) for name in self._shown]
+        if len(names) > 1:
+            names.append(Name(LATEST.encode(), _LATEST_LINK, _LINK_KIND))
+
+        def describe(name: Name) -> tuple[str, int, int]:
+            shown = self._shown.get(name.name.decode())
+            number = name.inode if shown is None else self._number(shown, name.inode)
+            return name.name.decode(), ENTRY_KINDS[name.kind], number
+
+        return _Listing(_ROOT, describe, names)
+
+    def _list(self, shown: ShownTree, found: Name) -> tuple[str, int, int]:
+        name = found.name.decode("utf-8", "surrogateescape")
+        if found.kind == SUBVOLUME:
+            return name, stat.S_IFDIR, self._number(shown, STUB)
+        return name, ENTRY_KINDS.get(found.kind, 0), self._number(shown, found.inode)
 
     def _facts(self, shown: ShownTree, view: TreeView, record: InodeRecord) -> dict[str, int]:
         return {

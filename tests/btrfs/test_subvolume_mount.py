@@ -41,6 +41,17 @@ def blocksnap(tmp_path: Path) -> CommandLine:
     return command_line
 
 
+def listings(root: Path) -> dict[str, tuple[int, bool, bool]]:
+    """Return what the directories themselves say of their entries."""
+    found = {}
+    for folder, _, _ in os.walk(root):
+        with os.scandir(folder) as entries:
+            for each in entries:
+                name = os.path.relpath(each.path, root)
+                found[name] = each.inode(), each.is_dir(follow_symlinks=False), each.is_symlink()
+    return found
+
+
 def statuses(root: Path) -> dict[str, tuple[int, ...]]:
     """Return all that stat(2) says of every path, but the device."""
     found = {}
@@ -69,6 +80,7 @@ def test_everything_is_shown_as_it_was(lab: BtrfsLab, blocksnap: CommandLine, tm
             assert differences(expected, describe(tree, layouts=False, flags=False)) == []
             wanted, found = statuses(snapshot), statuses(tree)
             assert {name: (wanted[name], found[name]) for name in wanted if wanted[name] != found[name]} == {}
+            assert listings(tree) == listings(snapshot)
             assert rsync_differences(snapshot, tree) == ""
             with pytest.raises(OSError, match="Read-only"):
                 (tree / "new").write_text("x")
