@@ -16,7 +16,7 @@ HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-restore
-.PHONY: bench-subvolumes bench-tracked bench-year vagrant-test clean
+.PHONY: bench-subvolumes bench-tracked bench-trees bench-year vagrant-test clean
 .PHONY: soak-btrfs soak-histories soak-instant soak-kill soak-model soak-power-cut soak-quiesce soak-simulation soak-tamper soak-thin
 .PHONY: soak-guest soak-images soak-kinds soak-subvolumes soak-systemd soak-together soak-xfs
 .PHONY: bootstrap-vagrant lint unit native-test host-test lab-test vagrant-validate
@@ -36,6 +36,9 @@ test: bootstrap-vagrant lint unit vagrant-validate native-test host-test lab-tes
 
 bench-subvolumes: bootstrap ## 100,000 files, 100 of them touched: an incremental backup beside a full one
 	$(BIN)/python tests/bench/subvolumes.py
+
+bench-trees: bootstrap ## a subvolume's backup read through the mounted tree, beside its restore
+	$(BIN)/python tests/bench/tree_mount.py
 
 bench: bootstrap ## measure against the peers on this machine
 	$(BIN)/python tests/bench/run.py
