@@ -57,16 +57,14 @@ def test_a_rollback_is_another_subvolume(lab: BtrfsLab, blocksnap: CommandLine) 
 
 def roll_back(lab: BtrfsLab, copy: Path) -> None:
     """Put a copy of the disk back, and let time go on until its transactions look late enough."""
-    call("umount", lab.mount)
-    call("dd", f"if={copy}", f"of={lab.device}", "bs=1M", "conv=sparse,nocreat")
-    call("mount", "-o", lab.options, lab.device, lab.mount)
+    with lab.unmounted():
+        call("dd", f"if={copy}", f"of={lab.device}", "bs=1M", "conv=sparse,nocreat")
 
 
 def copy_disk(lab: BtrfsLab, copy: Path) -> None:
     """Copy the disk, of which a filesystem that is not mounted tells all."""
-    call("umount", lab.mount)
-    call("cp", "--sparse=always", lab.device, copy)
-    call("mount", "-o", lab.options, lab.device, lab.mount)
+    with lab.unmounted():
+        call("cp", "--sparse=always", lab.device, copy)
 
 
 def pass_time(lab: BtrfsLab, transactions: int = 30) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from support import btrfs_calls as calls
-from support.loops import call, loop_device
+from support.loops import RELEASE_SECONDS, call, loop_device
 from support.require import require
 
 MOUNTS: dict[str, str] = {
@@ -65,8 +66,22 @@ class BtrfsLab:
 
     def cycle(self, options: str | None = None) -> None:
         """Unmount and mount again: with other options, with cold caches, with inode numbers used anew."""
-        call("umount", self.mount)
         self.options = options or self.options
+        with self.unmounted():
+            pass
+
+    @contextmanager
+    def unmounted(self) -> Iterator[None]:
+        """Unmount it, everywhere, for as long as the block lasts.
+
+        What another test began meanwhile may have a copy of all mounts for an instant.
+        """
+        used = Path("/sys/fs/btrfs", call("blkid", "-o", "value", "-s", "UUID", self.device).strip())
+        call("umount", self.mount)
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while used.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        yield
         call("mount", "-o", self.options, self.device, self.mount)
 
 
