@@ -105,7 +105,7 @@ def test_copying_one(backed_up: Path, blocksnap: CommandLine, tmp_path: Path) ->
             done = blocksnap.done("files", "latest", f"{deep}/file", "--to", out, "--json").document
             assert done["copied"] == [str(out / "file")]
             assert (out / "file").read_bytes() == noise(2, 5000)
-            for name in ("attributes", "link", "character", "many", "acl"):
+            for name in ("attributes", "character", "acl"):
                 blocksnap.done("files", "latest", name, "--to", out, "-q")
             one = describe(backed_up, layouts=False)
             other = describe(out, layouts=False)
@@ -119,30 +119,21 @@ def test_copying_one(backed_up: Path, blocksnap: CommandLine, tmp_path: Path) ->
             assert kept.code == 3
             assert "not kept: flag nodatacow" in kept.stderr
             assert (out / "nocow").read_bytes() == noise(4, 100_000)
-            blocksnap.done("files", "latest", "immutable", "--to", out)
-            assert (out / "immutable").read_bytes() == b"immutable"
-            with pytest.raises(PermissionError):
-                (out / "immutable").write_text("x")
-            call("chattr", "-i", out / "immutable")
             assert [name for name in os.listdir(out) if name.startswith(".blocksnap")] == []
 
 
 def test_a_path_that_leads_nowhere(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
     (lab.live / "plain").write_text("x")
     (lab.live / "link").symlink_to("plain")
-    (lab.live / "many").mkdir()
     blocksnap.done("backup", "-q", lab.live)
     (tmp_path / "out").mkdir()
-    for path, reason in {
-        "../etc/passwd": "leads out of the backup",
-        "link/below": "link is a symbolic link to plain",
-        "many/nothing": "there is no many/nothing",
-        "plain/below": "plain is no directory",
-    }.items():
-        for more in ([], ["--to", str(tmp_path / "out")]) if path[0] == "l" else ([],):
-            outcome = blocksnap("files", "latest", path, *more)
-            assert (outcome.code, len(outcome.errors)) == (1, 1), outcome
-            assert reason in outcome.errors[0]
+    for path, reason, more in (
+        ("../etc/passwd", "leads out of the backup", ()),
+        ("link/below", "link is a symbolic link to plain", ("--to", tmp_path / "out")),
+    ):
+        outcome = blocksnap("files", "latest", path, *more)
+        assert (outcome.code, len(outcome.errors)) == (1, 1), outcome
+        assert reason in outcome.errors[0]
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -160,7 +151,7 @@ def test_it_needs_no_fuse_and_no_mounts(lab: BtrfsLab, blocksnap: CommandLine, t
 
 def test_damage_and_a_kill_leave_nothing(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
     (lab.live / "folder").mkdir()
-    (lab.live / "folder" / "big").write_bytes(noise(5, 96 * MIB))
+    (lab.live / "folder" / "big").write_bytes(noise(5, 64 * MIB))
     (lab.live / "other").write_bytes(noise(6, 3000))
     blocksnap.done("backup", "-q", lab.live)
     out = tmp_path / "out"
