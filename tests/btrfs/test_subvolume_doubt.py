@@ -58,13 +58,18 @@ def test_a_rollback_is_another_subvolume(lab: BtrfsLab, blocksnap: CommandLine) 
 def roll_back(lab: BtrfsLab, copy: Path) -> None:
     """Put a copy of the disk back, and let time go on until its transactions look late enough."""
     with lab.unmounted():
-        call("dd", f"if={copy}", f"of={lab.device}", "bs=1M", "conv=sparse,nocreat")
+        call("dd", f"if={copy}", f"of={lab.device}", "bs=1M", "oflag=direct", "conv=sparse,nocreat")
 
 
 def copy_disk(lab: BtrfsLab, copy: Path) -> None:
     """Copy the disk, of which a filesystem that is not mounted tells all."""
     with lab.unmounted():
-        call("cp", "--sparse=always", lab.device, copy)
+        read_disk(lab, copy)
+
+
+def read_disk(lab: BtrfsLab, copy: Path) -> None:
+    """Read it as it is: btrfs writes past the page cache, in which may be what was there before."""
+    call("dd", f"if={lab.device}", f"of={copy}", "bs=1M", "iflag=direct", "conv=sparse")
 
 
 def pass_time(lab: BtrfsLab, transactions: int = 30) -> None:
@@ -198,7 +203,7 @@ def crash(lab: BtrfsLab) -> None:
     os.fsync(fd)
     os.close(fd)
     copy = Path(f"{lab.mount}.crashed")
-    call("cp", "--sparse=always", lab.device, copy)
+    read_disk(lab, copy)
     roll_back(lab, copy)
 
 

@@ -107,7 +107,7 @@ def test_a_server_that_is_killed_only_makes_wait(
 def test_what_arrives_wrong_is_not_read(pool: ThinPool, lost: dict[str, str], tmp_path: Path) -> None:
     """--verify finds it before anything written meanwhile goes to it; what follows is verified too."""
     volume = f"{pool.group}/data"
-    with restoring("latest", volume, "--verify", "--rate", "8M") as run:
+    with restoring("latest", volume, "--verify", "--rate", "2M") as run:
         device = run.until("usable")["device"]
         with mounted(device, tmp_path / "mnt") as folder:
             use(folder, 0, 10)

@@ -9,7 +9,7 @@ import pytest
 
 from blocksnap.system import blockdev
 from blocksnap.volumes.base import SnapshotTiming
-from blocksnap.volumes.image import ImageSnapshot
+from blocksnap.volumes.image import FOLDER, ImageSnapshot
 from blocksnap.volumes.lvm_snapshot import Readers
 
 
@@ -32,9 +32,10 @@ def test_a_clone_that_is_gone_stays_no_base(tmp_path: Path) -> None:
     """It was read and found to be whole, so the backup is committed without one."""
     (tmp_path / "clone").write_bytes(b"1")
     fd = os.open(tmp_path / "clone", os.O_RDONLY)
-    snapshot = ImageSnapshot(
-        str(tmp_path / "disk"), "xfs-clone", fd, "clone-1", "run", SnapshotTiming(0.0, 0.0)
-    )
+    trace = {
+        "folder": str(tmp_path / FOLDER), "name": "clone-1", "path": str(tmp_path / "disk"), "run": "run",
+    }  # fmt: skip
+    snapshot = ImageSnapshot(str(tmp_path / "disk"), "xfs-clone", fd, trace, SnapshotTiming(0.0, 0.0))
     snapshot.drop()
     decision = snapshot.decide_base("keep")
     assert not decision.stays
