@@ -64,7 +64,7 @@ bench-tracked: bootstrap ## incrementals beside full compares of a thin volume, 
 soak-btrfs: bootstrap ## ROUNDS=10000 btrfs backups without a base, each compared with the truth
 	$(BIN)/python tests/btrfs/soak.py --rounds $(or $(ROUNDS),10000)
 
-soak-model: bootstrap ## every order of events of two writers and two collectors: ten minutes, 3 GiB
+soak-model: bootstrap ## every order of events of two writers and two collectors: half an hour, 3 GiB
 	BLOCKSNAP_SOAK=1 $(PYTEST) -s tests/model
 
 soak-thin: bootstrap ## compare thousands of random histories of a thin pool with the reference model
