@@ -305,7 +305,7 @@ static void list_touched(struct memory_tree *tree)
         int result = bs_btrfs_touched(&source, 1, &never, &error, &touched);
 
         check_result(result, &error);
-        if (touched.numbers.count != touched.generations.count ||
+        if (touched.numbers.count != touched.transactions.count ||
             touched.modes.count * 2 != touched.numbers.count)
                 abort();
 }
