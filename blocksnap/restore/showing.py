@@ -19,6 +19,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mfusepy import Operations
@@ -224,7 +225,9 @@ def serve_tree(
 
 
 def _end_with(control: socket.socket, folder: str) -> None:
-    control.recv(1)
+    # It is an error when the other one has ended before it was told that this is mounted.
+    with suppress(OSError):
+        control.recv(1)
     namespace.unmount(folder)
 
 

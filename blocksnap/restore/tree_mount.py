@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import suppress
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.system import namespace
@@ -41,7 +42,11 @@ def hold_tree(folder: str, control: socket.socket) -> bool:
         return True
     finally:
         os.close(connection)
-    if control.recv(1) != GONE:
+    said = b""
+    # It is an error when the other one has ended before it took the connection.
+    with suppress(OSError):
+        said = control.recv(1)
+    if said != GONE:
         namespace.unmount(folder)
     return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import stat
 import subprocess
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.restore.tree_mount import hold_tree
+from blocksnap.system.children import fork_child, wait_for_child
 from support.btrfs_lab import BtrfsLab
 from support.commands import CommandLine
 from support.file_trees import (
@@ -269,3 +272,25 @@ def test_nothing_is_left_whoever_is_killed(
         process.kill()
         process.communicate()
         subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
+
+
+def test_whoever_ends_before_it_serves_leaves_nothing(tmp_path: Path) -> None:
+    """Such as while it opens a large repository: what was handed over to it is not taken any more."""
+    require("fuse", os.path.exists("/dev/fuse"), "needs /dev/fuse")
+    ours, its = socket.socketpair()
+
+    def work() -> bool:
+        ours.close()
+        return hold_tree(str(tmp_path), its)
+
+    pid = fork_child(work)
+    its.close()
+    try:
+        assert ours.recv(1, socket.MSG_PEEK) == b"m"
+        assert is_mounted(tmp_path)
+        ours.close()
+        assert wait_for_child(pid) == 0
+        assert not is_mounted(tmp_path)
+    finally:
+        ours.close()
+        subprocess.run(["umount", "-l", tmp_path], check=False, capture_output=True)
