@@ -44,7 +44,7 @@ class UnreadableRangeError(DamageError):
     """A range of the backup, in bytes, cannot be read from the repository."""
 
     def __init__(self, offset: int, length: int, err: DamageError) -> None:
-        self.offset, self.length = offset, length
+        self.offset, self.length, self.reason = offset, length, err
         super().__init__(
             f"bytes {offset} to {offset + length} cannot be restored: {err.brief}",
             resolution="run: blocksnap check --read-data; an older backup may hold this range unharmed",

@@ -55,6 +55,7 @@ class ImageReader:
         self._lock = threading.Lock()
         self._chunks: OrderedDict[bytes, memoryview] = OrderedDict()
         self._held = 0
+        self._is_closed = False
         self._coming: dict[bytes, Future[memoryview]] = {}
 
     def read(self, image: Image, offset: int, size: int) -> bytes:
@@ -73,7 +74,11 @@ class ImageReader:
             if source is None:
                 parts.append(bytes(high - low))
                 continue
-            content = _content(source)
+            try:
+                content = _content(source)
+            except UnreadableChunkError as failed:
+                # It may have been fetched for another place: the range is to be that of this one.
+                raise UnreadableChunkError((number,), geometry, failed.reason) from failed
             if len(content) != geometry.length(number):
                 # It was fetched for another place, where it had the right length.
                 err = DamageError(f"chunk {number} has {len(content)} bytes")
@@ -83,11 +88,12 @@ class ImageReader:
 
     def close(self) -> None:
         """Let the threads end; whoever still waits is told that nothing comes any more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
+            self._is_closed = True
             waiting, self._coming = list(self._coming.values()), {}
+        self._pool.shutdown(wait=False, cancel_futures=True)
         for future in waiting:
-            future.set_exception(StorageError("the images are not served any more"))
+            future.set_exception(_not_served())
 
     def _want(
         self, image: Image, first: int, last: int
@@ -101,7 +107,10 @@ class ImageReader:
             ]
         wanted: list[tuple[int, memoryview | Future[memoryview] | None]] = []
         missing: list[tuple[int, Entry]] = []
+        most = max(_GROUP_BYTES // image.geometry.chunk_size, 1)
         with self._lock:
+            if self._is_closed:
+                raise _not_served()
             for number, entry in entries:
                 source: memoryview | Future[memoryview] | None = None
                 if entry not in _EMPTY:
@@ -112,9 +121,9 @@ class ImageReader:
                     elif isinstance(source, memoryview):
                         self._chunks.move_to_end(entry)
                 wanted.append((number, source))
-        most = max(_GROUP_BYTES // image.geometry.chunk_size, 1)
-        for at in range(0, len(missing), most):
-            self._pool.submit(self._bring, image.geometry, missing[at : at + most])
+            # With the lock, so that the threads have not been told to end meanwhile.
+            for at in range(0, len(missing), most):
+                self._pool.submit(self._bring, image.geometry, missing[at : at + most])
         return wanted
 
     def _fetch_ahead(self, image: Image, offset: int, end: int) -> None:
@@ -195,3 +204,7 @@ class ImageReader:
 
 def _content(source: memoryview | Future[memoryview]) -> memoryview:
     return source if isinstance(source, memoryview) else source.result()
+
+
+def _not_served() -> StorageError:
+    return StorageError("the images are not served any more")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.errors import DamageError
+from blocksnap.errors import DamageError, StorageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import HOLE, MapReader, MapRoot, MapWriter
 from blocksnap.restore import images
@@ -110,6 +110,55 @@ def test_a_damaged_chunk_costs_itself(stored: tuple[Path, MapRoot], content: byt
             assert f"bytes {at} to" in err.brief
     reader.close()
     assert failed == [victim]
+
+
+def test_the_same_chunk_in_another_place_is_told_as_there(stored: tuple[Path, MapRoot]) -> None:
+    """Whoever waits for what another one fetches is told of its own range, not of the other's."""
+    repository = open_repository(stored[0])
+    maps = MapReader(repository.load_node)
+    victim = next(n for n in range(50, COUNT) if len(maps.entry(stored[1], n)) == 32)
+    entry = maps.entry(stored[1], victim)
+    (location,) = repository.index.find_all(entry)
+    original = repository.backend.read_range_into
+    asked, go_on = threading.Event(), threading.Event()
+
+    def failing(name: str, offset: int, buffer: memoryview) -> None:
+        if name == location.pack.name and offset <= location.offset < offset + len(buffer):
+            asked.set()
+            go_on.wait(30)
+            raise DamageError("it is lost")
+        original(name, offset, buffer)
+
+    repository.backend.read_range_into = failing  # type: ignore[method-assign]
+    reader, said = ImageReader(repository), list[str]()
+
+    def read(image: Image, at: int) -> None:
+        with pytest.raises(DamageError) as failed:
+            reader.read(image, at, 10)
+        said.append(failed.value.brief)
+
+    first = threading.Thread(target=read, args=(Image(GEOMETRY, stored[1]), victim * CHUNK))
+    first.start()
+    assert asked.wait(30)
+    second = threading.Thread(target=read, args=(Image(Geometry(CHUNK, CHUNK), MapRoot(0, entry)), 0))
+    second.start()
+    # Until it waits, most likely; if not it finds out for itself.
+    second.join(0.1)
+    go_on.set()
+    for thread in (first, second):
+        thread.join()
+    reader.close()
+    assert sorted(brief.split(" cannot")[0] for brief in said) == [
+        f"bytes 0 to {CHUNK}",
+        f"bytes {victim * CHUNK} to {(victim + 1) * CHUNK}",
+    ]
+
+
+def test_what_is_closed_says_so(stored: tuple[Path, MapRoot]) -> None:
+    reader = ImageReader(open_repository(stored[0]))
+    reader.close()
+    with pytest.raises(StorageError, match="not served any more"):
+        reader.read(Image(GEOMETRY, stored[1]), 0, GEOMETRY.size)
 
 
 @pytest.mark.parametrize(
