@@ -68,8 +68,11 @@ class TreeView:
             return self._record(found, path, frozenset())
 
     def names(self, folder: InodeRecord) -> Names:
-        """Return the names in a directory."""
+        """Return the names in a directory; there are none in the place of a nested subvolume."""
         with self._lock:
+            if not folder.detail.length:
+                # Not kept: a record may have the number of what has none.
+                return Names((), f"directory {folder.number}")
             found = self._names.get(folder.number)
             if found is not None:
                 self._names.move_to_end(folder.number)

@@ -128,6 +128,22 @@ def test_hostile_trees(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_the_place_of_a_nested_subvolume_is_empty(tmp_path: Path) -> None:
+    """Also when an inode has the number that the kernel shows there, and names."""
+    tree = {
+        2: names((b"below", 300, SUBVOLUME)),
+        256: names((b"two", 2, FOLDER), (b"sub", 300, SUBVOLUME)),
+    }
+    files = files_of(tmp_path, tree)
+    view = view_of(files, tmp_path)
+    assert [each.name for each in view.names(view.find(b"two"))] == [b"below"]
+    for path in (b"sub", b"two/below"):
+        assert list(view.names(view.find(path))) == []
+    for path in (b"sub/below", b"two/below/below"):
+        with pytest.raises(FileNotFoundError):
+            view.find(path)
+
+
 def test_copies_and_refusals(tmp_path: Path) -> None:
     files = files_of(tmp_path, small_tree())
     out = tmp_path / "out"
