@@ -265,7 +265,8 @@ class _Reader:
         is_node = kind in (stat.S_IFCHR, stat.S_IFBLK)
         device = (self.number(), self.number()) if is_node else (0, 0)
         self.require_end()
-        if size >> 63 or mode >> 16:
+        is_small = not ((uid | gid | nlink) >> 32 or (device[0] | device[1]) >> 31)
+        if size >> 63 or mode >> 16 or not is_small:
             raise self._damage()
         return InodeRecord(
             number, generation, mode, uid, gid, nlink, flags, size, device, modified, atime, ctime, otime,

@@ -56,7 +56,7 @@ def decode_listing(data: bytes, where: str) -> Iterator[DirectoryEntry]:
         at += 2 + length
         index += step
         inode += unfold(coded)
-        if not step or kind >= _KINDS or inode < 0 or len(name) != length or not is_name(name):
+        if not step or kind >= _KINDS or inode < 0 or inode >> 64 or len(name) != length or not is_name(name):
             raise DamagedObjectError(where, f"{name!r} is no name in a directory")
         yield DirectoryEntry(name, inode, kind, index)
 

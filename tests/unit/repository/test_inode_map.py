@@ -20,7 +20,14 @@ from blocksnap.repository.inode_map import (
     store_listing,
     store_value,
 )
-from blocksnap.repository.inodes import InodeRecord, Value, decode_page, encode_page, page_references
+from blocksnap.repository.inodes import (
+    PAGE_INODES,
+    InodeRecord,
+    Value,
+    decode_page,
+    encode_page,
+    page_references,
+)
 from blocksnap.repository.listings import DirectoryEntry, decode_listing, encode_listing
 
 NONE: InodeMap | None = None
@@ -145,6 +152,11 @@ def test_a_name_is_one_name_and_comes_once() -> None:
     for name in (b"..", b".", b"a/b", b"a\0b", b"/"):
         with pytest.raises(DamagedObjectError):
             list(decode_listing(encode_listing([DirectoryEntry(name, 300, 1, 2)]), "here"))
+    step = (1 << 63) - 1
+    far = [DirectoryEntry(bytes((97 + at,)), step * (at + 1), 1, 2 + at) for at in range(3)]
+    with pytest.raises(DamagedObjectError):
+        list(decode_listing(encode_listing(far), "here"))
+    assert len(list(decode_listing(encode_listing(far[:2]), "here"))) == 2
     twice = [DirectoryEntry(b"a", 300, 1, 2), DirectoryEntry(b"a", 301, 1, 3)]
     reader = InodeReader(Blobs(), InodeMap(MapRoot(1, b"\0"), 1, 0, 0))
     with pytest.raises(DamagedObjectError, match="twice"):
@@ -167,6 +179,23 @@ def test_hostile_listings_are_refused(data: bytes) -> None:
     except DamagedObjectError:
         return
     assert all(b"/" not in entry.name for entry in entries)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({name: 1 << 32} for name in ("uid", "gid", "nlink")),
+        *({"device": numbers} for numbers in ((1 << 31, 0), (0, 1 << 31))),
+    ],
+)
+def test_numbers_that_no_kernel_has_are_refused(facts: dict[str, object]) -> None:
+    def page(facts: dict[str, object]) -> bytes:
+        return encode_page([inode(257, mode=stat.S_IFBLK | 0o600, **facts)])
+
+    least = {name: (0, 0) if name == "device" else 0 for name in facts}
+    assert decode_page(page(least), 257 // PAGE_INODES, "here")
+    with pytest.raises(DamagedObjectError):
+        decode_page(page(facts), 257 // PAGE_INODES, "here")
 
 
 def test_a_later_version_is_no_damage() -> None:
