@@ -109,11 +109,20 @@ def _line(entry: dict[str, Any]) -> str:
         content = f"not shown: {entry['reason']}" if entry["reason"] else entry["content"]
         return f"{entry['path']:<5} {format_size(entry['size']):>10} {content}"
     mode = stat.filemode(entry["mode"] | _TYPES.get(entry["kind"], 0))
-    when = datetime.fromtimestamp(entry["modified"], UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    when = _format_time(entry["modified"])
     target = f" -> {_printable(entry['target'])}" if entry["target"] is not None else ""
     size = format_size(entry["size"])
     owner = f"{entry['uid']}:{entry['gid']}"
     return f"{mode} {owner:>11} {size:>10} {when} {_printable(entry['path'])}{target}"
+
+
+def _format_time(seconds: float) -> str:
+    """Return a time as people read it; what no calendar has, as date(1) takes it."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        # btrfs has room for any 64 bits of seconds, and keeps what programs set.
+        return f"@{seconds:.0f}".ljust(19)
 
 
 def _printable(name: str) -> str:
