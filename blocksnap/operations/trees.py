@@ -25,8 +25,8 @@ from blocksnap.repository.keys import Right
 from blocksnap.repository.listings import DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.contents import kind_of
-from blocksnap.restore.naming import flush_folder, give_name, printable
-from blocksnap.restore.private_folder import private_folder
+from blocksnap.restore.naming import flush_folder, printable
+from blocksnap.restore.private_folder import private_folder, take_out
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree import Part, TreeRestore
 from blocksnap.restore.tree_mount import GONE, take_connection
@@ -157,7 +157,7 @@ class FilesOfTree:
         made = [name for name in wanted if os.path.lexists(os.path.join(private, name))]
         for name in made:
             try:
-                give_name(os.path.join(private, name), os.path.join(folder, name))
+                take_out(private, name, folder)
             except FileExistsError as err:
                 raise PathExistsError(os.path.join(folder, name)) from err
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

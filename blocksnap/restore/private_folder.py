@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from blocksnap.restore.naming import give_name
 from blocksnap.restore.tree_place import remove_tree
 
 _NAME = re.compile(r"\.blocksnap-[a-z0-9_]{8}\.partial")
@@ -37,6 +38,28 @@ def private_folder(above: str) -> Iterator[tuple[str, int]]:
             os.close(fd)
     finally:
         os.close(parent)
+
+
+def take_out(private: str, name: str, folder: str) -> None:
+    """Give what is complete in a private folder its name in another; raises FileExistsError, OSError.
+
+    A directory that may not be written to is not moved for anybody but root, since its own ".." changes
+    (rename(2)). So that is allowed for as long.
+    """
+    made, path = os.path.join(private, name), os.path.join(folder, name)
+    try:
+        give_name(made, path)
+    except PermissionError:
+        mode = os.stat(made, follow_symlinks=False).st_mode
+        if not stat.S_ISDIR(mode) or mode & stat.S_IWUSR:
+            raise
+        os.chmod(made, stat.S_IMODE(mode) | stat.S_IRWXU)
+        fd = os.open(made, _FOLDER)
+        try:
+            give_name(made, path)
+        finally:
+            os.fchmod(fd, stat.S_IMODE(mode))
+            os.close(fd)
 
 
 def _make(above: str) -> tuple[str, int]:

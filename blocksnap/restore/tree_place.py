@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from types import TracebackType
 from typing import Self
 
@@ -159,13 +160,20 @@ def remove_tree(parent: int, name: str) -> None:
 def _allow_removal(folder: int, name: str) -> None:
     """Take from a file or directory what forbids its removal."""
     mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-    if mode & 0o170000 not in (0o100000, 0o040000):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
-        clear_flags_of(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except PermissionError:
+        # Who is not root cannot have set such flags.
+        pass
+    else:
+        try:
+            clear_flags_of(fd)
+        finally:
+            os.close(fd)
+    if stat.S_ISDIR(mode) and mode & stat.S_IRWXU != stat.S_IRWXU:
+        os.chmod(name, stat.S_IRWXU, dir_fd=folder)
 
 
 def clear_flags_of(fd: int) -> None:

@@ -137,16 +137,38 @@ def test_a_path_that_leads_nowhere(lab: BtrfsLab, blocksnap: CommandLine, tmp_pa
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_a_time_that_no_calendar_has(lab: BtrfsLab, blocksnap: CommandLine) -> None:
+    (lab.live / "far").write_text("x")
+    os.utime(lab.live / "far", (0, 10**13))
+    blocksnap.done("backup", "-q", lab.live)
+    assert "@10000000000000" in blocksnap.done("files", "latest").text
+
+
 def test_it_needs_no_fuse_and_no_mounts(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
-    """Also who may not mount can have their own files: here a process without that right."""
+    """Also who may not mount can have their own files: here a process without that right, nor others."""
     (lab.live / "file").write_bytes(noise(1, 200_000))
+    (lab.live / "closed" / "below").mkdir(parents=True)
+    (lab.live / "closed" / "below" / "file").write_text("x")
+    for path, mode in (("closed/below/file", 0o000), ("closed/below", 0o000), ("closed", 0o555)):
+        os.chmod(lab.live / path, mode)
     blocksnap.done("backup", "-q", lab.live)
     out = tmp_path / "out"
     out.mkdir()
-    argv = blocksnap.argv("files", "latest", "file", "--to", out)
-    call("env", *[f"{k}={v}" for k, v in blocksnap.environment.items() if k.startswith("BLOCKSNAP")],
-         "setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", *argv)  # fmt: skip
+    without = ",".join(f"-{name}" for name in ("sys_admin", "dac_override", "dac_read_search"))
+    # What was left behind is taken away, whatever its modes.
+    left = out / ".blocksnap-abcdefgh.partial"
+    (left / "folder" / "below").mkdir(parents=True)
+    (left / "folder" / "file").write_text("x")
+    for path, mode in (("folder/file", 0o000), ("folder/below", 0o000), ("folder", 0o000), (".", 0o700)):
+        os.chmod(left / path, mode)
+    for name in ("file", "closed"):
+        argv = blocksnap.argv("files", "latest", name, "--to", out)
+        call("env", *[f"{k}={v}" for k, v in blocksnap.environment.items() if k.startswith("BLOCKSNAP")],
+             "setpriv", f"--bounding-set={without}", f"--inh-caps={without}", *argv)  # fmt: skip
     assert (out / "file").read_bytes() == noise(1, 200_000)
+    assert sorted(os.listdir(out)) == ["closed", "file"]
+    modes = [stat.S_IMODE((out / "closed" / each).stat().st_mode) for each in (".", "below", "below/file")]
+    assert modes == [0o555, 0o000, 0o000]
 
 
 def test_damage_and_a_kill_leave_nothing(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
