@@ -42,6 +42,14 @@ def is_layout(state: bytes) -> bool:
     return True
 
 
+def room_of(state: bytes) -> int | None:
+    """Return how many bytes the extents of a file have; nothing where a state does not tell all of them."""
+    try:
+        return sum(extent.length for extent in _extents(state))
+    except (ValueError, IndexError):
+        return None
+
+
 def _extents(state: bytes) -> Iterator[LaidOut]:
     if state[0] != _VERSION or state[1] > _LARGEST_BLOCK_BITS:
         raise ValueError("a state of another version")

@@ -18,11 +18,11 @@ from blocksnap.errors import DamageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.inode_map import BlobSource, InodeMap, InodeReader
-from blocksnap.repository.inodes import InodeRecord, decode_xattrs, levels_of
+from blocksnap.repository.inodes import InodeRecord, Value, decode_xattrs, levels_of
 from blocksnap.repository.listings import SUBVOLUME
 from blocksnap.restore.naming import printable
 from blocksnap.restore.tree import ENTRY_KINDS, TOP
-from blocksnap.restore.tree_layout import is_layout, read_layout
+from blocksnap.restore.tree_layout import room_of
 from blocksnap.restore.tree_names import Name, Names
 
 STUB = 2
@@ -31,6 +31,10 @@ snapshot (BTRFS_EMPTY_SUBVOL_DIR_OBJECTID)."""
 _KEPT_FOLDERS = 4096
 _KEPT_NAMES_BYTES = 8 << 20
 _KEPT_ROOMS = 8192
+_LONGEST_TARGET = 4095
+"""Bytes of a symbolic link's target (PATH_MAX)."""
+_LARGEST_VALUE = 64 << 20
+"""Bytes of an inode's extended attributes or state: a hostile record says anything, one block can be many."""
 _BLOCK, _SECTOR = 4096, 512
 
 
@@ -87,12 +91,13 @@ class TreeView:
     def target(self, link: InodeRecord) -> bytes:
         """Return where a symbolic link leads."""
         with self._lock:
-            return self._reader.value(link.detail)
+            return self._value(link.detail, _LONGEST_TARGET, f"symbolic link {link.number}")
 
     def xattrs(self, record: InodeRecord) -> dict[bytes, bytes]:
         """Return extended attributes by their names."""
         with self._lock:
-            return dict(decode_xattrs(self._reader.value(record.xattrs), f"inode {record.number}"))
+            where = f"inode {record.number}"
+            return dict(decode_xattrs(self._value(record.xattrs, _LARGEST_VALUE, where), where))
 
     def room(self, file: InodeRecord) -> int:
         """Return how much room an inode had for what it holds, in bytes.
@@ -103,11 +108,20 @@ class TreeView:
             return file.size if stat.S_ISLNK(file.mode) else 0
         with self._lock:
             found = self._rooms.get(file.number)
-            if found is None:
-                found = self._rooms[file.number] = self._measure(file)
-                if len(self._rooms) > _KEPT_ROOMS:
-                    self._rooms.popitem(last=False)
-            return found
+            if found is not None:
+                return found
+            try:
+                state = self._value(file.detail, _LARGEST_VALUE, f"inode {file.number}")
+            except DamageError:
+                # What it holds can be read all the same.
+                state = b""
+        # Nobody else waits for it: it takes long where there are a million extents.
+        room = room_of(state)
+        with self._lock:
+            found = self._rooms[file.number] = file.size if room is None else room
+            if len(self._rooms) > _KEPT_ROOMS:
+                self._rooms.popitem(last=False)
+        return found
 
     def geometry(self, file: InodeRecord) -> Geometry:
         """Return how a file is cut into chunks."""
@@ -170,13 +184,10 @@ class TreeView:
             raise DamagedObjectError(printable(path), f"directory {record.number} is in two places")
         return record
 
-    def _measure(self, file: InodeRecord) -> int:
-        try:
-            state = self._reader.value(file.detail)
-        except DamageError:
-            # What it holds can be read all the same.
-            return file.size
-        return sum(extent.length for extent in read_layout(state)) if is_layout(state) else file.size
+    def _value(self, value: Value, most: int, where: str) -> bytes:
+        if value.length > most:
+            raise DamagedObjectError(where, f"{value.length} bytes are more than it can have")
+        return self._reader.value(value)
 
 
 def _ends(path: bytes) -> Iterator[int]:

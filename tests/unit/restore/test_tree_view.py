@@ -144,6 +144,25 @@ def test_the_place_of_a_nested_subvolume_is_empty(tmp_path: Path) -> None:
             view.find(path)
 
 
+def test_values_that_are_too_large_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {
+        256: names((b"good", 257, LINK), (b"long", 258, LINK), (b"file", 259, FILE)),
+        257: Node(detail=b"x" * 4095, kind=stat.S_IFLNK),
+        258: Node(detail=b"x" * 4096, kind=stat.S_IFLNK),
+        259: Node({0: 1}, 1, xattrs=((b"user.one", b"1" * 2000),), detail=b"s" * 2000),
+    }
+    view = view_of(files_of(tmp_path, tree), tmp_path)
+    assert view.target(view.find(b"good")) == b"x" * 4095
+    with pytest.raises(DamageError, match="4096 bytes"):
+        view.target(view.find(b"long"))
+    file = view.find(b"file")
+    assert view.xattrs(file) == {b"user.one": b"1" * 2000}
+    monkeypatch.setattr(tree_view, "_LARGEST_VALUE", 1999)
+    with pytest.raises(DamageError, match="more than it can have"):
+        view.xattrs(file)
+    assert view.room(file) == file.size
+
+
 def test_copies_and_refusals(tmp_path: Path) -> None:
     files = files_of(tmp_path, small_tree())
     out = tmp_path / "out"
