@@ -168,6 +168,8 @@ def decode_xattrs(data: bytes, where: str) -> list[tuple[bytes, bytes]]:
     reader, found = _Reader(data, where), []
     while not reader.is_at_end:
         name = reader.take(reader.number())
+        if b"\0" in name:
+            raise DamagedObjectError(where, f"{name!r} is no name of an extended attribute")
         found.append((name, reader.take(reader.number())))
     return found
 

@@ -25,7 +25,9 @@ from blocksnap.repository.inodes import (
     InodeRecord,
     Value,
     decode_page,
+    decode_xattrs,
     encode_page,
+    encode_xattrs,
     page_references,
 )
 from blocksnap.repository.listings import DirectoryEntry, decode_listing, encode_listing
@@ -161,6 +163,12 @@ def test_a_name_is_one_name_and_comes_once() -> None:
     reader = InodeReader(Blobs(), InodeMap(MapRoot(1, b"\0"), 1, 0, 0))
     with pytest.raises(DamagedObjectError, match="twice"):
         reader.listing(inode(256, mode=stat.S_IFDIR, detail=Value.short(encode_listing(twice))))
+
+
+def test_a_name_of_an_attribute_ends_nowhere_else() -> None:
+    assert decode_xattrs(encode_xattrs([(b"user.a", b"\0")]), "here") == [(b"user.a", b"\0")]
+    with pytest.raises(DamagedObjectError):
+        decode_xattrs(encode_xattrs([(b"user.a\0b", b"")]), "here")
 
 
 @given(st.binary(max_size=200))
