@@ -33,7 +33,7 @@ from blocksnap.system.freeze import layers_above
 from blocksnap.volumes.resolve import resolve_volume
 from blocksnap.volumes.subvolume import SubvolumeVolume
 from support import btrfs_calls as calls
-from support.loops import call, loop_device, mounted
+from support.loops import call, call_until_done, loop_device, mounted
 from support.require import require
 from support.standing import Application, holding, is_gone, thaw, wait_until
 
@@ -284,7 +284,7 @@ def test_a_filesystem_on_a_partition_is_found(tmp_path: Path) -> None:
         file.write(b"\x55\xaa")
     with loop_device(image) as device, ExitStack() as stack:
         call("partx", "--add", device)
-        stack.callback(call, "partx", "--delete", device)
+        stack.callback(call_until_done, "partx", "--delete", device)
         partition = f"{device}p1"
         require(
             "partscan", wait_until(lambda: os.path.exists(partition), 5.0), "no node of a partition appears"

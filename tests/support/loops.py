@@ -48,14 +48,19 @@ def _await_release(attached: Path, image: str) -> None:
         time.sleep(0.05)
 
 
-def unmount(folder: Path) -> None:
-    """Unmount a filesystem, once nobody is in it any more."""
+def call_until_done(*argv: str | Path) -> None:
+    """Run a tool that succeeds once nobody uses its object, as a copy of all mounts does for an instant."""
     deadline = time.monotonic() + RELEASE_SECONDS
     while time.monotonic() < deadline:
-        if subprocess.run(["umount", folder], check=False, capture_output=True).returncode == 0:
+        if subprocess.run([str(word) for word in argv], check=False, capture_output=True).returncode == 0:
             return
         time.sleep(0.2)
-    call("umount", folder)
+    call(*argv)
+
+
+def unmount(folder: Path) -> None:
+    """Unmount a filesystem, once nobody is in it any more."""
+    call_until_done("umount", folder)
 
 
 @contextmanager
