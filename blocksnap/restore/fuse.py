@@ -1,11 +1,15 @@
-"""Run a FUSE filesystem in this thread, and keep what libfuse has to say to itself."""
+"""Run a FUSE filesystem, here or in a thread of its own, and keep what libfuse has to say to itself."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import deque
+from collections.abc import Callable
 
 import mfusepy
+
+from blocksnap.restore.inside import NoFuseError
 
 UNMOUNTED = "it was unmounted"
 _TEXT_BYTES = 1000
@@ -59,3 +63,39 @@ def serve(
         if set_function is not None:
             set_function(None)
     return UNMOUNTED
+
+
+class FuseThread:
+    """A thread that serves a filesystem: ``run`` calls ``serve``, and ``ready`` is set by its ``init``.
+
+    ``when_ended`` is called by the thread with what ``serve`` returned.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], str],
+        ready: threading.Event,
+        when_ended: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._run = run
+        self._ready = ready
+        self._when_ended = when_ended
+        self._failure = ""
+        self._thread = threading.Thread(target=self._serve, name="blocksnap-fuse", daemon=True)
+
+    def start(self) -> None:
+        """Return when the kernel has answered; raises NoFuseError."""
+        self._thread.start()
+        while not self._ready.wait(0.05):
+            if not self._thread.is_alive():
+                raise NoFuseError(self._failure)
+
+    def join(self, seconds: float) -> None:
+        """Wait a little for the end of what was unmounted: who still has a file open is not waited for."""
+        self._thread.join(seconds)
+
+    def _serve(self) -> None:
+        try:
+            self._failure = self._run()
+        finally:
+            self._when_ended(self._failure)

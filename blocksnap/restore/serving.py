@@ -19,9 +19,8 @@ from blocksnap.errors import BlocksnapError, StorageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.fuse import serve
+from blocksnap.restore.fuse import FuseThread, serve
 from blocksnap.restore.images import Image, ImageReader
-from blocksnap.restore.inside import NoFuseError
 from blocksnap.restore.overlay import Overlay
 from blocksnap.system.namespace import unmount
 
@@ -52,15 +51,11 @@ class ServedImages:
         self._folder = folder
         self._writable = writable
         self._operations = _Images(self._reader, backups, tell, patient=patient, writable=writable)
-        self._failure = ""
-        self._thread = threading.Thread(target=self._serve, name="blocksnap-fuse", daemon=True)
+        self._thread = FuseThread(self._serve, self._operations.ready)
 
     def __enter__(self) -> Self:
         """Serve; raises NoFuseError."""
         self._thread.start()
-        while not self._operations.ready.wait(0.05):
-            if not self._thread.is_alive():
-                raise NoFuseError(self._failure)
         return self
 
     def give_up(self) -> None:
@@ -74,8 +69,8 @@ class ServedImages:
         self._reader.close()
         self._operations.close()
 
-    def _serve(self) -> None:
-        self._failure = serve(self._operations, self._folder, direct_io=True, writable=self._writable)
+    def _serve(self) -> str:
+        return serve(self._operations, self._folder, direct_io=True, writable=self._writable)
 
 
 class _Images(Operations):  # type: ignore[misc] # mfusepy has no types

@@ -26,9 +26,8 @@ from blocksnap.repository.inodes import InodeRecord
 from blocksnap.repository.listings import SUBVOLUME
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import UnreadableRangeError
-from blocksnap.restore.fuse import serve
+from blocksnap.restore.fuse import FuseThread, serve
 from blocksnap.restore.images import Image, ImageReader
-from blocksnap.restore.inside import NoFuseError
 from blocksnap.restore.naming import printable
 from blocksnap.restore.tree import ENTRY_KINDS, TOP, UnreadableFileError
 from blocksnap.restore.tree_names import Name, Names
@@ -97,30 +96,21 @@ class ServedTrees:
         self._reader = ImageReader(repository)
         self._connection = connection
         self._operations = Trees(repository, self._reader, shown, tell)
-        self._when_ended = when_ended
-        self._failure = ""
-        self._thread = threading.Thread(target=self._serve, name="blocksnap-fuse", daemon=True)
+        self._thread = FuseThread(self._serve, self._operations.ready, when_ended)
 
     def __enter__(self) -> Self:
         """Serve; raises NoFuseError."""
         self._thread.start()
-        while not self._operations.ready.wait(0.05):
-            if not self._thread.is_alive():
-                raise NoFuseError(self._failure)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait a little for the end of what was unmounted: who still has a file open is not waited for."""
+        """Read nothing any more."""
         self._thread.join(_END_SECONDS)
         self._reader.close()
 
-    def _serve(self) -> None:
-        try:
-            # libfuse takes a connection that is mounted already by this name (fuse_session_mount).
-            place = f"/dev/fd/{self._connection}"
-            self._failure = serve(self._operations, place, kept_seconds=_KEPT_SECONDS)
-        finally:
-            self._when_ended(self._failure)
+    def _serve(self) -> str:
+        # libfuse takes a connection that is mounted already by this name (fuse_session_mount).
+        return serve(self._operations, f"/dev/fd/{self._connection}", kept_seconds=_KEPT_SECONDS)
 
 
 class Trees(Operations):  # type: ignore[misc] # mfusepy has no types

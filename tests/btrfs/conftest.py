@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.btrfs_lab import BtrfsLab, btrfs_lab, require_btrfs
+from support.commands import CommandLine
 
 LabMaker = Callable[[str], BtrfsLab]
 
@@ -34,3 +35,11 @@ def make_lab(tmp_path: Path) -> Iterator[LabMaker]:
 def lab(make_lab: LabMaker) -> BtrfsLab:
     """A filesystem mounted with noatime."""
     return make_lab("noatime")
+
+
+@pytest.fixture
+def blocksnap(tmp_path: Path) -> CommandLine:
+    """A command line with an empty repository, which is not encrypted."""
+    command_line = CommandLine(tmp_path)
+    command_line.done("init", "--no-encryption")
+    return command_line

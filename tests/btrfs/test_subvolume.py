@@ -31,13 +31,6 @@ from support.loops import call, loop_device, mounted
 
 
 @pytest.fixture
-def blocksnap(tmp_path: Path) -> CommandLine:
-    command_line = CommandLine(tmp_path)
-    command_line.done("init", "--no-encryption")
-    return command_line
-
-
-@pytest.fixture
 def elsewhere(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A filesystem of another kind."""
     kind = getattr(request, "param", "ext4")

@@ -46,11 +46,9 @@ MOMENTS = {
 
 
 @pytest.fixture
-def blocksnap(tmp_path: Path, lab: BtrfsLab) -> CommandLine:
+def blocksnap(blocksnap: CommandLine, lab: BtrfsLab) -> CommandLine:
     (lab.live / "file").write_bytes(noise(1, 300_000))
-    command_line = CommandLine(tmp_path)
-    command_line.done("init", "--no-encryption")
-    return command_line
+    return blocksnap
 
 
 def killed(blocksnap: CommandLine, moment: str, *arguments: str | Path) -> None:

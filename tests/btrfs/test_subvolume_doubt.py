@@ -23,12 +23,10 @@ from support.loops import call
 
 
 @pytest.fixture
-def blocksnap(tmp_path: Path, lab: BtrfsLab) -> CommandLine:
+def blocksnap(blocksnap: CommandLine, lab: BtrfsLab) -> CommandLine:
     (lab.live / "file").write_bytes(noise(1, 300_000))
-    command_line = CommandLine(tmp_path)
-    command_line.done("init", "--no-encryption")
-    command_line.done("backup", lab.live)
-    return command_line
+    blocksnap.done("backup", lab.live)
+    return blocksnap
 
 
 def next_backup(blocksnap: CommandLine, lab: BtrfsLab) -> dict[str, str]:

@@ -16,6 +16,7 @@ from support.btrfs_lab import BtrfsLab
 from support.commands import CommandLine
 from support.file_trees import make_everything
 from support.loops import call, loop_device, mounted
+from support.repositories import harm_largest_pack
 from support.require import require
 
 MIB = 1 << 20
@@ -126,11 +127,7 @@ def test_what_is_wrong_fails_where_it_is(lab: BtrfsLab, blocksnap: CommandLine, 
     # Damage to a file's content.
     (lab.live / "noise").write_bytes(os.urandom(4 * MIB))
     back_up(blocksnap, lab, "#!/bin/sh\n")
-    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
-    content = bytearray(pack.read_bytes())
-    content[len(content) // 2] ^= 1
-    pack.chmod(0o600)
-    pack.write_bytes(content)
+    harm_largest_pack(blocksnap.repository)
     name, ok, said = drill(blocksnap, 1)[-1]
     assert (name, ok) == ("restore", False)
     assert "noise" in said

@@ -24,6 +24,7 @@ from support.file_trees import (
     noise,
 )
 from support.loops import call, loop_device, mounted
+from support.repositories import harm_largest_pack
 
 MIB = 1 << 20
 KINDS = {
@@ -35,13 +36,6 @@ KINDS = {
     "block device": stat.S_IFBLK,
     "character device": stat.S_IFCHR,
 }
-
-
-@pytest.fixture
-def blocksnap(tmp_path: Path) -> CommandLine:
-    command_line = CommandLine(tmp_path)
-    command_line.done("init", "--no-encryption")
-    return command_line
 
 
 @pytest.fixture
@@ -191,10 +185,7 @@ def test_damage_and_a_kill_leave_nothing(lab: BtrfsLab, blocksnap: CommandLine, 
     blocksnap.done("files", "latest", "other", "--to", out)
     assert os.listdir(out) == ["other"]
 
-    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
-    data = bytearray(pack.read_bytes())
-    data[len(data) // 2] ^= 1
-    pack.write_bytes(data)
+    harm_largest_pack(blocksnap.repository)
     outcome = blocksnap("files", "latest", "folder", "--to", out, "--json")
     assert outcome.code == 13, outcome
     assert "of folder/big cannot be restored" in outcome.stderr

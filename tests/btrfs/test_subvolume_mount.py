@@ -29,6 +29,7 @@ from support.file_trees import (
     rsync_differences,
 )
 from support.loops import call
+from support.repositories import harm_largest_pack
 from support.require import require
 from support.shown import children_of, is_mounted, shown, wait_for
 
@@ -36,12 +37,9 @@ MIB = 1 << 20
 CHUNK = 128 << 10
 
 
-@pytest.fixture
-def blocksnap(tmp_path: Path) -> CommandLine:
+@pytest.fixture(autouse=True)
+def _fuse() -> None:
     require("fuse", os.path.exists("/dev/fuse"), "needs /dev/fuse")
-    command_line = CommandLine(tmp_path)
-    command_line.done("init", "--no-encryption")
-    return command_line
 
 
 def listings(root: Path) -> dict[str, tuple[int, bool, bool]]:
@@ -213,10 +211,7 @@ def test_damage_is_an_error_and_never_other_bytes(
     (lab.live / "big").write_bytes(content)
     (lab.live / "other").write_bytes(noise(6, 3000))
     blocksnap.done("backup", "-q", lab.live)
-    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
-    data = bytearray(pack.read_bytes())
-    data[len(data) // 2] ^= 1
-    pack.write_bytes(data)
+    harm_largest_pack(blocksnap.repository)
     tree, bad = tmp_path / "tree", []
     tree.mkdir()
     process = blocksnap.start("mount", "latest", tree)

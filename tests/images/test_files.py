@@ -13,6 +13,7 @@ import pytest
 
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted
+from support.repositories import harm_largest_pack
 
 MIB = 1 << 20
 
@@ -99,11 +100,7 @@ def test_copying(blocksnap: CommandLine, volume: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_not_there_in_part(
     blocksnap: CommandLine, volume: Path, tmp_path: Path
 ) -> None:
-    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
-    content = bytearray(pack.read_bytes())
-    content[len(content) // 2] ^= 1
-    pack.chmod(0o600)
-    pack.write_bytes(content)
+    harm_largest_pack(blocksnap.repository)
     out = tmp_path / "out"
     out.mkdir()
     failed = blocksnap("files", "latest", "big", "--to", out)

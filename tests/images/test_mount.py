@@ -16,6 +16,7 @@ import pytest
 
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted
+from support.repositories import harm_largest_pack
 from support.shown import children_of, is_mounted, shown, wait_for
 
 MIB = 1 << 20
@@ -116,10 +117,7 @@ def test_damage_is_an_error_and_never_other_bytes(blocksnap: CommandLine, tmp_pa
     content = random.Random(5).randbytes(8 * MIB)
     volume.write_bytes(content)
     blocksnap.done("backup", volume, "-q")
-    pack = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
-    data = bytearray(pack.read_bytes())
-    data[len(data) // 2] ^= 1
-    pack.write_bytes(data)
+    harm_largest_pack(blocksnap.repository)
     tree = tmp_path / "tree"
     bad, step = [], 128 << 10
     with shown(blocksnap, "latest", tree) as process:

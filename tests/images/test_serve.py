@@ -15,6 +15,7 @@ import pytest
 
 from support.commands import CommandLine
 from support.loops import call
+from support.repositories import harm_largest_pack
 from support.require import require
 
 MIB = 1 << 20
@@ -125,11 +126,7 @@ def test_writes_go_into_an_overlay_that_is_thrown_away(
 def test_what_is_damaged_is_an_error_that_names_the_range(
     blocksnap: CommandLine, backed_up: bytes, tmp_path: Path
 ) -> None:
-    largest = max((blocksnap.repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.chmod(0o600)
-    largest.write_bytes(content)
+    harm_largest_pack(blocksnap.repository)
     with serving(blocksnap, "--socket", tmp_path / "nbd") as (process, url):
         out = tmp_path / "fetched"
         words = ["qemu-img", "convert", "-f", "raw", "-O", "raw", url, str(out)]

@@ -50,3 +50,12 @@ def store_bytes(
         os.close(fd)
     assert [result.number for result in results] == list(range(geometry.count))
     return [result.id for result in results]
+
+
+def harm_largest_pack(repository: Path) -> None:
+    """Flip a bit in the middle of the largest pack, which is one of data."""
+    pack = max((repository / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
+    content = bytearray(pack.read_bytes())
+    content[len(content) // 2] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(content)
