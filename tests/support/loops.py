@@ -27,10 +27,17 @@ def loop_device(image: Path, *, size: int | None = None, read_only: bool = False
     options = ["--read-only"] if read_only else []
     device = call("losetup", "--find", "--show", *options, image).strip()
     try:
+        _remove_partitions(device)
         yield device
     finally:
         call("losetup", "--detach", device)
         _await_release(Path("/sys/block", Path(device).name, "loop/backing_file"), str(image))
+
+
+def _remove_partitions(device: str) -> None:
+    """Remove what a test that was killed left: a partition that was added outlives the file of its device."""
+    for number in Path("/sys/block", Path(device).name).glob("*p*/partition"):
+        call("delpart", device, number.read_text().strip())
 
 
 def _await_release(attached: Path, image: str) -> None:
