@@ -9,9 +9,6 @@ import contextlib
 import os
 import stat
 from collections.abc import Collection, Iterator
-from pathlib import Path
-
-_PROCESSES = Path("/proc")
 
 
 def device_writers(numbers: Collection[int]) -> list[str]:
@@ -21,13 +18,13 @@ def device_writers(numbers: Collection[int]) -> list[str]:
     sysfs knows of users. Of processes that our rights do not let us look at nothing is said.
     """
     found = []
-    for folder in _PROCESSES.glob("[0-9]*"):
-        if folder.name == str(os.getpid()):
+    for pid in os.listdir("/proc"):
+        if not pid.isdecimal() or int(pid) == os.getpid():
             continue
         try:
-            if any(_may_write(_facts(folder, fd)) for fd in _open_devices(folder, numbers)):
-                name = (folder / "comm").read_text(errors="replace").strip()
-                found.append(f"open for writing by process {folder.name} ({name})")
+            if any(_may_write(_facts(pid, fd)) for fd in _open_devices(pid, numbers)):
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                    found.append(f"open for writing by process {pid} ({comm.read().strip()})")
         except OSError:
             # It has ended meanwhile, or is none of ours to look at.
             continue
@@ -44,9 +41,9 @@ def file_writers(file: os.stat_result) -> Iterator[int]:
             yield int(name)
 
 
-def _open_devices(process: Path, numbers: Collection[int]) -> Iterator[str]:
-    for fd in os.listdir(process / "fd"):
-        path = process / "fd" / fd
+def _open_devices(pid: str, numbers: Collection[int]) -> Iterator[str]:
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{fd}"
         # One that is closed meanwhile does not matter.
         with contextlib.suppress(FileNotFoundError):
             # Only of devices: to ask for the status of a file may wait for a file server that is gone.
@@ -66,7 +63,7 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
     try:
-        facts = _facts(f"/proc/{pid}", name)
+        facts = _facts(pid, name)
         # The status of any other file may be waited for, from a server that is gone (``ino``: Linux 5.14).
         if not _may_write(facts) or facts.get("ino", str(file.st_ino)) != str(file.st_ino):
             return False
@@ -85,9 +82,9 @@ def _has_mapped(pid: int, inode: int) -> bool:
         return False
 
 
-def _facts(process: str | Path, fd: str) -> dict[str, str]:
+def _facts(pid: int | str, fd: str) -> dict[str, str]:
     """Return what the kernel tells of a descriptor, by the words that are one each; raises OSError."""
-    with open(f"{process}/fdinfo/{fd}", encoding="ascii", errors="replace") as info:
+    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as info:
         words = (line.split() for line in info)
         return {each[0].rstrip(":"): each[1] for each in words if len(each) == 2}
 
