@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -13,11 +14,15 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from blocksnap.repository import key_objects
 from support.in_process import InProcess
 
 # A deadline makes a busy machine look like a broken program.
 settings.register_profile("blocksnap", deadline=None)
 settings.load_profile("blocksnap")
+
+# argon2id is made to take long, and gives the same for the same: tests open one repository many times.
+key_objects.passphrase_key = functools.cache(key_objects.passphrase_key)
 
 
 def shared_directories() -> dict[str, tuple[int, int, int, list[str]]]:

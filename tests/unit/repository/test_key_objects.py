@@ -46,7 +46,8 @@ ADMIN, NEW = b"admin's passphrase", b"a new passphrase"
 
 @pytest.fixture(autouse=True)
 def cheap_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow a cost at which some hundred guesses take no time."""
+    """Allow a cost at which some hundred guesses take no time, and guess anew each time."""
+    monkeypatch.setattr(key_objects, "passphrase_key", keys_module.passphrase_key)
     monkeypatch.setattr(keys_module, "DEFAULT_COST", CHEAP)
     monkeypatch.setattr(key_objects, "MINIMUM_COST", CHEAP)
 
