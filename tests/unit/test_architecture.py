@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,18 @@ def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree(path)))
+
+
 def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -76,7 +87,7 @@ def test_libraries_have_one_importer(path: Path) -> None:
 def test_only_the_command_line_prints_and_exits(path: Path) -> None:
     if relative(path).startswith("cli/"):
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             if called == "os._exit" and relative(path) == "system/children.py":
@@ -88,9 +99,8 @@ def test_only_the_command_line_prints_and_exits(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_modules_and_functions_are_short(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= 500
-    for node in ast.walk(ast.parse(text)):
+    assert path.read_text().count("\n") <= 500
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 70, f"{node.name} has {length} lines"
@@ -98,7 +108,7 @@ def test_modules_and_functions_are_short(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_nothing_is_asserted_or_swallowed(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert vanishes with -O"
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}: bare except"
@@ -111,4 +121,4 @@ def test_names_say_something() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     for path in MODULES:
-        assert ast.get_docstring(ast.parse(path.read_text())), relative(path)
+        assert ast.get_docstring(tree(path)), relative(path)
