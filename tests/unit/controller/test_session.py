@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 from blocksnap.controller import recover as recover_module
 from blocksnap.controller import session as session_module
-from blocksnap.controller.journal import read_entries
+from blocksnap.controller.journal import Journal, Step, read_entries
 from blocksnap.controller.recover import Leftover, may_remove, parse_lvm_time, recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import BusyError, UsageError, VolumeError
@@ -21,6 +19,7 @@ from blocksnap.system import host, lvm
 from blocksnap.system.command import CommandTimeoutError
 from blocksnap.system.host import host_name
 from blocksnap.volumes.base import Ledger, SnapshotTiming
+from support.forks import exit_code_of
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
 from support.mock_command import MockCommands
 
@@ -370,60 +369,57 @@ def test_lvm_is_not_asked_for_files(mock: MockCommands, tmp_path: Path, log: lis
     assert not mock.calls
 
 
-CRASH = """
-import os, sys
-sys.path[:0] = sys.argv[3:]
-from pathlib import Path
-from blocksnap.controller import recover, session
-from test_session import FakeVolume
-recover.read_report = lambda *_: None
-host, state = Path(sys.argv[1]), Path(sys.argv[1]) / "state"
-steps = int(sys.argv[2])
+def run_until_killed(host: Path, steps: int) -> int:
+    """Run a session in a process that dies after some steps; what was snapshotted are files in a folder."""
 
-def step(what):
-    global steps
-    steps -= 1
-    if steps < 0:
-        os._exit(9)
+    def step() -> None:
+        nonlocal steps
+        steps -= 1
+        if steps < 0:
+            os._exit(9)
 
-class Volume(FakeVolume):
-    def happen(self, what, *words):
-        step(what)
-        if what == "take":
-            (host / ("s-" + self.name)).touch()
-            step(what)
-        if what == "remove":
-            (host / ("s-" + self.name)).unlink()
-            step(what)
+    class Volume(FakeVolume):
+        def happen(self, what: str, *words: str) -> None:
+            step()
+            if what == "take":
+                (host / f"s-{self.name}").touch()
+                step()
+            if what == "remove":
+                (host / f"s-{self.name}").unlink()
+                step()
 
-volumes = [Volume(name, []) for name in "ab"]
-append = session.Journal.append_all
-session.Journal.append_all = lambda self, steps: (step("before"), append(self, steps), step("after"))
-with session.SnapshotSession(volumes, "run1", state) as s:
-    s.committing()
-"""
+    def work() -> int:
+        append = Journal.append_all
+
+        def watched(journal: Journal, steps: list[tuple[Step, dict[str, object]]]) -> None:
+            step()
+            append(journal, steps)
+            step()
+
+        Journal.append_all = watched  # type: ignore[method-assign]
+        volumes = [Volume(name, []) for name in "ab"]
+        with SnapshotSession(volumes, "run1", host / "state") as session:
+            session.committing()
+        return 0
+
+    return exit_code_of(work)
 
 
 def test_killed_at_any_step_the_journal_knows_what_is_left(tmp_path: Path) -> None:
     """Whatever was taken and not removed is announced in a journal of a dead run."""
-    paths = [
-        str(Path(__file__).parent),
-        str(Path(__file__).parents[2]),
-        str(Path(session_module.__file__).parents[2]),
-    ]
     died = 0
     for number in range(40):
         host = tmp_path / str(number)
         host.mkdir()
-        done = subprocess.run([sys.executable, "-c", CRASH, str(host), str(number), *paths], check=False)
+        code = run_until_killed(host, number)
         left = {path.name for path in host.glob("s-*")}
         entries = read_entries(host / "state")
         assert not any(entry.alive for entry in entries)
         assert left <= {trace["lv"] for entry in entries for trace in entry.traces()}
-        if done.returncode == 0:
+        if code == 0:
             assert (left, entries) == (set(), [])
             break
-        assert done.returncode == 9
+        assert code == 9
         died += 1
     assert died > 10
 
