@@ -13,6 +13,9 @@ SLOWEST := --durations 20 --durations-min 4
 ELSEWHERE := unit lvm bench demo support vectors
 HOST_TESTS = $(foreach path,$(filter-out $(ELSEWHERE),$(notdir $(patsubst %/,%,$(wildcard tests/*/)))),tests/$(path))
 
+# Thousands of commands are started by tests: without the files of compiled modules each compiles them all.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := bootstrap
 .NOTPARALLEL:
 .PHONY: help bootstrap format check test demo bench bench-extents bench-map bench-neighbour bench-restore
@@ -149,8 +152,9 @@ lint:
 	$(BIN)/mypy
 	$(BIN)/mypy vagrant/lab
 
+# Three workers on two cores: tests that wait for programs leave a core to others.
 unit:
-	$(PYTEST) -n 2 tests/unit tests/demo
+	$(PYTEST) -n 3 tests/unit tests/demo
 
 vagrant-validate:
 	cd vagrant && vagrant validate
