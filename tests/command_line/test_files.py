@@ -34,6 +34,7 @@ def volume(tmp_path: Path) -> Path:
 
 
 def test_the_main_job(blocksnap: CommandLine, volume: Path, tmp_path: Path) -> None:
+    blocksnap.new_interpreters = True
     created = blocksnap.done("init", "--json").document
     assert created["encryption"] == "aes-256-gcm"
     first = blocksnap.done("backup", volume, "--json", "--tag", "purpose=test").backups[0]
@@ -222,6 +223,7 @@ def test_every_command_has_help_and_rejects_the_unknown(blocksnap: CommandLine, 
 
 
 def test_help_and_version(blocksnap: CommandLine) -> None:
+    blocksnap.new_interpreters = True
     shown = blocksnap.done("--help").text
     assert all(command in shown for command in COMMANDS)
     assert "Exit codes" in shown

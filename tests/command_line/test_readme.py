@@ -26,7 +26,7 @@ def test_the_readme_shows_commands() -> None:
 
 def test_commands_on_a_server_work_in_this_order(tmp_path: Path) -> None:
     """On a file in place of vg0/data: this machine's own volumes are not ours to touch."""
-    blocksnap = CommandLine(tmp_path)
+    blocksnap = CommandLine(tmp_path, new_interpreters=True)
     volume = tmp_path / "data.img"
     volume.write_bytes(b"content" * 100_000)
     secret = tmp_path / "passphrase"
@@ -39,7 +39,7 @@ def test_commands_on_a_server_work_in_this_order(tmp_path: Path) -> None:
 
 def test_the_transcript_s_commands_are_understood(tmp_path: Path) -> None:
     """The lab runs them for real (tests/lvm); here they must get as far as looking for the repository."""
-    blocksnap = CommandLine(tmp_path)
+    blocksnap = CommandLine(tmp_path, new_interpreters=True)
     for line in SHOWN:
         assert blocksnap(*shlex.split(line)[1:]).code == 10, line
 
