@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -130,6 +131,7 @@ def restore_command(
     from blocksnap.extents import memory
     from blocksnap.operations.catalogue import find_backup
     from blocksnap.operations.restore import plan_restore
+    from blocksnap.operations.restore_limits import restore_limits
 
     memory.retain()
     new = _new_volume(pool, classic=classic, size=size)
@@ -143,7 +145,10 @@ def restore_command(
             settings, repository, stored.backup, target, verify=verify, missing=missing, as_image=as_image
         )
         return
-    plan = plan_restore(stored.backup, target, create=create, in_place=in_place, image=image, new=new)
+    limits = restore_limits(settings.configuration, stored)
+    plan = plan_restore(
+        stored.backup, target, create=create, in_place=in_place, image=image, new=new, limits=limits
+    )
     _restore(settings, repository, plan, verify=verify, missing=missing)
 
 
@@ -203,12 +208,14 @@ def _restore_instantly(
     from blocksnap.extents import memory
     from blocksnap.operations.instant import InstantOptions, begin_instant, resume_instant
     from blocksnap.operations.restore import NewVolumeOptions
+    from blocksnap.operations.restore_limits import restore_limits
 
     memory.retain()
     pool, classic, size = new
     made = _new_volume(pool, classic=classic, size=size) or NewVolumeOptions()
     per_second = parse_size(rate) if rate else 0
-    where = (settings.reporter, settings.state_directory)
+    limits_of = partial(restore_limits, settings.configuration)
+    where = (limits_of, settings.reporter, settings.state_directory)
     if resume:
         if target or made != NewVolumeOptions() or write_room:
             raise UsageError("write it as: blocksnap restore --instant --resume VG/NAME")

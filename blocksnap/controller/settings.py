@@ -35,6 +35,9 @@ def _size(value: object) -> object:
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 """Bytes: a number, or text like ``"64M"``."""
 Percent = Annotated[float, Field(gt=0, le=100)]
+NotAll = Annotated[float, Field(gt=0, lt=100)]
+"""Of something that must never be full."""
+_DAY_SECONDS = 86400
 
 
 class _Model(BaseModel):
@@ -42,7 +45,7 @@ class _Model(BaseModel):
 
 
 class LimitSettings(_Model):
-    """From where on no snapshot is taken, and from where on one that is there is given up."""
+    """From where on no snapshot is taken, one that is there is given up, and a restore ends."""
 
     pool_data_percent: Percent = 95.0
     """No snapshot is taken in a thin pool whose data is fuller than this."""
@@ -58,6 +61,11 @@ class LimitSettings(_Model):
     """The run fails when there is less room than this where the repository lies."""
     snapshot_seconds: Annotated[float, Field(gt=0)] | None = None
     """How long a snapshot may live; None for as long as the run takes."""
+    restore_data_percent: NotAll = 98.0
+    """A restore ends before it makes the pool of its target fuller than this."""
+    restore_metadata_percent: NotAll = 95.0
+    restore_wait_seconds: Annotated[float, Field(ge=0, le=_DAY_SECONDS)] = 20.0
+    """First it waits so long: LVM may extend the pool."""
 
     def for_volumes(self) -> VolumeLimits:
         """Return those that concern taking a snapshot."""

@@ -34,6 +34,7 @@ from blocksnap.restore.arriving_target import ArrivingTarget
 from blocksnap.restore.engine import UnreadableRangeError, head_bytes, restore_to_target
 from blocksnap.restore.image_server import ImageServer
 from blocksnap.restore.keeper import Keeper
+from blocksnap.restore.pool_watch import RestoreLimits
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import may_go_on
 from blocksnap.system import lvm, nbd
@@ -136,6 +137,7 @@ class Bringing:
         report: Reporter,
         keeper: Keeper,
         rate: int,
+        limits: RestoreLimits,
         began: float,
     ) -> None:
         self._repository = repository
@@ -146,6 +148,7 @@ class Bringing:
         self._report = report
         self._keeper = keeper
         self._bucket = TokenBucket(rate) if rate else None
+        self._limits = limits
         self._looked = began
         self._lock = threading.Lock()
         self._began = began
@@ -284,7 +287,9 @@ class Bringing:
 
     def _target(self, lv_bytes: int, remote: int) -> ArrivingTarget:
         moved = partial(self._moved, lv_bytes, remote)
-        return ArrivingTarget(self._devices.node, self._backup.size, self._record, moved, self._hold_back)
+        return ArrivingTarget(
+            self._devices.node, self._backup.size, self._record, self._limits, moved, self._hold_back
+        )
 
     def _moved(self, lv_bytes: int, remote: int, reached: int) -> None:
         """Have what has arrived read from the volume from now on."""

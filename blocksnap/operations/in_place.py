@@ -30,6 +30,7 @@ from blocksnap.repository.repository import Repository
 from blocksnap.restore.device_target import DeviceTarget
 from blocksnap.restore.engine import restore_to_target
 from blocksnap.restore.file_target import ExistingFileTarget
+from blocksnap.restore.pool_watch import RestoreLimits
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.system import blockdev, devmapper, lvm
 from blocksnap.volumes.base import Volume, as_image
@@ -64,6 +65,7 @@ def restore_in_place(
     report: Reporter,
     *,
     is_device: bool,
+    limits: RestoreLimits,
     verify: bool,
 ) -> InPlaceResult:
     """Make a device or file hold a backup, writing what differs; raises TargetError, DamageError, BusyError.
@@ -75,7 +77,7 @@ def restore_in_place(
     with ExitStack() as stack:
         target: DeviceTarget | ExistingFileTarget
         if is_device:
-            target = DeviceTarget(path, backup.size, record)
+            target = DeviceTarget(path, backup.size, record, limits)
         else:
             target = ExistingFileTarget(path, backup.size, record)
         stack.enter_context(complete(target, report))

@@ -25,6 +25,7 @@ from blocksnap.operations.catalogue import find_backup, require_image
 from blocksnap.operations.images import OpenRepository, require_fuse
 from blocksnap.operations.reporting import Reporter
 from blocksnap.operations.restore import NewVolumeOptions
+from blocksnap.operations.restore_limits import LimitsOf
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
@@ -81,6 +82,7 @@ def begin_instant(
     name: str,
     target: str,
     options: InstantOptions,
+    limits_of: LimitsOf,
     report: Reporter,
     state_directory: str,
 ) -> InstantResult:
@@ -94,7 +96,8 @@ def begin_instant(
     with _prepared(state_directory, group, volume) as (keeper, file):
         repository = open_repository()
         repository.keys.require(Right.READ)
-        backup = find_backup(repository, name).backup
+        stored = find_backup(repository, name)
+        backup = stored.backup
         require_image(backup)
         if backup.size % _SECTOR or not backup.size:
             raise UnevenSizeError(backup.size)
@@ -111,7 +114,8 @@ def begin_instant(
         except BaseException:
             discard(arrival, file)
             raise
-        run = Bringing(repository, backup, arrival, file, report, keeper, options.rate, began)
+        limits = limits_of(stored)
+        run = Bringing(repository, backup, arrival, file, report, keeper, options.rate, limits, began)
         return run.bring()
 
 
@@ -119,6 +123,7 @@ def resume_instant(
     open_repository: OpenRepository,
     target: str,
     rate: int,
+    limits_of: LimitsOf,
     report: Reporter,
     state_directory: str,
     *,
@@ -152,8 +157,10 @@ def resume_instant(
         repository = open_repository()
         if repository.config.id != arrival.repository:
             raise NothingArrivesError(target, "it comes from another repository")
-        backup = find_backup(repository, arrival.backup).backup
-        return Bringing(repository, backup, arrival, file, report, keeper, rate, began).bring()
+        stored = find_backup(repository, arrival.backup)
+        limits = limits_of(stored)
+        run = Bringing(repository, stored.backup, arrival, file, report, keeper, rate, limits, began)
+        return run.bring()
 
 
 def abandon_instant(target: str, state_directory: str) -> None:

@@ -7,7 +7,7 @@ import re
 import stat
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -22,6 +22,7 @@ from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import Losses, UnreadableRangeError, restore_to_stream, restore_to_target
+from blocksnap.restore.pool_watch import USUAL_LIMITS, RestoreLimits
 from blocksnap.restore.record import RestoreMode, RestoreRecord
 from blocksnap.restore.targets import Target
 
@@ -76,6 +77,7 @@ class RestorePlan:
     volume_name: str = ""
     new: NewVolumeOptions = NewVolumeOptions()
     pool_uuid: str | None = None
+    limits: RestoreLimits = USUAL_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ def plan_restore(
     in_place: bool = False,
     image: ImageFormat = "raw",
     new: NewVolumeOptions | None = None,
+    limits: RestoreLimits = USUAL_LIMITS,
 ) -> RestorePlan:
     """Decide what kind of place the target is; raises TargetError or UsageError."""
     if create and in_place:
@@ -115,13 +118,13 @@ def plan_restore(
         return RestorePlan(backup, target, "stream")
     name = _LV_NAME.fullmatch(target)
     if create:
-        return _new_volume(backup, target, name, new or NewVolumeOptions(), image)
+        return replace(_new_volume(backup, target, name, new or NewVolumeOptions(), image), limits=limits)
     found, kind = _existing(target, name)
     if image != "raw" and (kind != "file" or in_place):
         raise UsageError(f"--format {image} goes with a new file")
     if in_place and kind == "file" and not os.path.exists(found):
         raise UnknownTargetError(target, "there is no such file", "leave out --in-place to make it")
-    return RestorePlan(backup, found, kind, in_place=in_place, image=image)
+    return RestorePlan(backup, found, kind, in_place=in_place, image=image, limits=limits)
 
 
 def _new_volume(
@@ -209,6 +212,7 @@ def execute_restore(
                 state_directory,
                 report,
                 is_device=plan.kind == "device",
+                limits=plan.limits,
                 verify=verify,
             )
         else:
@@ -264,7 +268,7 @@ def _open_target(plan: RestorePlan, record: RestoreRecord, stack: ExitStack, *, 
     if plan.kind == "device":
         from blocksnap.restore.device_target import DeviceTarget
 
-        return DeviceTarget(plan.target, plan.backup.size, record)
+        return DeviceTarget(plan.target, plan.backup.size, record, plan.limits)
     from blocksnap.restore.new_volume import NewVolume
 
     volume = stack.enter_context(
@@ -276,6 +280,7 @@ def _open_target(plan: RestorePlan, record: RestoreRecord, stack: ExitStack, *, 
             pool=plan.new.pool,
             pool_uuid=plan.pool_uuid,
             volume_bytes=plan.new.volume_bytes,
+            limits=plan.limits,
         )
     )
     return volume.target

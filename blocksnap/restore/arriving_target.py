@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from blocksnap.restore.device_target import DeviceTarget
+from blocksnap.restore.pool_watch import RestoreLimits
 from blocksnap.restore.record import RECORD_BYTES, RestoreRecord, decode_record
 
 
@@ -20,10 +21,11 @@ class ArrivingTarget(DeviceTarget):
         path: str,
         size: int,
         record: RestoreRecord,
+        limits: RestoreLimits,
         moved: Callable[[int], None],
         hold_back: Callable[[int], None],
     ) -> None:
-        super().__init__(path, size, record, lambda path: os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        super().__init__(path, size, record, limits, lambda path: os.open(path, os.O_RDWR | os.O_CLOEXEC))
         self._moved = moved
         self._hold_back = hold_back
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from blocksnap.restore.place import Place
-from blocksnap.restore.pool_watch import PoolWatch
+from blocksnap.restore.pool_watch import PoolWatch, RestoreLimits
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import TargetTooSmallError
 from blocksnap.system import blockdev
@@ -20,6 +20,7 @@ class DeviceTarget(Place):
         path: str,
         size: int,
         record: RestoreRecord,
+        limits: RestoreLimits,
         open_device: Callable[[str], int] = blockdev.open_exclusive,
     ) -> None:
         fd = open_device(path)
@@ -27,7 +28,7 @@ class DeviceTarget(Place):
             capacity = blockdev.size_of(fd)
             if capacity < size:
                 raise TargetTooSmallError(path, capacity, size)
-            self._pool = PoolWatch(blockdev.device_number(fd))
+            self._pool = PoolWatch(blockdev.device_number(fd), limits)
         except BaseException:
             os.close(fd)
             raise
@@ -47,9 +48,13 @@ class DeviceTarget(Place):
         super().write(offset, data)
 
     def clear(self, offset: int, length: int, *, hole: bool) -> None:
-        """Discard a hole where that leaves zeros; write zeros otherwise."""
+        """Discard a hole where that leaves zeros; write zeros otherwise, which takes room of a pool.
+
+        Raises PoolFillingError.
+        """
+        before_zeros = self._pool.before if self._pool.is_there else None
         try:
-            blockdev.clear(self._fd, offset, length, discard=hole)
+            blockdev.clear(self._fd, offset, length, discard=hole, before_zeros=before_zeros)
         except OSError as err:
             raise self.failed(err) from err
 

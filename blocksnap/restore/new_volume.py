@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from blocksnap.errors import BlocksnapError, TargetError
 from blocksnap.restore.device_target import DeviceTarget
+from blocksnap.restore.pool_watch import USUAL_LIMITS, RestoreLimits
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.system import lvm
 
@@ -62,9 +63,11 @@ class NewVolume:
         pool: str | None,
         pool_uuid: str | None = None,
         volume_bytes: int = 0,
+        limits: RestoreLimits = USUAL_LIMITS,
     ) -> None:
         self._group, self._name, self._size = group, name, size
         self._record = record
+        self._limits = limits
         self._pool, self._pool_uuid = pool, pool_uuid
         self._volume_bytes = max(size, volume_bytes)
         self._target: DeviceTarget | None = None
@@ -93,7 +96,7 @@ class NewVolume:
                 node = lvm.create_thin(
                     self._group, pool, self._name, size_bytes=self._volume_bytes, tags=tags
                 )
-            self._target = DeviceTarget(node, self._size, self._record)
+            self._target = DeviceTarget(node, self._size, self._record, self._limits)
             self._target.is_new = True
         except BaseException:
             # An interrupted lvcreate has run to its end. Why there is no volume matters more than what
@@ -108,7 +111,8 @@ class NewVolume:
         if TAG not in tags:
             raise VolumeExistsError(self._group, self._name)
         # Held exclusively by whoever is still at work on it.
-        target = DeviceTarget(f"/dev/{self._group}/{self._name}", self._size, self._record)
+        node = f"/dev/{self._group}/{self._name}"
+        target = DeviceTarget(node, self._size, self._record, self._limits)
         before = target.head()
         if before is None or not before.continues(self._record):
             target.close()

@@ -10,32 +10,43 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
 from blocksnap.errors import TargetError
 from blocksnap.system import devmapper
 from blocksnap.system.blockdev import sysfs_folder
 from blocksnap.system.dm_status import StatusReader
 
-PATIENCE_SECONDS = 20.0
-"""dmeventd looks at a pool every ten seconds."""
-_LOOK_SECONDS = 0.25
-_SPARE_PERCENT = 2.0
-_SPARE_METADATA_PERCENT = 5.0
-"""As much as a backup leaves before it removes its snapshot (controller.settings)."""
 _UNDER_WAY_BYTES = 8 << 20
 """At least; less is written at a time, and counted before it is."""
+_LOOK_SECONDS = 0.25
 _SECTOR = 512
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreLimits:
+    """How full a restore may make a pool, and how long it waits for room."""
+
+    data_percent: float = 98.0
+    """8 MiB, or a quarter of a tiny pool, stay free in any case."""
+    metadata_percent: float = 95.0
+    wait_seconds: float = 20.0
+    """dmeventd looks at a pool every ten seconds."""
+
+
+USUAL_LIMITS = RestoreLimits()
 
 
 class PoolFillingError(TargetError):
     """The pool of a target is nearly full."""
 
-    def __init__(self, pool: str, part: str, percent: float) -> None:
+    def __init__(self, pool: str, part: str, percent: float, limit_percent: float) -> None:
         self.pool, self.part, self.percent = pool, part, percent
+        self.limit_percent = limit_percent
         option = "--size" if part == "data" else "--poolmetadatasize"
         super().__init__(
             f"the {part} of thin pool {pool} would be full: it is {percent:.1f} % full, and the restore ends "
-            "before other volumes are hurt",
+            f"before other volumes are hurt (limits.restore_{part}_percent = {limit_percent:g})",
             resolution=f"extend it: lvextend {option} +SIZE {pool}; then restore again",
         )
 
@@ -43,8 +54,9 @@ class PoolFillingError(TargetError):
 class PoolWatch:
     """Told of every write before it is made, by several threads."""
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, limits: RestoreLimits) -> None:
         """Watch the pool that a device lies on, if it does."""
+        self._limits = limits
         pool = devmapper.pool_below(device)
         self._uuid = devmapper.dm_uuid(pool) if pool is not None else None
         self._lock = threading.Lock()
@@ -57,6 +69,11 @@ class PoolWatch:
             self._size_file = sysfs_folder(pool) / "size"
             self._look()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a pool at all."""
+        return self._uuid is not None
+
     def before(self, length: int) -> None:
         """Wait, or raise PoolFillingError, where that many bytes more could be too much."""
         if self._uuid is None:
@@ -65,7 +82,7 @@ class PoolWatch:
             self._may_write -= length
             if self._may_write > 0 and time.monotonic() - self._looked < _LOOK_SECONDS:
                 return
-            deadline = time.monotonic() + PATIENCE_SECONDS
+            deadline = time.monotonic() + self._limits.wait_seconds
             while (found := self._look()) is not None:
                 if time.monotonic() >= deadline:
                     raise found
@@ -82,19 +99,25 @@ class PoolWatch:
         if not status.data_total:
             return None
         size = int(self._size_file.read_text()) * _SECTOR
-        spare = max(size * _SPARE_PERCENT / 100, min(_UNDER_WAY_BYTES, size / 4))
-        left = size * (100 - status.data_percent) / 100 - spare
+        left = room_left(size, status.data_percent, self._limits.data_percent)
         # What comes until half of that is written cannot be too much.
         self._may_write = int(left / 2)
-        for part, used, percent, is_short in (
-            ("data", status.data_used, status.data_percent, left <= 0),
+        for part, used, percent, limit, is_short in (
+            ("data", status.data_used, status.data_percent, self._limits.data_percent, left <= 0),
             (
                 "metadata",
                 status.metadata_used,
                 status.metadata_percent,
-                status.metadata_percent > 100 - _SPARE_METADATA_PERCENT,
+                self._limits.metadata_percent,
+                status.metadata_percent > self._limits.metadata_percent,
             ),
         ):
             if used > self._first.setdefault(part, used) and is_short:
-                return PoolFillingError(self._name, part, percent)
+                return PoolFillingError(self._name, part, percent, limit)
         return None
+
+
+def room_left(size: int, percent: float, limit_percent: float) -> float:
+    """Return how many bytes may still be written to a pool of so many that is so full; negative if none."""
+    spare = max(size * (100 - limit_percent) / 100, min(_UNDER_WAY_BYTES, size / 4))
+    return size * (100 - percent) / 100 - spare

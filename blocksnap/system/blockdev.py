@@ -13,6 +13,7 @@ import os
 import stat
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
@@ -31,6 +32,7 @@ _FALLOC_FL_PUNCH_HOLE = 2
 _SYSFS = Path("/sys/dev/block")
 _MOMENT_SECONDS = 0.5
 _ZEROS_BYTES = 1 << 20
+_COUNTED_ZEROS_BYTES = 8 << 20
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 
 
@@ -208,30 +210,49 @@ def allocate(fd: int, offset: int, length: int) -> bool:
     return True
 
 
-def clear(fd: int, offset: int, length: int, *, discard: bool) -> None:
+def clear(
+    fd: int,
+    offset: int,
+    length: int,
+    *,
+    discard: bool,
+    before_zeros: Callable[[int], None] | None = None,
+) -> None:
     """Make a range of a device read as zeros; unallocated if ``discard`` asks for it and the device can.
 
     The parts of blocks at both ends, which the device's commands do not reach, are written: there ``fd``
-    must not be open with O_DIRECT.
+    must not be open with O_DIRECT. ``before_zeros`` is called with how many bytes of zeros, 8 MiB at most,
+    are written next.
     """
     block = logical_block_size(fd)
     begin, end = -(-offset // block) * block, (offset + length) // block * block
     if begin >= end:
-        write_zeros(fd, offset, offset + length)
-        return
-    _clear_blocks(fd, begin, end - begin, discard=discard)
-    write_zeros(fd, offset, begin)
-    write_zeros(fd, end, offset + length)
+        parts = [(offset, offset + length)]
+    else:
+        _clear_blocks(fd, begin, end - begin, discard=discard, before_zeros=before_zeros)
+        parts = [(offset, begin), (end, offset + length)]
+    for begin, end in parts:
+        if before_zeros is not None and begin < end:
+            before_zeros(end - begin)
+        write_zeros(fd, begin, end)
 
 
-def _clear_blocks(fd: int, offset: int, length: int, *, discard: bool) -> None:
+def _clear_blocks(
+    fd: int, offset: int, length: int, *, discard: bool, before_zeros: Callable[[int], None] | None
+) -> None:
     if discard and punch_hole(fd, offset, length):
         return
     done = _unmap_thin(fd, offset, length) if discard else (offset, offset)
-    # The kernel writes zeros itself where the device has no command for it.
     for begin, end in ((offset, done[0]), (done[1], offset + length)):
-        if begin < end:
-            fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", begin, end - begin))
+        if begin >= end:
+            continue
+        step = end - begin if before_zeros is None else _COUNTED_ZEROS_BYTES
+        for at in range(begin, end, step):
+            part = min(step, end - at)
+            if before_zeros is not None:
+                before_zeros(part)
+            # The kernel writes zeros itself where the device has no command for it.
+            fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", at, part))
 
 
 def holders(number: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from blocksnap.restore.place import Place
 from blocksnap.system import devmapper
 from blocksnap.system.blockdev import slaves
 from support.in_process import InProcess
+from support.instant_restore import restoring
 from support.lvm_lab import ThinPool, tool
 
 MIB = 1 << 20
@@ -136,7 +138,7 @@ def test_a_pool_is_never_filled(
     blocksnap: InProcess, content: bytes, pool: ThinPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its other volumes would stand still. What would be too much ends before, unless LVM makes room."""
-    monkeypatch.setattr("blocksnap.restore.pool_watch.PATIENCE_SECONDS", 1.0)
+    limits(blocksnap, "restore_wait_seconds = 1")
     tool("lvcreate", "-y", "-qq", "--type", "thin-pool", "-L", f"{SIZE // 2}M", "-n", "tiny", pool.group)
     target = f"{pool.group}/restored"
     fullest = 0.0
@@ -160,6 +162,43 @@ def test_a_pool_is_never_filled(
         assert Path(f"/dev/{target}").read_bytes()[: len(content)] == content
     finally:
         tool("lvremove", "-y", "-qq", f"{pool.group}/tiny")
+
+
+def test_a_restore_ends_where_its_limits_say(
+    blocksnap: InProcess, content: bytes, pool: ThinPool, tmp_path: Path
+) -> None:
+    """A new volume, an instant restore, one in place; and zeros that are written take room like anything."""
+    limits(blocksnap, "restore_wait_seconds = 0\nrestore_data_percent = 40")
+    zeros = tmp_path / "zeros.img"
+    zeros.write_bytes(bytes(SIZE * MIB))
+    blocksnap.done("backup", str(zeros), "-q")
+    tool("lvcreate", "-y", "-qq", "--type", "thin-pool", "-L", f"{SIZE + 16}M", "-n", "tiny", pool.group)
+    target, into, data = f"{pool.group}/restored", ("--pool", "tiny"), f"{tmp_path}/source.img@latest"
+    try:
+        for backup in (data, f"{zeros}@latest"):
+            code, _, err = blocksnap("restore", backup, target, "--create", *into)
+            assert (code, "limits.restore_data_percent = 40" in err) == (1, True), err
+            assert "restored" not in pool.names()
+        with restoring(data, target, *into) as run:
+            run.until("serving-only")
+            assert "limits.restore_data_percent = 40" in str(run.events)
+            assert 39 < fullness(pool, "tiny") < 55
+            assert run.end(signal.SIGTERM) == 143
+        blocksnap.done("restore", "--instant", "--abandon", target)
+        tool("lvcreate", "-y", "-qq", "-V", f"{SIZE}M", "--thinpool", "tiny", "-n", "restored", pool.group)
+        code, _, err = blocksnap("restore", data, target, "--in-place")
+        assert (code, "limits.restore_data_percent = 40" in err) == (1, True), err
+        assert 39 < fullness(pool, "tiny") < 55
+    finally:
+        tool("lvremove", "-y", "-qq", f"{pool.group}/tiny")
+
+
+def limits(blocksnap: InProcess, text: str) -> None:
+    (blocksnap.folder / "blocksnap.toml").write_text(f"[defaults.limits]\n{text}\n")
+
+
+def fullness(pool: ThinPool, name: str) -> float:
+    return float(tool("lvs", "--noheadings", "-o", "data_percent", f"{pool.group}/{name}"))
 
 
 def at_write(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:

@@ -156,6 +156,12 @@ WRONG = [
     ("[defaults]\nbase = 'x'\n[jobs.a]\nvolumes = ['v/a']\n[jobs.b]\nvolumes = ['v/b']", "b.toml:2: "),
     ("[defaults.limits]\nrepository_free = '1X'\n", "b.toml:2: defaults.limits.repository_free: is no size"),
     ("[defaults.limits]\ndrop_data_percent = 90\n", "b.toml:1: defaults.limits: drop_data_percent is below"),
+    ("[defaults.limits]\nrestore_data_percent = 100\n", "b.toml:2: defaults.limits.restore_data_percent: "),
+    (
+        "[jobs.a]\nvolumes = ['v/a']\nlimits = {restore_metadata_percent = 0}",
+        "b.toml:3: jobs.a.limits.restore_metadata_percent: ",
+    ),
+    ("[defaults.limits]\nrestore_wait_seconds = -1\n", "b.toml:2: defaults.limits.restore_wait_seconds: "),
     ("[defaults.pace]\npolicy = 'fixed'\n", "b.toml:1: defaults.pace: policy fixed needs a read_rate"),
     ("[defaults.pace]\nread_rate = 5\n", 'b.toml:1: defaults.pace: rates need policy = "fixed"'),
     ("[defaults.retention]\nzone = 'UTC'\n", "b.toml:1: defaults.retention: keep: it would keep nothing"),

@@ -96,6 +96,34 @@ def test_cleared_ranges_read_as_zeros_and_only_they(loop: str, discard: bool, be
         os.close(fd)
 
 
+def test_zeros_are_told_before_they_are_written(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a target in a thin pool they take the room, and who is told can keep them from being written."""
+    monkeypatch.setattr(blockdev, "_COUNTED_ZEROS_BYTES", 1 << 20)
+    begin, end = 512 + 100, (5 << 19) + 1000
+    fd = blockdev.open_exclusive(loop)
+    told: list[int] = []
+
+    def refuse_the_second(length: int) -> None:
+        told.append(length)
+        if len(told) == 2:
+            raise TimeoutError
+
+    try:
+        before = os.pread(fd, SIZE, 0)
+        with pytest.raises(TimeoutError):
+            blockdev.clear(fd, begin, end - begin, discard=False, before_zeros=refuse_the_second)
+        blockdev.drop_cache(fd)
+        assert os.pread(fd, SIZE, 0) == before[:1024] + bytes(1 << 20) + before[1024 + (1 << 20) :]
+        told.clear()
+        blockdev.clear(fd, begin, end - begin, discard=False, before_zeros=told.append)
+        # Whole blocks first; then the parts of blocks at both ends.
+        assert told == [1 << 20, 1 << 20, end // 512 * 512 - 1024 - (2 << 20), 1024 - begin, end % 512]
+        blockdev.drop_cache(fd)
+        assert os.pread(fd, SIZE, 0) == before[:begin] + bytes(end - begin) + before[end:]
+    finally:
+        os.close(fd)
+
+
 def test_a_large_range_of_zeros_needs_little_memory(tmp_path: Path) -> None:
     """Where nothing can be punched, as on FAT and NFS 3, a hole of any size is written."""
     with (tmp_path / "file").open("w+b") as file:
