@@ -128,6 +128,8 @@ def mariadb(
             "--user=root",
             f"--datadir={data}",
             f"--socket={socket}",
+            # A server that starts removes the temporary tables of all others that have theirs where it has.
+            f"--tmpdir={tempfile.mkdtemp(dir=socket.parent)}",
         ]
         server = subprocess.Popen(
             [*argv, f"--pid-file={socket}.pid", *_MARIADB.split(), *options], stdout=out, stderr=out
@@ -150,13 +152,14 @@ def _make_mariadb(data: Path, *options: str) -> None:
     tables = [Path(f"/usr/share/mysql/mysql_system_tables{part}.sql").read_text() for part in ("", "_data")]
     words = ["CREATE DATABASE mysql;\nUSE mysql;\nSET @auth_root_socket='root';", *tables]
     argv = ["/usr/sbin/mariadbd", "--no-defaults", "--bootstrap", "--user=root", f"--datadir={data}"]
-    done = subprocess.run(
-        [*argv, *_MARIADB.split(), *options],
-        input="\n".join(words),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            [*argv, f"--tmpdir={scratch}", *_MARIADB.split(), *options],
+            input="\n".join(words),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
 
 
