@@ -27,10 +27,9 @@ from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.contents import answers
 from blocksnap.restore.inside import InnerProcess, NoFuseError, ask, fork_inner
-from blocksnap.restore.tree_mount import NoTreeError, hold_tree
-from blocksnap.system import namespace
+from blocksnap.restore.tree_mount import NoTreeError, TreeEnd, hold_tree, require_mounted
+from blocksnap.system import namespace, own_mount
 from blocksnap.system.children import fork_child, wait_for_child
-from blocksnap.system.command import run
 from blocksnap.system.mounts import parse_mountinfo
 
 _MESSAGE_BYTES = 1 << 20
@@ -49,15 +48,18 @@ def show_backups(
     """Show a backup, or all of a volume, as a tree in ``folder`` until that is unmounted.
 
     ``mounted`` is called with the number of backups when it is there. Raises NoTreeError, NoFuseError, and
-    what opening the repository and finding the backup raise.
+    what opening the repository and finding the backup raise; and TreeLostError when it ends otherwise.
     """
     folder = os.path.realpath(folder)
     if not os.path.isdir(folder):
         raise NoTreeError(folder, "there is no such directory")
     require_fuse()
     with ExitStack() as stack:
-        control, pid = _fork_tree(folder)
-        stack.callback(_end_tree, control, pid, folder, os.open("/proc/self/ns/mnt", os.O_RDONLY))
+        source = own_mount.new_source()
+        control, pid = _fork_tree(folder, source)
+        here = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(_end_tree, control, pid, folder, source, here)
+        end = TreeEnd(control, folder)
         namespace.leave_mounts()
         inner = fork_inner(answers(), namespace.PRIVATE_FOLDER, control)
         repository = open_repository()
@@ -66,16 +68,18 @@ def show_backups(
         if shows_trees:
             inner.end()
             _send_all(control, b"", [])
-            serving = served_trees(repository, shown, control, folder, report)
+            serving = served_trees(repository, shown, control, folder, end, report)
         else:
-            serving = served_images(repository, shown.values(), report, end_users=inner.end)
+            serving = served_images(
+                repository, shown.values(), report, end_users=inner.end, when_lost=end.because
+            )
         with serving:
             try:
                 if not shows_trees:
                     _hand_over(control, shown, inner.questions, folder)
-                _read_further_ahead(pid, folder)
+                _read_further_ahead(pid, source)
                 mounted(len(shown))
-                control.recv(1)
+                end.wait()
             finally:
                 # The tree goes before what it is made of.
                 stack.close()
@@ -89,9 +93,7 @@ def _hand_over(control: socket.socket, shown: dict[str, Backup], inner: socket.s
     _send_all(control, document, [root, inner.fileno()])
     os.close(root)
     inner.close()
-    answer = control.recv(_MESSAGE_BYTES)
-    if answer != b"mounted":
-        raise NoTreeError(folder, answer.partition(b" ")[2].decode() or "its process has died")
+    require_mounted(control.recv(_MESSAGE_BYTES), folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ def served_images(
     *,
     end_users: Callable[[], object],
     tell: Callable[[BlocksnapError], None] | None = None,
+    when_lost: Callable[[str], None] = lambda _: None,
     patient: bool = False,
     writable: bool = False,
 ) -> Iterator[None]:
@@ -193,7 +196,8 @@ def served_images(
 
     ``end_users`` is called at the end: what is made of an image goes before the image, and not by the hand
     that serves it. ``tell`` is called with what keeps a read waiting or fails it, each time; without it that
-    is a warning, once. With ``patient`` their reads wait for a repository that is away; with ``writable``
+    is a warning, once. ``when_lost`` is called, by another thread, with the reason when they are served no
+    more before the end. With ``patient`` their reads wait for a repository that is away; with ``writable``
     each image has an overlay that is thrown away.
     """
     from blocksnap.restore.serving import ServedImages
@@ -210,7 +214,13 @@ def served_images(
     _ = repository.index
     os.mkdir(IMAGES_FOLDER)
     with ServedImages(
-        repository, described, IMAGES_FOLDER, tell or each_once(report), patient=patient, writable=writable
+        repository,
+        described,
+        IMAGES_FOLDER,
+        tell or each_once(report),
+        patient=patient,
+        writable=writable,
+        when_lost=when_lost,
     ) as images:
         try:
             yield
@@ -236,51 +246,49 @@ def _backups_of(repository: Repository, name: str) -> dict[str, Backup]:
     return found
 
 
-def _fork_tree(folder: str) -> tuple[socket.socket, int]:
+def _fork_tree(folder: str, source: str) -> tuple[socket.socket, int]:
     """Fork the process that shows the tree, where everybody sees it."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def work() -> bool:
         ours.close()
-        return _show_tree(folder, its)
+        return _show_tree(folder, source, its)
 
     pid = fork_child(work)
     its.close()
     return ours, pid
 
 
-def _show_tree(folder: str, control: socket.socket) -> bool:
+def _show_tree(folder: str, source: str, control: socket.socket) -> bool:
     handed_over = _receive_all(control)
     if handed_over is None:
         # Whoever was to tell what to show has given up.
         return True
     document, fds = handed_over
     if not fds:
-        return hold_tree(folder, control)
+        return hold_tree(folder, source, control)
     from blocksnap.restore.showing import Shown, serve_tree
 
     root, inner = fds
     shown = [Shown(**each) for each in json.loads(document)]
-    return serve_tree(folder, control, shown, root, socket.socket(fileno=inner))
+    return serve_tree(folder, source, control, shown, root, socket.socket(fileno=inner))
 
 
-def _end_tree(control: socket.socket, pid: int, folder: str, namespace_fd: int) -> None:
-    """End the process that shows the tree, and unmount that where it died before it could."""
+def _end_tree(control: socket.socket, pid: int, folder: str, source: str, namespace_fd: int) -> None:
+    """End the process that shows the tree, and unmount that, and nothing else, where it could not."""
     with suppress(OSError):
         control.shutdown(socket.SHUT_RDWR)
     control.close()
-    if wait_for_child(pid) < 0:
-        with suppress(BlocksnapError):
-            where = f"--mount=/proc/{os.getpid()}/fd/{namespace_fd}"
-            run("nsenter", where, "--", "umount", "--lazy", folder)
+    if wait_for_child(pid):
+        own_mount.unmount_in(namespace_fd, folder, source)
     os.close(namespace_fd)
 
 
-def _read_further_ahead(pid: int, folder: str) -> None:
+def _read_further_ahead(pid: int, source: str) -> None:
     """Have the kernel ask for more at a time; without it everything works, only slower."""
     with suppress(OSError):
         for mount in parse_mountinfo(Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")):
-            if mount.point == folder and mount.filesystem.startswith("fuse"):
+            if mount.source == source:
                 bdi = f"/sys/class/bdi/{os.major(mount.device)}:{os.minor(mount.device)}/read_ahead_kb"
                 Path(bdi).write_text(f"{_READ_AHEAD_KIB}\n")
 

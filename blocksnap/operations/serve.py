@@ -32,6 +32,16 @@ class SocketTakenError(BlocksnapError):
         super().__init__(f"cannot serve on {path}: {what}", resolution="name another one: --socket PATH")
 
 
+class ImageLostError(BlocksnapError):
+    """The image cannot be served any more (exit code 1)."""
+
+    def __init__(self, backup: str, reason: str) -> None:
+        self.backup, self.reason = backup, reason
+        super().__init__(
+            f"{backup[:8]} is not served any more: {reason}", resolution="run the same command again"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where clients connect: a port of the loopback interface, or else a socket in the filesystem."""
@@ -65,8 +75,8 @@ def serve_backup(
 ) -> None:
     """Serve until a signal ends it; ``serving`` is called when clients can connect.
 
-    Raises NoFuseError, MissingProgramError, SocketTakenError, NbdkitError, and what opening the repository
-    and finding the backup raise.
+    Raises NoFuseError, MissingProgramError, SocketTakenError, NbdkitError, ImageLostError, and what
+    opening the repository and finding the backup raise.
     """
     if endpoint.port and endpoint.socket:
         raise UsageError("a socket and a port: name one of them")
@@ -76,7 +86,11 @@ def serve_backup(
     namespace.leave_mounts()
     repository = open_repository()
     backup = find_backup(repository, name).backup
-    with ExitStack() as users, served_images(repository, [backup], report, end_users=users.close):
+    lost: list[str] = []
+    with (
+        ExitStack() as users,
+        served_images(repository, [backup], report, end_users=users.close, when_lost=lost.append),
+    ):
         where, path = ["--ipaddr", LOOPBACK, "--port", str(endpoint.port)], ""
         if not endpoint.port:
             path = os.path.abspath(endpoint.socket or f"{DEFAULT_FOLDER}/{backup.id[:8]}.nbd")
@@ -89,7 +103,8 @@ def serve_backup(
             os.chmod(path, 0o600)
         serving(Serving(backup, endpoint.url(path)))
         while not server.wait(_LOOK_SECONDS):
-            pass
+            if lost:
+                raise ImageLostError(backup.id, lost[0])
         raise NbdkitError(server.said())
 
 

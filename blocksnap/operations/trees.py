@@ -6,7 +6,6 @@ but the tree that users see.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
 import socket
@@ -29,7 +28,7 @@ from blocksnap.restore.naming import flush_folder, printable
 from blocksnap.restore.private_folder import private_folder, take_out
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree import Part, TreeRestore
-from blocksnap.restore.tree_mount import GONE, take_connection
+from blocksnap.restore.tree_mount import TreeEnd, take_connection
 from blocksnap.restore.tree_names import Name
 from blocksnap.restore.tree_view import STUB, TreeView
 from blocksnap.system.files import flush_filesystem_of
@@ -58,14 +57,15 @@ def served_trees(
     shown: Mapping[str, Backup],
     control: socket.socket,
     folder: str,
+    end: TreeEnd,
     report: Reporter,
 ) -> Iterator[None]:
     """Show backups, by the names of their folders, through what the process behind ``control`` mounts.
 
-    That process has been told; it is told, too, when the tree was unmounted. Raises NoTreeError,
+    That process has been told; ``end`` is told when nothing is served any more. Raises NoTreeError,
     NoFuseError, MissingRightError.
     """
-    from blocksnap.restore.fuse import UNMOUNTED
+    from blocksnap.restore.fuse import ENDED
     from blocksnap.restore.tree_serving import ServedTrees, ShownTree
 
     repository.keys.require(Right.READ)
@@ -76,15 +76,14 @@ def served_trees(
         for name, backup in shown.items()
     ]
 
-    def end(reason: str) -> None:
-        with contextlib.suppress(OSError):
-            if reason == UNMOUNTED:
-                control.sendall(GONE)
-            else:
-                control.shutdown(socket.SHUT_RDWR)
+    def ended(reason: str) -> None:
+        if reason == ENDED:
+            end.severed()
+        else:
+            end.because(reason)
 
     connection = take_connection(control, folder)
-    with ServedTrees(repository, trees, connection, each_once(report), end):
+    with ServedTrees(repository, trees, connection, each_once(report), ended):
         yield
 
 

@@ -11,7 +11,9 @@ import mfusepy
 
 from blocksnap.restore.inside import NoFuseError
 
-UNMOUNTED = "it was unmounted"
+ENDED = "its FUSE connection has ended"
+"""It was unmounted, or the connection aborted (/sys/fs/fuse/connections): libfuse does not tell one from the
+other. Who looks whether it is still mounted does."""
 _TEXT_BYTES = 1000
 _LOG_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -24,13 +26,14 @@ def serve(
     writable: bool = False,
     kept_seconds: int = 0,
 ) -> str:
-    """Mount and serve until it is unmounted; return what libfuse said if it could not.
+    """Mount and serve until the connection ends; return ``ENDED``, or what libfuse said when it failed.
 
     With ``kept_seconds`` nothing changes, so the kernel may keep names, attributes and content for so long,
     and inode numbers are those of ``operations``.
     Not in the main thread, whose handler for SIGINT mfusepy would take away.
     """
-    said: deque[str] = deque(maxlen=3)
+    # The last is the reason; before it there may be remarks.
+    said: deque[str] = deque(maxlen=1)
 
     def log(_: int, text: bytes, values: int) -> None:
         buffer = ctypes.create_string_buffer(_TEXT_BYTES)
@@ -58,11 +61,11 @@ def serve(
             **kept,
         )
     except RuntimeError as err:
-        return "; ".join(said) or f"libfuse failed with {err}"
+        return "".join(said) or f"libfuse failed with {err}"
     finally:
         if set_function is not None:
             set_function(None)
-    return UNMOUNTED
+    return ENDED
 
 
 class FuseThread:
@@ -80,7 +83,7 @@ class FuseThread:
         self._run = run
         self._ready = ready
         self._when_ended = when_ended
-        self._failure = ""
+        self._failure = "what serves it has a fault"
         self._thread = threading.Thread(target=self._serve, name="blocksnap-fuse", daemon=True)
 
     def start(self) -> None:

@@ -42,6 +42,7 @@ class NoFuseError(BlocksnapError):
     """FUSE does not work here."""
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
         super().__init__(
             f"the images of backups cannot be shown: {reason}",
             resolution="it needs root, /dev/fuse and libfuse 3 (Debian: apt-get install fuse3)",

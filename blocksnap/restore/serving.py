@@ -19,9 +19,10 @@ from blocksnap.errors import BlocksnapError, StorageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.fuse import FuseThread, serve
+from blocksnap.restore.fuse import ENDED, FuseThread, serve
 from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.overlay import Overlay
+from blocksnap.restore.tree_mount import SEVERED
 from blocksnap.system.namespace import unmount
 
 _END_SECONDS = 2.0
@@ -42,16 +43,19 @@ class ServedImages:
         *,
         patient: bool = False,
         writable: bool = False,
+        when_lost: Callable[[str], None] = lambda _: None,
     ) -> None:
         """With ``patient`` reads wait for a repository that is away; else they fail.
 
-        With ``writable`` each image has an overlay that is thrown away.
+        With ``writable`` each image has an overlay that is thrown away. ``when_lost`` is called, by another
+        thread, with the reason when nothing is served any more before this is left.
         """
+        self._when_lost = when_lost
         self._reader = ImageReader(repository)
         self._folder = folder
         self._writable = writable
         self._operations = _Images(self._reader, backups, tell, patient=patient, writable=writable)
-        self._thread = FuseThread(self._serve, self._operations.ready)
+        self._thread = FuseThread(self._serve, self._operations.ready, self._ended)
 
     def __enter__(self) -> Self:
         """Serve; raises NoFuseError."""
@@ -68,6 +72,11 @@ class ServedImages:
         self._thread.join(_END_SECONDS)
         self._reader.close()
         self._operations.close()
+
+    def _ended(self, reason: str) -> None:
+        # Nobody else reaches what is mounted there.
+        if not self._operations.is_ending.is_set():
+            self._when_lost(reason if reason != ENDED else SEVERED)
 
     def _serve(self) -> str:
         return serve(self._operations, self._folder, direct_io=True, writable=self._writable)

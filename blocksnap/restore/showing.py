@@ -26,9 +26,10 @@ from mfusepy import Operations
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.restore.contents import PARTITIONS
-from blocksnap.restore.fuse import serve
-from blocksnap.restore.inside import ask
-from blocksnap.system import namespace
+from blocksnap.restore.fuse import ENDED, FuseThread, serve
+from blocksnap.restore.inside import NoFuseError, ask
+from blocksnap.restore.tree_mount import MOUNTED, tell_end, tell_failure
+from blocksnap.system import namespace, own_mount
 
 IMAGE, FILES = "image", "files"
 
@@ -204,31 +205,44 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
 
 
 def serve_tree(
-    folder: str, control: socket.socket, shown: list[Shown], root: int, inner: socket.socket
+    folder: str, source: str, control: socket.socket, shown: list[Shown], root: int, inner: socket.socket
 ) -> bool:
     """Serve the tree until it is unmounted or ``control`` ends; tell whether it could be mounted."""
     signal.set_wakeup_fd(-1)
-    ready = threading.Event()
-    failure: list[str] = []
+    ready, ended = threading.Event(), threading.Event()
+    reasons: list[str] = []
+
+    def end(reason: str) -> None:
+        reasons.append(reason)
+        ended.set()
+
     tree = Tree(shown, root, inner, ready)
-    thread = threading.Thread(target=lambda: failure.append(serve(tree, folder)), daemon=True)
-    thread.start()
-    while thread.is_alive() and not ready.wait(0.05):
-        pass
-    if not ready.is_set():
-        control.sendall(b"failed " + failure[0].encode())
+    try:
+        connection = namespace.mount_fuse(folder, source)
+    except namespace.NotMountedError as err:
+        tell_failure(control, os.strerror(err.errno or 0))
         return False
-    control.sendall(b"mounted")
-    threading.Thread(target=_end_with, args=(control, folder), daemon=True).start()
-    thread.join()
+    try:
+        # libfuse takes a connection that is mounted already by this name (fuse_session_mount), and leaves
+        # it to us to unmount it.
+        FuseThread(lambda: serve(tree, f"/dev/fd/{connection}"), ready, end).start()
+    except NoFuseError as err:
+        own_mount.unmount(folder, source)
+        tell_failure(control, err.reason)
+        return False
+    with suppress(OSError):
+        control.sendall(MOUNTED)
+    threading.Thread(target=_end_with, args=(control, folder, source), daemon=True).start()
+    ended.wait()
+    tell_end(control, folder, source, reasons[0] if reasons[0] != ENDED else "")
     return True
 
 
-def _end_with(control: socket.socket, folder: str) -> None:
+def _end_with(control: socket.socket, folder: str, source: str) -> None:
     # It is an error when the other one has ended before it was told that this is mounted.
     with suppress(OSError):
         control.recv(1)
-    namespace.unmount(folder)
+    own_mount.unmount(folder, source)
 
 
 def _facts(status: os.stat_result) -> dict[str, int]:

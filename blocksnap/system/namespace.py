@@ -18,7 +18,7 @@ import struct
 from blocksnap.errors import BlocksnapError
 
 # linux/sched.h, linux/mount.h, linux/prctl.h
-_CLONE_NEWNS = 0x20000
+_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
 _MNT_DETACH = 2
@@ -119,24 +119,33 @@ def mount_device(node: str, folder: str, filesystem: str, options: str) -> None:
         raise NotMountedError(f"the {filesystem} filesystem", err) from err
 
 
-def mount_fuse(folder: str) -> int:
+def mount_fuse(folder: str, source: str) -> int:
     """Mount a FUSE filesystem, read-only, and return the connection by which it has to be served.
 
-    Whoever has that last ends it: then everything in the filesystem is an error until it is unmounted
-    (fuse(4), Documentation/filesystems/fuse.rst). Raises NotMountedError.
+    ``source`` is what the list of mounts has for its device. Whoever has the connection last ends it: then
+    everything in the filesystem is an error until it is unmounted (fuse(4),
+    Documentation/filesystems/fuse.rst). Raises NotMountedError.
     """
     try:
         connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         try:
             owner = f"user_id={os.geteuid()},group_id={os.getegid()}"
             options = f"fd={connection},rootmode={stat.S_IFDIR:o},{owner}"
-            _mount("blocksnap", folder, "fuse.blocksnap", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, options)
+            _mount(source, folder, "fuse.blocksnap", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, options)
         except BaseException:
             os.close(connection)
             raise
     except OSError as err:
         raise NotMountedError(f"a tree on {folder}", err) from err
     return connection
+
+
+def enter_mounts(namespace_fd: int) -> None:
+    """Have this thread alone see the mounts of another namespace; raises OSError (setns(2), unshare(2))."""
+    libc = _libc()
+    # Root and working directory go with the mounts, and threads share them.
+    _check(libc.unshare(_CLONE_FS))
+    _check(libc.setns(namespace_fd, _CLONE_NEWNS))
 
 
 def unmount_for_good(folder: str) -> None:

@@ -31,7 +31,7 @@ from support.file_trees import (
 from support.loops import call
 from support.repositories import harm_largest_pack
 from support.require import require
-from support.shown import children_of, is_mounted, shown, wait_for
+from support.shown import abort, children_of, is_mounted, shown, wait_for
 
 MIB = 1 << 20
 CHUNK = 128 << 10
@@ -269,6 +269,28 @@ def test_nothing_is_left_whoever_is_killed(
         subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
 
 
+def test_an_aborted_connection_ends_it(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
+    (lab.live / "file").write_text("x")
+    blocksnap.done("backup", "-q", lab.live)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    process = blocksnap.start("mount", "latest", tree)
+    try:
+        wait_for(process, tree)
+        (holder,) = children_of(process.pid)
+        abort(os.getpid(), str(tree), tmp_path / "connections")
+        _, err = process.communicate(timeout=60)
+        errors = [line for line in err.decode().splitlines() if line.startswith("error:")]
+        said = f"error: nothing is shown in {tree} any more: its FUSE connection was aborted"
+        assert (process.returncode, errors) == (1, [said]), err
+        assert not is_mounted(tree)
+        assert not Path(f"/proc/{holder}").exists()
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
+
+
 def test_whoever_ends_before_it_serves_leaves_nothing(tmp_path: Path) -> None:
     """Such as while it opens a large repository: what was handed over to it is not taken any more."""
     require("fuse", os.path.exists("/dev/fuse"), "needs /dev/fuse")
@@ -276,7 +298,7 @@ def test_whoever_ends_before_it_serves_leaves_nothing(tmp_path: Path) -> None:
 
     def work() -> bool:
         ours.close()
-        return hold_tree(str(tmp_path), its)
+        return hold_tree(str(tmp_path), "blocksnap-test", its)
 
     pid = fork_child(work)
     its.close()

@@ -17,7 +17,7 @@ import pytest
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted
 from support.repositories import harm_largest_pack
-from support.shown import children_of, is_mounted, shown, wait_for
+from support.shown import abort, children_of, is_mounted, shown, wait_for
 
 MIB = 1 << 20
 FILESYSTEMS = {"ext4": (64, "-q"), "xfs": (320, "-q"), "btrfs": (128, "-q")}
@@ -160,6 +160,53 @@ def test_nothing_is_left_whoever_is_killed(blocksnap: CommandLine, tmp_path: Pat
         process.kill()
         process.communicate()
         subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
+
+
+@pytest.mark.parametrize("which", ["tree", "images"])
+def test_an_aborted_connection_ends_it(blocksnap: CommandLine, tmp_path: Path, which: str) -> None:
+    """Of the tree itself, or of the images that it is made of; nothing stays that answers with an error."""
+    volume, tree = tmp_path / "volume.img", tmp_path / "tree"
+    make_filesystem("ext4", volume)
+    blocksnap.done("backup", volume, "-q")
+    tree.mkdir()
+    process = blocksnap.start("mount", "latest", tree)
+    try:
+        wait_for(process, tree)
+        assert os.listdir(tree / "files")
+        point = str(tree) if which == "tree" else "/sys/fs/fuse/connections/images"
+        abort(os.getpid() if which == "tree" else process.pid, point, tmp_path / "connections")
+        _, err = process.communicate(timeout=60)
+        errors = [line for line in err.decode().splitlines() if line.startswith("error:")]
+        said = f"error: nothing is shown in {tree} any more: its FUSE connection was aborted"
+        assert (process.returncode, errors) == (1, [said]), err
+        assert not is_mounted(tree)
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
+
+
+def test_what_somebody_else_has_mounted_there_stays(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """When the process that shows the tree is killed after that was unmounted, and before it saw it."""
+    volume, tree = tmp_path / "volume.img", tmp_path / "tree"
+    volume.write_bytes(b"x" * MIB)
+    blocksnap.done("backup", volume, "-q")
+    tree.mkdir()
+    process = blocksnap.start("mount", "latest", tree)
+    try:
+        wait_for(process, tree)
+        shower = children_of(process.pid)[0]
+        os.kill(shower, signal.SIGSTOP)
+        call("umount", "--lazy", tree)
+        call("mount", "-t", "tmpfs", "theirs", tree)
+        os.kill(shower, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, b"the process that mounts it has died" in err) == (1, True), err
+        assert f"theirs {tree} tmpfs" in Path("/proc/mounts").read_text()
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", tree], check=False, capture_output=True)
 
 
 def test_the_mounting_process_killed(blocksnap: CommandLine, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from support.commands import CommandLine
 from support.loops import call
 from support.repositories import harm_largest_pack
 from support.require import require
+from support.shown import abort, children_of
 
 MIB = 1 << 20
 
@@ -58,10 +59,6 @@ def blocksnap_event(line: bytes) -> dict[str, object]:
 
     event: dict[str, object] = json.loads(line)
     return event
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def fetched(url: str, folder: Path) -> bytes:
@@ -106,6 +103,20 @@ def test_read_only_by_a_socket_until_any_signal(
             assert fetched(url, tmp_path) == backed_up
     else:
         assert not path.exists()
+
+
+def test_an_aborted_connection_ends_it(blocksnap: CommandLine, backed_up: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "nbd"
+    with serving(blocksnap, "--socket", path) as (process, url):
+        assert fetched(url, tmp_path) == backed_up
+        children = children_of(process.pid)
+        abort(process.pid, "/sys/fs/fuse/connections/images", tmp_path / "connections")
+        out, _ = process.communicate(timeout=60)
+        (event,) = [blocksnap_event(line) for line in out.splitlines() if b'"error"' in line]
+        assert process.returncode == 1
+        assert "is not served any more: its FUSE connection was aborted" in str(event)
+    assert gone(children)
+    assert not path.exists()
 
 
 def test_writes_go_into_an_overlay_that_is_thrown_away(

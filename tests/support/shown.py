@@ -44,3 +44,16 @@ def is_mounted(folder: Path) -> bool:
 
 def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def abort(pid: int, point: str, folder: Path) -> None:
+    """Abort the FUSE connection of what a process has mounted on a point (fuse.rst); ``folder`` is for us."""
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    (device,) = [line.split()[2] for line in lines if line.split()[4] == point and "fuse.blocksnap" in line]
+    folder.mkdir()
+    call("mount", "-t", "fusectl", "none", folder)
+    try:
+        (folder / device.partition(":")[2] / "abort").write_text("1")
+    finally:
+        call("umount", folder)
+        folder.rmdir()
