@@ -14,10 +14,11 @@ from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.inode_map import InodeReader
-from blocksnap.repository.inodes import InodeRecord, decode_xattrs, levels_of
+from blocksnap.repository.inodes import InodeRecord, levels_of
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import verify_chunks
+from blocksnap.restore.inode_values import link_target, state_of, xattrs_of
 
 _ID = 32
 
@@ -93,14 +94,16 @@ def _page(reader: InodeReader, number: int, problems: list[DamageError]) -> list
 def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems: list[DamageError]) -> None:
     """Read all of an inode but its chunks."""
     try:
-        decode_xattrs(reader.value(record.xattrs), f"inode {record.number}")
+        xattrs_of(reader, record)
         if record.is_directory:
             for entry in reader.listing(record):
                 if entry.kind != 8 and reader.find(entry.inode) is None:
                     problem = DamageError(f"{entry.name!r} leads to inode {entry.inode}, which is not there")
                     problems.append(UnreadableInodeError(record.number, "a name", problem))
+        elif record.is_file:
+            state_of(reader, record)
         else:
-            reader.value(record.detail)
+            link_target(reader, record)
         places = -(-record.size // chunk_size)
         if record.is_file and record.content.levels != levels_of(places):
             raise DamageError("its content does not fit its size")

@@ -19,11 +19,12 @@ from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.inode_map import InodeReader
-from blocksnap.repository.inodes import InodeRecord, decode_xattrs, levels_of
+from blocksnap.repository.inodes import InodeRecord, levels_of
 from blocksnap.repository.listings import SUBVOLUME, DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import inode_attributes
 from blocksnap.restore.engine import Losses, Progress, UnreadableRangeError, restore_runs
+from blocksnap.restore.inode_values import LARGEST_VALUE, link_target, state_of, xattrs_of
 from blocksnap.restore.naming import printable
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree_files import OpenFile, TreeFiles
@@ -297,7 +298,11 @@ class TreeRestore:
         places = -(-record.size // self._chunk_size)
         if record.content.levels != levels_of(places):
             raise DamagedObjectError(printable(path), "its content does not fit its size")
-        state = self._reader.value(record.detail)
+        state = b""
+        if record.detail.length <= LARGEST_VALUE:
+            state = state_of(self._reader, record)
+        else:
+            self.unkept.note("holes and shared extents, of which there are too many", path)
         fd = os.open(entry.name, _NEW_FILE, 0o600, dir_fd=folder.fd)
         file = OpenFile(record, path, fd, state, 0, places)
         try:
@@ -320,7 +325,7 @@ class TreeRestore:
 
     def _make_node(self, folder: int, name: bytes, kind: int, path: bytes, record: InodeRecord) -> None:
         if kind == stat.S_IFLNK:
-            target = self._reader.value(record.detail)
+            target = link_target(self._reader, record)
             if not target or b"\0" in target:
                 raise DamagedObjectError(printable(path), "it is no target of a symbolic link")
             try:
@@ -369,7 +374,7 @@ class TreeRestore:
         return self._part is not None and b"/" not in path
 
     def _xattrs(self, record: InodeRecord) -> Iterable[tuple[bytes, bytes]]:
-        return decode_xattrs(self._reader.value(record.xattrs), f"inode {record.number}")
+        return xattrs_of(self._reader, record)
 
 
 def _open_below(top_fd: int, path: bytes, flags: int) -> int:

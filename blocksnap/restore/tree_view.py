@@ -1,8 +1,8 @@
 """Look into the backup of a subvolume: records found by paths, from the map of inodes, as they are asked for.
 
 What is kept is bounded, however many inodes there are: pages of records, nodes of maps, names of directories.
-What the records say is believed no more than by a restore (``restore.tree``): no name leads outside, and no
-directory is found below itself.
+What the records say is believed no more than by a restore (``restore.tree``): no name leads outside, no
+directory is found below itself or in two places: a walk would have no end that anybody lives to see.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.inode_map import BlobSource, InodeMap, InodeReader
-from blocksnap.repository.inodes import InodeRecord, Value, decode_xattrs, levels_of
+from blocksnap.repository.inodes import InodeRecord, levels_of
 from blocksnap.repository.listings import SUBVOLUME
+from blocksnap.restore.inode_values import link_target, state_of, xattrs_of
 from blocksnap.restore.naming import printable
 from blocksnap.restore.tree import ENTRY_KINDS, TOP
 from blocksnap.restore.tree_layout import room_of
@@ -29,13 +30,30 @@ STUB = 2
 """Inode number of the empty directory in the place of a nested subvolume, as the kernel shows one in a
 snapshot (BTRFS_EMPTY_SUBVOL_DIR_OBJECTID)."""
 _KEPT_FOLDERS = 4096
+_KEPT_PATHS_BYTES = 8 << 20
+"""Of their paths, which are long where directories are deep."""
+_KEPT_PLACES = 1 << 16
+"""Directories of which the path is remembered by which they were found, those that were looked at last."""
 _KEPT_NAMES_BYTES = 8 << 20
 _KEPT_ROOMS = 8192
-_LONGEST_TARGET = 4095
-"""Bytes of a symbolic link's target (PATH_MAX)."""
-_LARGEST_VALUE = 64 << 20
-"""Bytes of an inode's extended attributes or state: a hostile record says anything, one block can be many."""
 _BLOCK, _SECTOR = 4096, 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """A directory, and that above it: what it has in common with others is not held twice."""
+
+    record: InodeRecord
+    above: _Folder | None
+
+    def is_below(self, number: int) -> bool:
+        """Tell whether it, or a directory above it, has a number."""
+        at: _Folder | None = self
+        while at is not None:
+            if at.record.number == number:
+                return True
+            at = at.above
+        return False
 
 
 class TreeView:
@@ -46,7 +64,9 @@ class TreeView:
         self._chunk_size = chunk_size
         self._taken = taken_ns
         self._lock = threading.RLock()
-        self._folders: OrderedDict[bytes, tuple[InodeRecord, frozenset[int]]] = OrderedDict()
+        self._folders: OrderedDict[bytes, _Folder] = OrderedDict()
+        self._paths_bytes = 0
+        self._places: dict[int, int] = {}
         self._names: OrderedDict[int, Names] = OrderedDict()
         self._names_bytes = 0
         self._rooms: OrderedDict[int, int] = OrderedDict()
@@ -59,17 +79,13 @@ class TreeView:
         with self._lock:
             above, _, name = path.rpartition(b"/")
             if not name:
-                return self._folder(b"")[0]
-            folder, ancestors = self._folder(above)
-            found = self.names(folder).find(name)
-            if found is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), printable(path))
-            return self._record(found, path, ancestors)
+                return self._folder(b"").record
+            return self._below(self._folder(above), name, path)
 
     def child(self, found: Name, path: bytes) -> InodeRecord:
         """Return the inode of a name, whose path is for what there is to say of damage."""
         with self._lock:
-            return self._record(found, path, frozenset())
+            return self._record(found, path)
 
     def names(self, folder: InodeRecord) -> Names:
         """Return the names in a directory; there are none in the place of a nested subvolume."""
@@ -91,13 +107,12 @@ class TreeView:
     def target(self, link: InodeRecord) -> bytes:
         """Return where a symbolic link leads."""
         with self._lock:
-            return self._value(link.detail, _LONGEST_TARGET, f"symbolic link {link.number}")
+            return link_target(self._reader, link)
 
     def xattrs(self, record: InodeRecord) -> dict[bytes, bytes]:
         """Return extended attributes by their names."""
         with self._lock:
-            where = f"inode {record.number}"
-            return dict(decode_xattrs(self._value(record.xattrs, _LARGEST_VALUE, where), where))
+            return dict(xattrs_of(self._reader, record))
 
     def room(self, file: InodeRecord) -> int:
         """Return how much room an inode had for what it holds, in bytes.
@@ -111,7 +126,7 @@ class TreeView:
             if found is not None:
                 return found
             try:
-                state = self._value(file.detail, _LARGEST_VALUE, f"inode {file.number}")
+                state = state_of(self._reader, file)
             except DamageError:
                 # What it holds can be read all the same.
                 state = b""
@@ -130,45 +145,53 @@ class TreeView:
             raise DamagedObjectError(f"inode {file.number}", "its content does not fit its size")
         return geometry
 
-    def _folder(self, path: bytes) -> tuple[InodeRecord, frozenset[int]]:
-        """Return a directory, and the numbers of all above it and its own."""
-        known = self._folders.get(path)
-        if known is not None:
-            self._folders.move_to_end(path)
-            return known
-        at, above = b"", self._top()
-        for end in _ends(path):
+    def _folder(self, path: bytes) -> _Folder:
+        """Return a directory, with all above it."""
+        ends = [len(path)]
+        while (above := self._folders.get(path[: ends[-1]])) is None and ends[-1]:
+            ends.append(max(path.rfind(b"/", 0, ends[-1]), 0))
+        if above is None:
+            above = self._top()
+        self._folders.move_to_end(path[: ends.pop()])
+        for end in reversed(ends):
             at = path[:end]
-            below = self._folders.get(at)
-            if below is None:
-                found = self.names(above[0]).find(at.rpartition(b"/")[2])
-                if found is None:
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), printable(at))
-                record = self._record(found, at, above[1])
-                if not record.is_directory:
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), printable(at))
-                below = self._keep(at, record, above[1] | {record.number})
-            above = below
+            record = self._below(above, at.rpartition(b"/")[2], at)
+            if not record.is_directory:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), printable(at))
+            above = self._keep(at, _Folder(record, above))
         return above
 
-    def _top(self) -> tuple[InodeRecord, frozenset[int]]:
-        known = self._folders.get(b"")
-        if known is None:
-            top = self._reader.find(TOP)
-            if top is None or not top.is_directory:
-                raise DamagedObjectError("the top directory", "it is no directory")
-            known = self._keep(b"", top, frozenset({TOP}))
-        return known
+    def _top(self) -> _Folder:
+        top = self._reader.find(TOP)
+        if top is None or not top.is_directory:
+            raise DamagedObjectError("the top directory", "it is no directory")
+        return self._keep(b"", _Folder(top, None))
 
-    def _keep(
-        self, path: bytes, record: InodeRecord, numbers: frozenset[int]
-    ) -> tuple[InodeRecord, frozenset[int]]:
-        found = self._folders[path] = record, numbers
-        if len(self._folders) > _KEPT_FOLDERS:
-            self._folders.popitem(last=False)
+    def _keep(self, path: bytes, found: _Folder) -> _Folder:
+        self._folders[path] = found
+        self._paths_bytes += len(path)
+        while len(self._folders) > _KEPT_FOLDERS or self._paths_bytes > _KEPT_PATHS_BYTES:
+            self._paths_bytes -= len(self._folders.popitem(last=False)[0])
         return found
 
-    def _record(self, found: Name, path: bytes, ancestors: frozenset[int]) -> InodeRecord:
+    def _below(self, folder: _Folder, name: bytes, path: bytes) -> InodeRecord:
+        """Return what a name in a directory leads to, and the path: a directory has one place."""
+        found = self.names(folder.record).find(name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), printable(path))
+        record = self._record(found, path)
+        if record.is_directory and found.kind != SUBVOLUME:
+            place = hash(path)
+            if folder.is_below(record.number) or self._places.get(record.number, place) != place:
+                raise DamagedObjectError(printable(path), f"directory {record.number} is in two places")
+            # The last that was looked at is the last to be forgotten.
+            self._places.pop(record.number, None)
+            self._places[record.number] = place
+            if len(self._places) > _KEPT_PLACES:
+                del self._places[next(iter(self._places))]
+        return record
+
+    def _record(self, found: Name, path: bytes) -> InodeRecord:
         if found.kind == SUBVOLUME:
             return InodeRecord(
                 STUB, 0, stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, (0, 0),
@@ -180,24 +203,7 @@ class TreeView:
         kind = stat.S_IFMT(record.mode)
         if ENTRY_KINDS.get(found.kind, kind) != kind:
             raise DamagedObjectError(printable(path), "its name and its inode are not of the same kind")
-        if record.is_directory and record.number in ancestors:
-            raise DamagedObjectError(printable(path), f"directory {record.number} is in two places")
         return record
-
-    def _value(self, value: Value, most: int, where: str) -> bytes:
-        if value.length > most:
-            raise DamagedObjectError(where, f"{value.length} bytes are more than it can have")
-        return self._reader.value(value)
-
-
-def _ends(path: bytes) -> Iterator[int]:
-    """Yield where the names of a path end."""
-    at = path.find(b"/")
-    while at >= 0:
-        yield at
-        at = path.find(b"/", at + 1)
-    if path:
-        yield len(path)
 
 
 def blocks_of(room: int) -> int:

@@ -17,6 +17,7 @@ from blocksnap.repository.frame import FrameType
 from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.listings import DirectoryEntry
 from blocksnap.repository.repository import Repository
+from blocksnap.restore import inode_values
 from blocksnap.restore.tree_layout import is_layout, read_layout
 from blocksnap.restore.unkept import Unkept
 from support.inode_trees import Node, chunk, inode_map, store_tree
@@ -87,6 +88,18 @@ HOSTILE: dict[str, dict[int, Node]] = {
         256: names((b"a", 257, LINK)),
         257: Node(detail=b"a\0b", kind=stat.S_IFLNK),
     },
+    "a link that is too long": {
+        256: names((b"a", 257, LINK)),
+        257: Node(detail=b"x" * 4096, kind=stat.S_IFLNK),
+    },
+    "an attribute that is too long": {
+        256: names((b"a", 257, FILE)),
+        257: Node({0: 1}, 1, xattrs=((b"user.x", b"x" * 65537),)),
+    },
+    "an attribute with a name that is too long": {
+        256: names((b"a", 257, FILE)),
+        257: Node({0: 1}, 1, xattrs=((b"user." + b"x" * 251, b""),)),
+    },
     "the same name twice": {256: names((b"a", 257, FILE), (b"a", 257, FILE)), 257: GOOD},
     "up": {256: names((b"..", 257, FILE)), 257: GOOD},
     "a path": {256: names((b"../../stolen", 257, FILE)), 257: GOOD},
@@ -101,6 +114,26 @@ def test_hostile_records_are_refused(place: Path, what: str) -> None:
         restored(place, HOSTILE[what])
     assert os.listdir(place / "targets") == []
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("a link that is too long", "symbolic link 257 is damaged: 4096 bytes"),
+        ("an attribute that is too long", "inode 257 is damaged: its extended attribute b'user.x' has 65537"),
+        ("an attribute with a name that is too long", "inode 257 is damaged: it has an extended attribute"),
+    ],
+)
+def test_what_no_kernel_has_is_named_and_not_held(
+    place: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
+) -> None:
+    with pytest.raises(DamageError, match=said):
+        restored(place, HOSTILE[what])
+    # A record may claim any length of one block many times; nothing of that is read.
+    monkeypatch.setattr(inode_values, "LARGEST_VALUE", 1000)
+    tree = {256: names((b"a", 257, FILE)), 257: Node({0: 1}, 1, xattrs=((b"user.x", b"x" * 1200),))}
+    with pytest.raises(DamageError, match=r"inode 257 is damaged: 12\d\d bytes are more than it can have"):
+        restored(place, tree)
 
 
 def test_a_link_is_not_followed(place: Path) -> None:

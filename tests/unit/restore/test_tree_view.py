@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import random
 import stat
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.listings import DirectoryEntry
-from blocksnap.restore import tree_names, tree_view
+from blocksnap.restore import inode_values, tree_names, tree_view
 from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.private_folder import private_folder
 from blocksnap.restore.tree_names import Names
@@ -128,6 +130,55 @@ def test_hostile_trees(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_a_directory_in_two_places_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 60 directories holds the next one twice: 2^60 paths, and the number of a stub among them."""
+    numbers = [256, 299, 2, *range(300, 357)]
+    tree = {
+        number: names((b"a", below, FOLDER), (b"b", below, FOLDER))
+        for number, below in itertools.pairwise(numbers)
+    }
+    files = files_of(tmp_path, tree | {numbers[-1]: names((b"again", 2, FOLDER))})
+    view, found, waiting = view_of(files, tmp_path), [], [b""]
+    while waiting:
+        path = waiting.pop()
+        try:
+            folder = view.find(path)
+        except DamageError as err:
+            assert "is in two places" in err.brief
+            continue
+        found.append(folder.number)
+        waiting += [path + b"/" + each.name if path else each.name for each in view.names(folder)]
+    assert sorted(found) == sorted(numbers)
+    # Which place it is does not change while it is remembered.
+    assert view.find(b"b").number == 299
+    for _ in range(2):
+        with pytest.raises(DamageError, match="in two places"):
+            view.find(b"a")
+    with pytest.raises(DamageError, match="in two places"):
+        list(files.entries("", recursive=True, find=None))
+    # What is forgotten is not what is above.
+    monkeypatch.setattr(tree_view, "_KEPT_PLACES", 1)
+    with pytest.raises(DamageError, match="in two places"):
+        view.find(b"/".join([b"b"] * 59 + [b"again"]))
+
+
+def test_deep_directories_take_little_memory(tmp_path: Path) -> None:
+    depth = 2000
+    tree = {256: names((b"d", 300, FOLDER))} | {
+        300 + at: names((b"d", 301 + at, FOLDER)) for at in range(depth)
+    }
+    files = files_of(tmp_path, tree | {300 + depth: names()})
+    view = view_of(files, tmp_path)
+    tracemalloc.start()
+    try:
+        for at in range(1, depth + 1):
+            assert view.find(b"/".join([b"d"] * at)).number == 299 + at
+        # A set of all above it for each would be 200 MB.
+        assert tracemalloc.get_traced_memory()[0] < 30 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_place_of_a_nested_subvolume_is_empty(tmp_path: Path) -> None:
     """Also when an inode has the number that the kernel shows there, and names."""
     tree = {
@@ -157,7 +208,7 @@ def test_values_that_are_too_large_are_not_held(tmp_path: Path, monkeypatch: pyt
         view.target(view.find(b"long"))
     file = view.find(b"file")
     assert view.xattrs(file) == {b"user.one": b"1" * 2000}
-    monkeypatch.setattr(tree_view, "_LARGEST_VALUE", 1999)
+    monkeypatch.setattr(inode_values, "LARGEST_VALUE", 1999)
     with pytest.raises(DamageError, match="more than it can have"):
         view.xattrs(file)
     assert view.room(file) == file.size
