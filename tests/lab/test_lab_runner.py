@@ -19,6 +19,7 @@ from support.require import require
 PROJECT = Path(__file__).resolve().parents[2]
 LAB = PROJECT / "vagrant" / "lab"
 LAB_FAILED = 125
+RUN_PREFIX = "blocksnap-lab-"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,7 +50,7 @@ def kernels(directory: Path) -> list[str]:
             text = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if f"{directory}/blocksnap-lab-" in text:
+        if f"{directory}/{RUN_PREFIX}" in text:
             found.append(text)
     return found
 
@@ -271,3 +272,30 @@ print(len(answers), all(answers))
         [LAB, "--timeout", "120", "--", python, "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.returncode) == ("240 True\n", 0), done.stderr
+
+
+def processors(directory: Path) -> list[set[int]]:
+    """What the kernels that were started from a run directory below `directory` may run on."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if words[0].endswith(b"linux.uml") and f"{directory}/{RUN_PREFIX}".encode() in b" ".join(words):
+                found.append(os.sched_getaffinity(int(process.name)))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one processor for all")
+def test_each_lab_has_a_processor_of_its_own(scratch: Path) -> None:
+    """Two of them in a network namespace, where the claims of other labs are not to be seen."""
+    script = f"{LAB} -- sleep 600 & {LAB} -- sleep 600 & wait"
+    argv = ["unshare", "--net", "sh", "-c", script]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            assert wait_until(lambda: len({frozenset(each) for each in processors(scratch)}) == 2)
+            assert all(len(each) == 1 for each in processors(scratch))
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+    assert wait_until(lambda: not kernels(scratch))
