@@ -26,6 +26,7 @@ from blocksnap.system.command import CommandError, has_program, run, run_observe
 from blocksnap.system.devmapper import decode_name
 from blocksnap.system.flock import try_lock
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
+from blocksnap.system.lvm_text import sized
 
 TAG = "blocksnap"
 RESTORING_TAG = "blocksnap.restoring"
@@ -322,20 +323,20 @@ def delete_tag(vg: str, name: str, tag: str) -> None:
 
 def create_thin(vg: str, pool: str, name: str, size_bytes: int, tags: Sequence[str] = ()) -> str:
     """Create a thin volume of at least so many bytes and return its node."""
-    size = ("--virtualsize", f"{size_bytes}b")
+    size = ("--virtualsize", sized(size_bytes))
     return _create(vg, name, [*size, "--type", "thin", "--thinpool", check_name(pool)], tags)
 
 
 def create_thick(vg: str, name: str, size_bytes: int, tags: Sequence[str] = ()) -> str:
     """Create a classic volume of at least so many bytes and return its node."""
     # Signatures of what was there before are wiped without asking; the restore overwrites them anyway.
-    return _create(vg, name, ["--size", f"{size_bytes}b", "--type", "linear", "--wipesignatures", "y"], tags)
+    return _create(vg, name, ["--size", sized(size_bytes), "--type", "linear", "--wipesignatures", "y"], tags)
 
 
 def extend_volume(vg: str, name: str, size_bytes: int) -> None:
     """Make a volume larger, to at least so many bytes."""
     target = f"{check_name(vg)}/{check_name(name)}"
-    _change(vg, "lvextend", *_config(), "--autobackup", "n", "--size", f"{size_bytes}b", target)
+    _change(vg, "lvextend", *_config(), "--autobackup", "n", "--size", sized(size_bytes), target)
 
 
 def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:

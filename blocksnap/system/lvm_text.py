@@ -1,4 +1,4 @@
-"""LVM's own text form of a volume group, as ``vgcfgbackup`` writes it (lvm.conf(5) has the grammar).
+"""LVM's own text form of a volume group, as ``vgcfgbackup`` writes it (lvm.conf(5) has it), and of sizes.
 
 Sections in braces, ``name = value`` with numbers, strings and lists of them, and comments from ``#`` on.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 _TOKEN = re.compile(r'\s+|#[^\n]*|"(?:[^"\\]|\\.)*"|[{}\[\]=,]|[^\s{}\[\]=,#"]+')
 Value = str | int | list["Value"] | dict[str, "Value"]
 Section = dict[str, Value]
+_SECTOR = 512
 
 
 class LvmTextError(ValueError):
@@ -122,3 +123,8 @@ def _scalar(word: str) -> Value:
         return int(word)
     except ValueError as err:
         raise LvmTextError(f"{word!r} is neither a number nor a string") from err
+
+
+def sized(size_bytes: int) -> str:
+    """Return a size as LVM's commands take it: at least so many bytes, in whole sectors."""
+    return f"{-(-size_bytes // _SECTOR) * _SECTOR}b"

@@ -16,6 +16,7 @@ from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree_place import NewTree
 from support.commands import CommandLine
+from support.in_process import InProcess
 from support.loops import call, loop_device, mounted, unmount
 from support.require import require
 
@@ -95,6 +96,31 @@ def test_an_unfinished_device_is_not_taken_for_a_volume(blocksnap: CommandLine, 
         pack.write_bytes(whole)
         blocksnap.done("restore", "latest", device)
         call("e2fsck", "-fn", device)
+
+
+@pytest.mark.parametrize("size", [1, 4097, 128 << 10])
+def test_what_has_no_room_for_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes], size: int
+) -> None:
+    """What is no larger than the beginning that comes last is written in one go, and nothing is told."""
+    blocksnap = InProcess(tmp_path, monkeypatch, capsysbinary)
+    blocksnap.done("init")
+    source, out, disk = (tmp_path / name for name in ("source", "out", "disk"))
+    source.write_bytes(random.Random(size).randbytes(size))
+    blocksnap.done("backup", source)
+    room = max(-(-size // 4096) * 4096, 64 << 10)
+    disk.write_bytes(b"d" * room)
+    with loop_device(disk) as device:
+        for target, options in ((out, ()), (out, ("--in-place",)), (device, ()), (device, ("--in-place",))):
+            code, _, err = blocksnap("restore", "latest", target, "--verify", *options)
+            assert (code, "warning" in err) == (0, False), err
+            with open(target, "rb") as restored:
+                content = restored.read()
+            assert content == source.read_bytes() + (b"d" * (room - size) if target == device else b"")
+            out.write_bytes(b"other" * size)
+            call("blkdiscard", "--zeroout", device)
+            disk.write_bytes(b"d" * room)
+            call("blockdev", "--flushbufs", device)
 
 
 def test_only_what_differs(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:

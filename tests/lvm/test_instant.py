@@ -61,6 +61,24 @@ def test_used_at_once_and_whole_in_the_end(pool: ThinPool, lost: dict[str, str],
     print("usable after", told["seconds"], "s with", f"{share:.1%} arrived")
 
 
+def test_what_is_tiny(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> None:
+    """Smaller than the beginning that is written last, and of no size that LVM takes as it is."""
+    source, volume = tmp_path / "source.img", f"{pool.group}/tiny"
+    for size in (1000, 64 << 10):
+        source.write_bytes(os.urandom(size))
+        blocksnap.done("backup", str(source), "-q")
+        if size % 512:
+            code, _, err = blocksnap("restore", "latest", volume, "--create", "--pool", pool.pool, "--verify")
+            assert (code, "warning" in err) == (0, False), err
+        else:
+            with restoring("latest", volume, "--pool", pool.pool, "--verify") as run:
+                assert run.done() == 0
+                assert [event for event in run.events if event["event"] == "warning"] == []
+        assert Path(f"/dev/{volume}").read_bytes()[:size] == source.read_bytes()
+        nothing_is_left(pool, "tiny")
+        pool.remove("tiny")
+
+
 def test_a_server_that_is_killed_only_makes_wait(
     pool: ThinPool, lost: dict[str, str], tmp_path: Path
 ) -> None:
