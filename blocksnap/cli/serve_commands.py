@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 @click.option(
     "--writable", is_flag=True, help="Take writes too, into an overlay that is thrown away at the end."
 )
-@click.option("--socket", "path", metavar="PATH", default="", help="Listen on this socket of the filesystem.")
 @click.option(
-    "--port", type=click.IntRange(1, 65535), default=None, help="Listen on this port of 127.0.0.1 instead."
+    "--socket",
+    "path",
+    metavar="PATH",
+    default="",
+    help="Listen on this socket of the filesystem; default: /run/blocksnap/ID.nbd.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=None,
+    help="Listen for NBD clients on this TCP port of 127.0.0.1 (NBD's own is 10809), which every user of "
+    "this host reaches, and on no socket; default: none.",
 )
 @common_options
 def serve_command(settings: Settings, *, backup: str, writable: bool, path: str, port: int | None) -> None:

@@ -7,8 +7,10 @@ the one that recovery has to begin with.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from dataclasses import dataclass
 
 from blocksnap.errors import TargetError, UsageError
@@ -161,7 +163,14 @@ def _escape(path: str) -> str:
 
 
 def _read(folder: int, name: str) -> bytes:
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    """Return what a file begins with; raises OSError, also for what is no file, which is not opened."""
+    place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", name)
+        fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
     try:
         return os.read(fd, _ROOM)
     finally:

@@ -167,11 +167,11 @@ def _header(header: RecordedHeader, backed_up: set[str]) -> Iterator[str]:
         return
     # A path in a comment is written so that it has no second line.
     yield f"# {header.path!r} is a LUKS container: its old header makes one of a new device, for the old keys"
-    yield f"(umask 077 && blocksnap restore {shlex.quote(header.volume)}@latest {file})"
+    yield f"(umask 077 && blocksnap restore -- {shlex.quote(header.volume)}@latest {file})"
     yield f"cryptsetup luksHeaderRestore --batch-mode --header-backup-file {file} {path}"
     yield f"rm {file}"
     if header.mapping:
-        yield f"cryptsetup open {path} {shlex.quote(header.mapping)}"
+        yield f"cryptsetup open -- {path} {shlex.quote(header.mapping)}"
 
 
 def _volumes(volumes: Sequence[RecordedVolume], backed_up: set[str]) -> Iterator[str]:
@@ -196,5 +196,5 @@ def _volumes(volumes: Sequence[RecordedVolume], backed_up: set[str]) -> Iterator
 
 
 def _plain(path: str) -> str:
-    """Return a name for a file made of the path of a device."""
-    return "".join(letter if letter.isalnum() else "-" for letter in path.removeprefix("/dev/"))
+    """Return a name for a file made of the path of a device; no hyphen is at the beginning."""
+    return "".join(letter if letter.isalnum() else "-" for letter in path.removeprefix("/dev/")).lstrip("-")

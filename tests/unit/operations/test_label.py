@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def test_a_directory_that_is_not_its_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotItsDirectoryError, match="has a backup_label already"):
         write_label(LABEL, str(data))
     assert sorted(os.listdir(data)) == ["PG_VERSION", "backup_label", "global", "pg_tblspc"]
+
+
+@pytest.mark.parametrize("name", ["PG_VERSION", "global/pg_control", "postmaster.pid"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_read(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    """A fifo would be waited for until somebody writes to it."""
+    data = data_directory(tmp_path)
+    (data / name).unlink(missing_ok=True)
+    make(data / name)
+    if name == "postmaster.pid":
+        # It tells of no server.
+        assert write_label(LABEL, str(data))
+        return
+    with pytest.raises(NotItsDirectoryError, match=f"cannot be written to .{name}: it is no regular file"):
+        write_label(LABEL, str(data))
+    assert not (data / "backup_label").exists()
 
 
 def test_the_server_is_named_where_there_are_several() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,11 @@ def test_headers_are_restored_and_containers_opened_before_groups_are_made() -> 
     header = RecordedHeader(volume="luks:1-2", path="/dev/sdb$1", mapping="my vault")
     recovery = RECOVERY.model_copy(update={"headers": (header,)})
     lines = list(script(recovery, ["luks:1-2"]))
-    at = lines.index("(umask 077 && blocksnap restore luks:1-2@latest sdb-1.luks)")
+    at = lines.index("(umask 077 && blocksnap restore -- luks:1-2@latest sdb-1.luks)")
     assert lines[at + 1 : at + 4] == [
         "cryptsetup luksHeaderRestore --batch-mode --header-backup-file sdb-1.luks '/dev/sdb$1'",
         "rm sdb-1.luks",
-        "cryptsetup open '/dev/sdb$1' 'my vault'",
+        "cryptsetup open -- '/dev/sdb$1' 'my vault'",
     ]
     assert lines[at + 4].startswith("vgcreate")
     assert lines[at - 2].startswith("sfdisk")
@@ -107,6 +108,18 @@ def test_headers_are_restored_and_containers_opened_before_groups_are_made() -> 
     # Where there is none, the document is what it was before there were headers.
     assert "headers" not in RECOVERY.model_dump(mode="json")
     assert Recovery.model_validate_json(recovery.model_dump_json()) == recovery
+
+
+def test_nothing_recorded_is_taken_for_an_option() -> None:
+    header = RecordedHeader(volume="--repo=x", path="/-f/disk", mapping="--test")
+    lines = list(script(Recovery(headers=(header,)), ["--repo=x"]))
+    words = [shlex.split(line.strip("()").removeprefix("umask 077 && ")) for line in lines]
+    found = {line[0]: line[1:] for line in words if line and line[0] in ("blocksnap", "cryptsetup", "rm")}
+    assert found == {
+        "blocksnap": ["restore", "--", "--repo=x@latest", "f-disk.luks"],
+        "cryptsetup": ["open", "--", "/-f/disk", "--test"],
+        "rm": ["f-disk.luks"],
+    }
 
 
 def test_arrays_are_to_be_made_by_hand() -> None:
