@@ -178,7 +178,7 @@ def _restore(
     )
     tell_of_labels(plan.backup, settings.reporter)
     _show(settings, plan.backup, result)
-    if result.missing:
+    if result.missing or (result.in_place is not None and result.in_place.is_way_back_gone):
         click.get_current_context().exit(EXIT_WARNINGS)
 
 

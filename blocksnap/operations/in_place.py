@@ -50,11 +50,12 @@ class Differing:
 
 @dataclass(frozen=True, slots=True)
 class InPlaceResult:
-    """What was found to differ, and the snapshot that leads back."""
+    """What was found to differ, and the snapshot that leads back, unless somebody has removed it."""
 
     differing: Differing
     written_bytes: int
     way_back: str
+    is_way_back_gone: bool
 
 
 def restore_in_place(
@@ -84,10 +85,13 @@ def restore_in_place(
         volume = _tracked_volume(path, target) if is_device else None
         before = target.head()
         way_back = before.way_back if before is not None else ""
+        is_gone = bool(way_back) and _tell_if_gone(way_back, path, report)
         if volume is not None:
             differing = _find_tracked(repository, backup, target, volume, state_directory, report)
+            # One of what is half written would lead nowhere.
             way_back = way_back or _make_way_back(volume)
-            report.event("way-back", volume=way_back)
+            if not is_gone:
+                report.event("way-back", volume=way_back)
         else:
             differing = _read_and_compare(repository, backup, target, report)
         target.wanted = record.model_copy(update={"way_back": way_back})
@@ -105,7 +109,8 @@ def restore_in_place(
             restore_to_target(repository, geometry, read_map, target, report.advance)
         if verify:
             verify_target(repository, backup, target, report, Ranges())
-    return InPlaceResult(differing, total, way_back)
+    is_gone = is_gone or (bool(way_back) and _tell_if_gone(way_back, path, report))
+    return InPlaceResult(differing, total, "" if is_gone else way_back, is_gone)
 
 
 def differing_chunks(reader: MapReader, one: Backup, other: Backup) -> Iterator[tuple[int, int]]:
@@ -182,6 +187,18 @@ def _wanted_runs(
     return chain.from_iterable(
         read_runs(reader, backup, None, first, last) for first, last in parts if first < last
     )
+
+
+def _tell_if_gone(way_back: str, path: str, report: Reporter) -> bool:
+    """Warn when somebody has removed the way back: the restore needs it for nothing."""
+    group, _, name = way_back.partition("/")
+    if lvm.report(group).find(group, name) is not None:
+        return False
+    report.warn(
+        f"the snapshot {way_back} is gone: there is no way back to what {path} held before",
+        resolution="the restore itself does not need it; earlier backups of the volume are as they were",
+    )
+    return True
 
 
 def _make_way_back(volume: Volume) -> str:

@@ -24,7 +24,7 @@ from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import Losses, UnreadableRangeError, restore_to_stream, restore_to_target
 from blocksnap.restore.pool_watch import USUAL_LIMITS, RestoreLimits
 from blocksnap.restore.record import RestoreMode, RestoreRecord
-from blocksnap.restore.targets import Target
+from blocksnap.restore.targets import LastingTarget
 
 if TYPE_CHECKING:
     from blocksnap.operations.in_place import InPlaceResult
@@ -256,7 +256,9 @@ def _restore(
             verify_target(repository, backup, target, report, Ranges(losses.chunks() if losses else ()))
 
 
-def _open_target(plan: RestorePlan, record: RestoreRecord, stack: ExitStack, *, verify: bool) -> Target:
+def _open_target(
+    plan: RestorePlan, record: RestoreRecord, stack: ExitStack, *, verify: bool
+) -> LastingTarget:
     if plan.image != "raw":
         from blocksnap.restore.disk_image import DiskImageTarget
 

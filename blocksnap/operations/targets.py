@@ -15,7 +15,7 @@ from blocksnap.repository.blockmap import Entry, MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import Losses, UnreadableRangeError
-from blocksnap.restore.targets import Target, may_go_on
+from blocksnap.restore.targets import LastingTarget, Target, may_go_on
 
 
 class RestoreDiffersError(DamageError):
@@ -44,15 +44,16 @@ def read_runs(
 
 
 @contextmanager
-def complete(target: Target, report: Reporter) -> Iterator[Target]:
+def complete(target: LastingTarget, report: Reporter) -> Iterator[Target]:
     """Finish a target, or tell what became of it."""
     try:
         yield target
         target.finish()
     except BaseException as err:
+        what_stays = target.what_stays
         if target.close(keep=may_go_on(err)):
             report.warn(
-                f"{target.name} is not complete, and begins with a record that says so",
+                f"{target.name} {what_stays}",
                 resolution="the same command, run again, goes on with it",
             )
         raise

@@ -1,7 +1,8 @@
 """A disk image for virtual machines, made from the raw one by qemu-img.
 
-The raw image is complete before it is converted, and removed after; so it needs room for both, and an
-interrupted restore goes on as that of any file.
+The raw image is complete before it is converted, and removed after; so it needs room for both. An interrupted
+restore goes on as that of any file. A raw image that is complete has a hidden name that says so, and is only
+converted when the restore is run again, whatever interrupted it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 
 from blocksnap.errors import BlocksnapError, TargetError
 from blocksnap.restore.file_target import FileTarget
-from blocksnap.restore.naming import hidden_name
+from blocksnap.restore.naming import flush_folder, hidden_name
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.system.command import MissingProgramError, has_program, run
 
@@ -38,10 +39,30 @@ class DiskImageTarget(FileTarget):
             raise MissingProgramError("qemu-img")
         self._image = image
         self._compare = compare
+        # What was lost would not be known after an interruption, so a restore with losses begins anew.
+        whole = record.mode == "whole"
+        self._raw = hidden_name(os.path.abspath(path), f"{record.backup}-raw") if whole else None
+        self._is_raw_complete = False
         super().__init__(path, size, record)
+
+    @property
+    def what_stays(self) -> str:
+        """What is left when it is not finished."""
+        if not self._is_called_complete():
+            return super().what_stays
+        return f"is not made yet; the raw image is complete, and waits as {self._raw} to be converted"
+
+    def begin(self) -> int:
+        """Write the record, unless the raw image is complete: then only its beginning is brought again."""
+        return self._size if self._is_raw_complete else super().begin()
+
+    def keep_record(self) -> bool:
+        """Write down how far the raw image has come; a complete one has its name for that."""
+        return self._is_called_complete() or super().keep_record()
 
     def convert(self, hidden: str) -> str:
         """Make the image beside the raw file, which is removed then."""
+        hidden = self._call_complete(hidden)
         made = hidden_name(self.name, f"{self.wanted.backup[:8]}-{self._image}")
         try:
             # The raw file is locked, so one that is there was left by a restore that was killed.
@@ -52,11 +73,13 @@ class DiskImageTarget(FileTarget):
                 *("qemu-img", "convert", "-f", "raw", "-O", self._image, "-t", "writeback"),
                 *(hidden, made),
                 timeout_seconds=_CONVERT_SECONDS,
+                killable=True,
             )
             if self._compare:
                 run(
                     *("qemu-img", "compare", "-f", "raw", "-F", self._image, hidden, made),
                     timeout_seconds=_CONVERT_SECONDS,
+                    killable=True,
                 )
             _flush(made)
         except BaseException as err:
@@ -70,6 +93,34 @@ class DiskImageTarget(FileTarget):
         with contextlib.suppress(OSError):
             os.unlink(hidden)
         return made
+
+    def _is_called_complete(self) -> bool:
+        return self._raw is not None and self._temporary == self._raw
+
+    def _call_complete(self, hidden: str) -> str:
+        """Give the raw image, which is durable, the name by which another restore finds it complete."""
+        if self._raw is None:
+            return hidden
+        try:
+            os.rename(hidden, self._raw)
+            flush_folder(os.path.dirname(self._raw))
+        except OSError as err:
+            raise self.failed(err) from err
+        self._temporary = self._raw
+        return self._raw
+
+    def _open(self) -> int:
+        """Open the complete raw image of an earlier restore, else as for any file."""
+        if self._raw is None:
+            return super()._open()
+        hidden, self._temporary = self._temporary, self._raw
+        try:
+            fd = self._take(0)
+        except FileNotFoundError:
+            self._temporary = hidden
+            return super()._open()
+        self._is_raw_complete = True
+        return fd
 
 
 def _flush(path: str) -> None:

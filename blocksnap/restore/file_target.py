@@ -149,9 +149,12 @@ class FileTarget(_FilePlace):
 
     def _open(self) -> int:
         """Open the hidden file that an earlier restore left, or make it; raises OSError, TargetBusyError."""
+        return self._take(os.O_CREAT)
+
+    def _take(self, create: int) -> int:
         if self._temporary is None:
             raise ValueError("the file is complete")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | create | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(self._temporary, flags, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

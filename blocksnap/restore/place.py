@@ -46,6 +46,11 @@ class Place:
         """The path it was named by."""
         return self._name
 
+    @property
+    def what_stays(self) -> str:
+        """What is left when it is not finished."""
+        return "is not complete, and begins with a record that says so"
+
     def open_direct(self) -> None:
         """From now on write whole blocks past the page cache, where the place allows it."""
         try:

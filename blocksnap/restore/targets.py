@@ -129,6 +129,15 @@ class Target(Protocol):
         ...
 
 
+class LastingTarget(Target, Protocol):
+    """A target that can be left for another restore to go on with."""
+
+    @property
+    def what_stays(self) -> str:
+        """What is to be said of it when it is left, after its name."""
+        ...
+
+
 def may_go_on(err: BaseException) -> bool:
     """Tell whether a restore that ended so can be gone on with: what was written is not to blame."""
     return not isinstance(err, (TargetError, DamageError))

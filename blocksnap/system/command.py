@@ -2,8 +2,9 @@
 
 Arguments are separate words and no shell is involved; the child gets no terminal, no descriptors
 of ours, the C locale, and a session of its own, so that Ctrl-C reaches us and not a half-done
-``lvcreate``. A program is never killed: a storage command that dies between suspend and resume
+``lvcreate``. A program is not killed: a storage command that dies between suspend and resume
 leaves a device that hangs everybody. When the time is up that is reported and the program left alone.
+Only one that is said to be ``killable`` is killed by an interrupt.
 
 ``run`` is for the control plane, before threads start and never between freeze and thaw.
 ``run_observed`` watches something while a program runs, to measure how long it stands still.
@@ -11,6 +12,7 @@ leaves a device that hangs everybody. When the time is up that is reported and t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -111,16 +113,24 @@ def package_of(program: str) -> str | None:
     return _PACKAGES.get(program)
 
 
-def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> str:
+def run(
+    program: str,
+    *arguments: str,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    killable: bool = False,
+) -> str:
     """Run a program to its end and return its standard output.
 
+    A ``killable`` one changes nothing but a file that is thrown away when it is interrupted, and may be long.
     Raises CommandError when it fails, MissingProgramError, CommandTimeoutError.
     """
     if threading.active_count() > 1 or not _is_text(arguments):
         # sh forks, and a fork copies locks that other threads hold at that moment. Nor can it pass on names
         # that are no UTF-8, as those of files may be.
         argv = (program, *arguments)
-        return run_observed(argv, _ignore, interval_seconds=0.01, timeout_seconds=timeout_seconds)
+        return run_observed(
+            argv, _ignore, interval_seconds=0.01, timeout_seconds=timeout_seconds, killable=killable
+        )
     # Importing sh costs more than a small backup may take, so those who need no program do not pay.
     import sh
 
@@ -151,6 +161,9 @@ def run(program: str, *arguments: str, timeout_seconds: float = DEFAULT_TIMEOUT_
         raise
     except BaseException:
         if running is not None:
+            if killable:
+                with contextlib.suppress(ProcessLookupError):
+                    running.kill()
             _let_finish(running.is_alive)
         raise
 
@@ -169,6 +182,7 @@ def run_observed(
     *,
     interval_seconds: float = 0.001,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    killable: bool = False,
 ) -> str:
     """Run a program and call ``observe`` again and again until it has ended.
 
@@ -195,6 +209,8 @@ def run_observed(
             raise
         except BaseException:
             if child is not None:
+                if killable and child.is_alive():
+                    os.kill(child.pid, signal.SIGKILL)
                 _let_finish(child.is_alive)
             raise
         out.seek(0)

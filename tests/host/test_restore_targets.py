@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -11,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from blocksnap.restore import flushing
+from blocksnap.restore.disk_image import DiskImageTarget
 from blocksnap.restore.place import Place
-from blocksnap.restore.record import RestoreRecord
+from blocksnap.restore.record import RestoreMode, RestoreRecord
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree_place import NewTree
 from support.commands import CommandLine
@@ -38,6 +41,13 @@ def source(blocksnap: CommandLine, tmp_path: Path) -> Path:
         file.truncate(SIZE)
     blocksnap.done("backup", volume, "-q")
     return volume
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
 
 
 def same(one: Path | str, other: Path | str, length: int = SIZE) -> bool:
@@ -170,6 +180,73 @@ def test_a_qcow2_image(blocksnap: CommandLine, source: Path, tmp_path: Path) -> 
     assert (folder / "out.qcow2").stat().st_size < SIZE * 0.85
     assert blocksnap("restore", "latest", folder / "out.qcow2", "--format", "qcow2").code == 1
     assert blocksnap("restore", "latest", "-", "--format", "qcow2").code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_conversion_that_is_interrupted_is_begun_again_and_nothing_else(
+    blocksnap: CommandLine, source: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The raw image waits; the converting program, which could go on for hours, does not."""
+    real = shutil.which("qemu-img")
+    require("qemu-img", real is not None, "apt install qemu-utils")
+    folder, programs, pid = tmp_path / "images", tmp_path / "programs", tmp_path / "pid"
+    folder.mkdir()
+    programs.mkdir()
+    slow = programs / "qemu-img"
+    slow.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}\nexec sleep 600\n")
+    slow.chmod(0o755)
+    target = folder / "out.qcow2"
+    command = ("restore", "latest", target, "--format", "qcow2")
+    process = blocksnap.start(*command, PATH=f"{programs}:{os.environ['PATH']}")
+    wait_for(pid)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
+    converting = int(pid.read_text())
+    if number == signal.SIGKILL:
+        os.kill(converting, signal.SIGKILL)
+    else:
+        assert not Path(f"/proc/{converting}").exists()
+        assert b"the raw image is complete" in stderr
+        assert b"run again" in stderr
+    (waiting,) = [name for name in os.listdir(folder) if name.endswith("-raw.partial")]
+    assert same(folder / waiting, source)
+    assert not target.exists()
+    if number == signal.SIGTERM:
+        # It is not brought again, as what somebody else has written to it shows; it is verified as any other.
+        with (folder / waiting).open("r+b") as file:
+            file.seek(SIZE // 2)
+            file.write(b"something else")
+        assert blocksnap(*command, "--verify").code == 13
+        assert os.listdir(folder) == []
+    blocksnap.done(*command, "--verify")
+    assert os.listdir(folder) == ["out.qcow2"]
+    call("qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, target)
+
+
+def test_a_raw_image_with_losses_is_not_taken_for_a_complete_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("qemu-img", shutil.which("qemu-img") is not None, "apt install qemu-utils")
+
+    def interrupted(*_words: str, **_options: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blocksnap.restore.disk_image.run", interrupted)
+
+    def begun(mode: RestoreMode) -> tuple[int, bool]:
+        """Tell how far it was before, and whether it is kept when its conversion is interrupted."""
+        record = RestoreRecord(repository="r" * 32, backup="b" * 32, mode=mode)
+        target = DiskImageTarget(str(tmp_path / "out"), MIB, record, "qcow2", compare=False)
+        before = target.begin()
+        target.flush()
+        with pytest.raises(KeyboardInterrupt):
+            target.finish()
+        return before, target.close(keep=True)
+
+    assert [begun("with-losses"), begun("with-losses")] == [(0, False), (0, False)]
+    assert [begun("whole"), begun("whole")] == [(0, True), (MIB, True)]
+    assert begun("with-losses") == (0, False)
 
 
 def test_a_signal_says_what_became_of_it(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,42 @@ def test_an_interrupted_one_goes_on(
     assert [name for name in pool.names() if name.startswith("cut-before-")] == [first]
     merge(volume, f"{pool.group}/{first}")
     assert content(node) == lately
+
+
+def test_a_way_back_that_somebody_removes_is_told_and_nothing_else_is_lost(
+    pool: ThinPool, blocksnap: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, node = pool.create("alone"), pool.node("alone")
+    write(node, 0, random.Random(11).randbytes(8 * MIB))
+    backup, state = blocksnap.backup(volume)["id"], content(node)
+    write(node, 0, random.Random(12).randbytes(8 * MIB))
+    whole_flush = Place.flush
+
+    def removing(place: Place, *, cut: bool) -> None:
+        pool.remove(*ways_back(pool, "alone"))
+        if cut:
+            raise KeyboardInterrupt
+        whole_flush(place)
+
+    # Between two runs: what is there now is half written, and no way back is made of it.
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "flush", partialmethod(removing, cut=True))
+        assert blocksnap("restore", backup, volume, "--in-place")[0] == 130
+    code, out, err = blocksnap("restore", backup, volume, "--in-place", "--verify")
+    assert (code, err.count("is gone"), b"lvconvert" in out) == (3, 1, False), (out, err)
+    assert (content(node) == state, ways_back(pool, "alone")) == (True, [])
+    # While it runs.
+    write(node, 0, random.Random(13).randbytes(8 * MIB))
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "flush", partialmethod(removing, cut=False))
+        code, out, err = blocksnap("restore", backup, volume, "--in-place", "--json")
+    done = json.loads(out.splitlines()[-1])
+    assert (code, done["way_back"], content(node) == state) == (3, None, True), (out, err)
+    assert [b"is gone" in line for line in out.splitlines()].count(True) == 1
+
+
+def ways_back(pool: ThinPool, name: str) -> list[str]:
+    return [each for each in pool.names() if each.startswith(f"{name}-before-")]
 
 
 def test_new_volumes_of_every_kind(pool: ThinPool, blocksnap: InProcess) -> None:
