@@ -24,9 +24,9 @@ from blocksnap.system.lvm import ARRIVING_SUFFIX
 
 _FOLDER = "instant"
 _LOCK_SECONDS = 1.0
-Stage = Literal["making", "arriving", "verifying", "whole"]
+Stage = Literal["making", "arriving", "verifying", "whole", "merged"]
 """Nothing can be used yet; what is missing is read from the repository; it is all there and read back, if
-that was asked for; it is all there, and what was written meanwhile goes to it."""
+that was asked for; it is all there, and what was written meanwhile goes to it; that is there too."""
 
 
 class InstantBusyError(BusyError):
@@ -66,6 +66,11 @@ class Arrival(BaseModel):
     meanwhile: str
     token: str
     verify: bool = False
+
+    @property
+    def has_all(self) -> bool:
+        """Whether all of the backup is in the volume, so that nothing of the repository is needed."""
+        return self.stage in ("whole", "merged")
 
     @property
     def volume(self) -> str:

@@ -28,6 +28,7 @@ _INTERRUPTED: dict[Stage, tuple[Severity, str]] = {
     "arriving": ("error", "an instant restore was interrupted: reads of what has not arrived wait"),
     "verifying": ("warning", "an instant restore was interrupted: all is there, but not yet read back"),
     "whole": ("warning", "an instant restore was interrupted: all is there, but not yet one volume again"),
+    "merged": ("warning", "an instant restore was interrupted: all is there, but not yet LVM's own"),
 }
 _SECOND_LOOK_SECONDS = 1.0
 _TOOLS = {

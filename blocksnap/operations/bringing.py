@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
 from blocksnap.controller.arriving import Arrival, ArrivalFile
 from blocksnap.controller.pacing import TokenBucket
-from blocksnap.errors import BlocksnapError, StorageError
+from blocksnap.errors import BlocksnapError, StorageError, TargetError, VolumeError
 from blocksnap.operations.images import IMAGES_FOLDER, served_images
 from blocksnap.operations.label import tell_of_labels
 from blocksnap.operations.reporting import Reporter, phase
@@ -27,20 +27,23 @@ from blocksnap.repository.repository import Repository
 from blocksnap.restore.arrival_devices import (
     ArrivalDevices,
     Names,
+    PartGoneError,
     StoreFullError,
+    VolumeShrunkError,
+    WritesFailedError,
     below_table,
 )
 from blocksnap.restore.arriving_target import ArrivingTarget
 from blocksnap.restore.engine import UnreadableRangeError, head_bytes, restore_to_target
 from blocksnap.restore.image_server import ImageServer
 from blocksnap.restore.keeper import Keeper
-from blocksnap.restore.pool_watch import RestoreLimits
+from blocksnap.restore.pool_watch import PoolFillingError, RestoreLimits
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import may_go_on
-from blocksnap.system import lvm, nbd
+from blocksnap.system import nbd
 
 _AGAIN_SECONDS = 2.0
-_LOOK_SECONDS = 0.5
+_TARGET_AGAIN_SECONDS = 10.0
 _WRITES_SECONDS = 5.0
 """How often it is asked whether what is written meanwhile still has room."""
 
@@ -83,15 +86,32 @@ def is_all_there(arrival: Arrival) -> bool:
 
     Raises VolumeAppearedError where the volume that is there is not the one that is restored.
     """
-    if arrival.stage != "whole":
+    if not arrival.has_all:
         ArrivalDevices(_names_of(arrival)).require_name()
-        return False
-    return nbd.find(arrival.token) is None
+    return arrival.has_all
 
 
-def finish_alone(arrival: Arrival, file: ArrivalFile, report: Reporter, began: float) -> InstantResult:
+def require_whole(arrival: Arrival) -> None:
+    """Raise TargetError where something that had arrived, or what was written meanwhile, was taken away."""
+    if arrival.stage == "whole":
+        devices = ArrivalDevices(_names_of(arrival))
+        devices.require_parts()
+        devices.open_volumes(arrival.size)
+        try:
+            devices.require_capacity(arrival.size)
+        except VolumeShrunkError as err:
+            # What was merged into it already could not be brought again.
+            raise PartGoneError(arrival.volume, f"the end of {err.part}", None) from err
+
+
+def finish_alone(
+    arrival: Arrival, file: ArrivalFile, keeper: Keeper, report: Reporter, began: float
+) -> InstantResult:
     """Make a volume that is all there LVM's own, without the repository."""
     try:
+        require_whole(arrival)
+        if nbd.find(arrival.token) is not None:
+            _answer_from_volume(arrival, keeper, report)
         _finish(arrival, file, report)
     except BaseException:
         _tell_unfinished(arrival, report)
@@ -99,15 +119,32 @@ def finish_alone(arrival: Arrival, file: ArrivalFile, report: Reporter, began: f
     return _result(arrival, 0.0, began)
 
 
+def _answer_from_volume(arrival: Arrival, keeper: Keeper, report: Reporter) -> None:
+    """Answer with what has arrived who has waited for a server that is gone, and take its device away.
+
+    Nothing was merged yet: the volume holds just the backup.
+    """
+    devices = ArrivalDevices(_names_of(arrival))
+    lv_bytes = devices.open_volumes(arrival.size)
+    server = ImageServer(devices.node, arrival.token, keeper, lambda err: report.warn(err.brief))
+    try:
+        server.start()
+        devices.set_below_local(lv_bytes)
+        server.disconnect()
+    finally:
+        server.close()
+
+
 def _finish(arrival: Arrival, file: ArrivalFile, report: Reporter) -> None:
     """Bring what was written meanwhile to the volume, which has all else, and make it LVM's own."""
     devices = ArrivalDevices(_names_of(arrival))
-    if lvm.report(arrival.group).find(arrival.group, arrival.meanwhile) is not None:
-        lv_bytes = devices.open_volumes()
-        devices.make_room(lv_bytes)
+    if arrival.stage != "merged":
+        lv_bytes = devices.open_volumes(arrival.size)
+        devices.mend_store(lv_bytes)
         devices.set_below_local(lv_bytes)
         report.event("arrived", volume=arrival.volume)
         devices.merge(lv_bytes)
+        file.write(arrival.model_copy(update={"stage": "merged"}))
     devices.hand_over()
     file.remove()
 
@@ -160,8 +197,7 @@ class Bringing:
     def bring(self) -> InstantResult:
         """Do what is left to be done."""
         try:
-            if self._arrival.stage != "whole" or nbd.find(self._arrival.token) is not None:
-                self._serve_and_fill()
+            self._serve_and_fill()
             _finish(self._arrival, self._file, self._report)
         except BaseException:
             if self._arrival.stage == "making":
@@ -173,7 +209,7 @@ class Bringing:
 
     def _serve_and_fill(self) -> None:
         """Serve what has not arrived, make the device usable, and bring the rest."""
-        lv_bytes = self._devices.open_volumes()
+        lv_bytes = self._devices.open_volumes(self._backup.size)
         image = f"{IMAGES_FOLDER}/{self._backup.id}"
         with (
             ExitStack() as users,
@@ -190,9 +226,8 @@ class Bringing:
             users.callback(server.close)
             remote = server.start()
             self._open(lv_bytes, remote)
-            if self._arrival.stage != "whole":
-                self._fill_or_go_on_serving(lv_bytes, remote)
-                self._reach("whole")
+            self._fill_or_go_on_serving(lv_bytes, remote)
+            self._reach("whole")
             self._devices.set_below_local(lv_bytes)
             server.disconnect()
 
@@ -205,12 +240,13 @@ class Bringing:
             target.close()
         if self._arrival.stage == "verifying":
             self._devices.set_below_local(lv_bytes)
-        elif self._arrival.stage != "whole":
+        else:
+            self._follow_size(lv_bytes)
             self._move(lv_bytes, remote, self._reached())
         # What is written from the next step on is to be kept, whatever happens.
         if self._arrival.stage == "making":
             self._reach("arriving")
-        self._devices.make_room(lv_bytes)
+        self._devices.mend_store(lv_bytes)
         device = self._devices.open_top(lv_bytes)
         self._usable_seconds = time.monotonic() - self._began
         tell_of_labels(self._backup, self._report)
@@ -225,8 +261,8 @@ class Bringing:
     def _fill_or_go_on_serving(self, lv_bytes: int, remote: int) -> None:
         """Bring the data; when that cannot go on, tell, and serve those who use the volume until a signal."""
         try:
-            while self._arrival.stage == "arriving" and not self._fill(lv_bytes, remote):
-                time.sleep(_AGAIN_SECONDS)
+            while self._arrival.stage == "arriving" and (pause := self._fill(lv_bytes, remote)):
+                time.sleep(pause)
             if self._arrival.verify:
                 self._reach("verifying")
                 # From here on nobody waits for anything, though this process dies.
@@ -234,7 +270,7 @@ class Bringing:
                 self._report.event("verifying", volume=self._arrival.volume)
                 while not self._verify(lv_bytes, remote):
                     time.sleep(_AGAIN_SECONDS)
-        except RestoreDiffersError as err:
+        except (RestoreDiffersError, TargetError, VolumeError) as err:
             # All is read from the repository again, and brought anew when the restore is gone on with.
             self._reach("arriving")
             self._move(lv_bytes, remote, 0)
@@ -250,7 +286,8 @@ class Bringing:
             return
         self._report.event("serving-only", volume=self._arrival.volume)
         while True:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_WRITES_SECONDS)
+            self._check_writes()
 
     def _verify(self, lv_bytes: int, remote: int) -> bool:
         """Read back what has arrived, to which nothing else is written yet.
@@ -267,29 +304,55 @@ class Bringing:
             target.close()
         return True
 
-    def _fill(self, lv_bytes: int, remote: int) -> bool:
-        """Bring the data; False when the repository cannot be reached."""
+    def _fill(self, lv_bytes: int, remote: int) -> float:
+        """Bring the data; return 0, or after how many seconds to try again.
+
+        It waits for a repository that cannot be reached, and for a volume that cannot be written to: those
+        who use it are served meanwhile.
+        """
+        try:
+            self._devices.require_capacity(lv_bytes)
+            self._bring(lv_bytes, remote)
+        except StorageError as err:
+            self._tell(err)
+            return _AGAIN_SECONDS
+        except TargetError as err:
+            shrunk = self._follow_size(lv_bytes)
+            if shrunk is not None:
+                # Before it is told: whoever reads that may make it larger again.
+                self._move(lv_bytes, remote, self._reached())
+            self._tell_of_target(shrunk or err)
+            return _TARGET_AGAIN_SECONDS
+        return 0.0
+
+    def _bring(self, lv_bytes: int, remote: int) -> None:
         target = self._target(lv_bytes, remote)
         read_map = partial(read_runs, MapReader(self._repository.load_node), self._backup, None)
         try:
             with phase(self._report, f"restoring {self._backup.volume.name}", self._backup.size):
                 restore_to_target(self._repository, self._geometry, read_map, target, self._report.advance)
             target.finish()
-        except StorageError as err:
-            target.close(keep=True)
-            self._tell(err)
-            return False
         except BaseException as err:
-            target.close(keep=may_go_on(err))
+            # Should that fail as well it must not hide what led to it, a signal least of all.
+            with suppress(TargetError):
+                target.close(keep=may_go_on(err))
             raise
         target.close()
-        return True
+
+    def _follow_size(self, lv_bytes: int) -> VolumeShrunkError | None:
+        """Have brought again what a volume that was made smaller has lost; return what to tell if it was."""
+        try:
+            self._devices.require_capacity(lv_bytes)
+        except VolumeShrunkError as shrunk:
+            ArrivingTarget.take_back_to(self._devices.node, self._record, shrunk.size)
+            return shrunk
+        return None
 
     def _target(self, lv_bytes: int, remote: int) -> ArrivingTarget:
         moved = partial(self._moved, lv_bytes, remote)
-        return ArrivingTarget(
-            self._devices.node, self._backup.size, self._record, self._limits, moved, self._hold_back
-        )
+        hold_back = partial(self._hold_back, lv_bytes)
+        node, size = self._devices.node, self._backup.size
+        return ArrivingTarget(node, size, self._record, self._limits, moved, hold_back)
 
     def _moved(self, lv_bytes: int, remote: int, reached: int) -> None:
         """Have what has arrived read from the volume from now on."""
@@ -305,23 +368,24 @@ class Bringing:
                 reached=reached,
                 local=self._devices.local(),
                 remote=remote,
+                capacity=self._devices.capacity(),
             )
         )
 
     def _reached(self) -> int:
         """Return up to where the data is there, but for the beginning."""
-        if self._arrival.stage in ("verifying", "whole"):
+        if self._arrival.stage == "verifying":
             return self._backup.size
         return ArrivingTarget.reached_of(self._devices.node, self._record)
 
     def _check_writes(self) -> None:
-        """Tell when the room for writes is full: the data may arrive all the same. Raises WritesLostError."""
+        """Tell when no writes are taken any more: the data may arrive all the same."""
         try:
             self._devices.check_writes()
-        except StoreFullError as err:
+        except (StoreFullError, WritesFailedError) as err:
             self._tell(err)
 
-    def _hold_back(self, length: int) -> None:
+    def _hold_back(self, lv_bytes: int, length: int) -> None:
         now = time.monotonic()
         with self._lock:
             is_due = now - self._looked >= _WRITES_SECONDS
@@ -330,11 +394,26 @@ class Bringing:
             delay = self._bucket.take(length, now) if self._bucket is not None else 0.0
         if is_due:
             self._check_writes()
+            self._devices.require_capacity(lv_bytes)
         time.sleep(delay)
 
     def _reach(self, stage: str) -> None:
         self._arrival = Arrival.model_validate({**self._arrival.model_dump(), "stage": stage})
         self._file.write(self._arrival)
+
+    def _tell_of_target(self, err: TargetError) -> None:
+        """Tell once of each sort that the data cannot be written, and what to do."""
+        with self._lock:
+            if type(err).__name__ in self._told:
+                return
+            self._told.add(type(err).__name__)
+        remedy = "see dmesg for why (a failing disk, a full pool), and mend that"
+        if isinstance(err, (PoolFillingError, VolumeShrunkError)):
+            remedy = err.remedy
+        self._report.warn(
+            f"{err.brief}; what has not arrived is read from the repository until it can be written",
+            resolution=f"{remedy}; the restore goes on by itself then",
+        )
 
     def _tell(self, err: BlocksnapError) -> None:
         with self._lock:

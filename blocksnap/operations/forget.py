@@ -55,7 +55,7 @@ def backups_arriving(state_directory: str) -> dict[str, str]:
     return {
         arrival.backup: arrival.volume
         for arrival, _held in read_arrivals(state_directory)
-        if arrival.stage != "whole"
+        if not arrival.has_all
     }
 
 

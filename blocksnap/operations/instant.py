@@ -20,6 +20,7 @@ from blocksnap.operations.bringing import (
     discard,
     finish_alone,
     is_all_there,
+    require_whole,
 )
 from blocksnap.operations.catalogue import find_backup, require_image
 from blocksnap.operations.images import OpenRepository, require_fuse
@@ -29,10 +30,7 @@ from blocksnap.operations.restore_limits import LimitsOf
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.arrival_devices import (
-    empty_store,
-    store_bytes,
-)
+from blocksnap.restore.exception_store import empty_store, store_bytes
 from blocksnap.restore.keeper import Keeper
 from blocksnap.restore.new_volume import VolumeExistsError, choose_pool
 from blocksnap.system import dm_tables, lvm, namespace
@@ -145,7 +143,7 @@ def resume_instant(
                 target, "it was interrupted before anything could be used: begin it anew"
             )
         if verify and not arrival.verify:
-            if arrival.stage == "whole":
+            if arrival.has_all:
                 raise UsageError(
                     f"{target} cannot be verified any more: what was written meanwhile is going to it",
                     resolution="leave out --verify",
@@ -153,7 +151,7 @@ def resume_instant(
             arrival = arrival.model_copy(update={"verify": True})
             file.write(arrival)
         if is_all_there(arrival):
-            return finish_alone(arrival, file, report, began)
+            return finish_alone(arrival, file, keeper, report, began)
         repository = open_repository()
         if repository.config.id != arrival.repository:
             raise NothingArrivesError(target, "it comes from another repository")
@@ -175,9 +173,17 @@ def abandon_instant(target: str, state_directory: str) -> None:
         arrival = file.read()
         if arrival is None:
             raise NothingArrivesError(target)
-        if arrival.stage == "whole":
+        if arrival.has_all and _has_everything(arrival):
             raise NothingArrivesError(target, "all of it has arrived: go on with --resume, then remove it")
         discard(arrival, file)
+
+
+def _has_everything(arrival: Arrival) -> bool:
+    try:
+        require_whole(arrival)
+    except TargetError:
+        return False
+    return True
 
 
 @contextmanager

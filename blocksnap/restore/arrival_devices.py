@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blocksnap.errors import BlocksnapError, TargetError
+from blocksnap.restore.exception_store import CHUNK_SECTORS, store_bytes, take_up_store
 from blocksnap.system import devmapper, dm_tables, lvm
 from blocksnap.system.blockdev import DeviceBusyError, number_text, sysfs_folder
 from blocksnap.system.command import CommandError
@@ -22,23 +23,66 @@ from blocksnap.system.dm_status import lvm_uuid
 from blocksnap.system.mounts import users_of_device
 
 _SECTOR = 512
-_CHUNK_SECTORS = 8
-"""Of the exception store: a block of most filesystems, so that a write of one copies nothing."""
-_EXCEPTION_BYTES = 16
-_SPARE_BYTES = 1 << 20
-_ZEROED_BYTES = 64 << 10
 _LOOK_SECONDS = 0.2
 
 
-class WritesLostError(TargetError):
-    """The kernel has given up on what was written meanwhile."""
+class WritesFailedError(TargetError):
+    """The store for what is written meanwhile has failed; ``users`` are in the way of taking it up again."""
 
-    def __init__(self, volume: str, state: str) -> None:
-        self.volume, self.state = volume, state
+    def __init__(self, volume: str, users: Sequence[str] = ()) -> None:
+        self.volume, self.users = volume, tuple(users)
         super().__init__(
-            f"what was written to {volume} since it was restored is lost: its store is {state}",
-            resolution="see dmesg for why (a full pool or volume group, a failing disk); restore again",
+            f"the store for what is written to {volume} meanwhile has failed: reads and writes fail, and "
+            f"what was written before is kept{''.join(f'; it is {user}' for user in users)}",
+            resolution="see dmesg for why (a full pool, a failing disk) and mend that, stop what uses the "
+            f"volume, unmount it, end this command, and go on: blocksnap restore --instant --resume {volume}",
         )
+
+
+class MergeFailedError(TargetError):
+    """What was written meanwhile could not be brought to the volume."""
+
+    def __init__(self, volume: str, arriving: str) -> None:
+        self.volume, self.arriving = volume, arriving
+        super().__init__(
+            f"what was written to {volume} meanwhile cannot be brought to {arriving}; nothing of it is lost",
+            resolution="see dmesg for why (a full pool, a failing disk) and mend that; the volume may be "
+            f"used, then: blocksnap restore --instant --resume {volume}",
+        )
+
+
+class PartGoneError(TargetError):
+    """Somebody has removed a volume that the restore is made of."""
+
+    def __init__(self, volume: str, part: str, making: str | None) -> None:
+        """``making`` are the words that make another one in its place, where that helps."""
+        self.volume, self.part = volume, part
+        again = (
+            f"make it again: {making}; then: blocksnap restore --instant --resume {volume}; or "
+            if making
+            else ""
+        )
+        super().__init__(
+            f"{volume} cannot be restored any further: {part} is gone",
+            resolution=f"{again}give up what was written to it: "
+            f"blocksnap restore --instant --abandon {volume}",
+        )
+
+
+class VolumeShrunkError(TargetError):
+    """Somebody has made the volume smaller that the backup goes to."""
+
+    def __init__(self, part: str, size: int, needed: int) -> None:
+        self.part, self.size, self.needed = part, size, needed
+        super().__init__(
+            f"{part} was made smaller: it has {size} bytes and needs {needed}",
+            resolution=f"run: {self.remedy}",
+        )
+
+    @property
+    def remedy(self) -> str:
+        """The command that makes it as large again."""
+        return f"lvextend --size {self.needed}b {self.part}"
 
 
 class StoreFullError(TargetError):
@@ -83,18 +127,25 @@ class Names:
         return f"{self.group}/{self.name}"
 
 
-def below_table(*, lv_bytes: int, size: int, head: int, reached: int, local: int, remote: int) -> str:
+def below_table(
+    *, lv_bytes: int, size: int, head: int, reached: int, local: int, remote: int, capacity: int | None = None
+) -> str:
     """Return the table of the device below: what is not remote any more is local.
 
     Local are the bytes from ``head`` to ``reached``, and those behind ``size``; numbers are those of devices.
+    Of a local device that was made smaller ``capacity`` is left: below ``size`` what it lacks is remote, and
+    behind that an error.
     """
-    parts: list[tuple[int, int, int]] = []
-    reached = max(reached, head)
+    parts: list[tuple[int, int, int | None]] = []
+    capacity = lv_bytes if capacity is None else capacity
+    reached = max(min(reached, capacity), head)
+    there = max(capacity, size)
     for begin, end, device in (
         (0, head, remote),
         (head, reached, local),
         (reached, size, remote),
-        (size, lv_bytes, local),
+        (size, min(there, lv_bytes), local),
+        (there, lv_bytes, None),
     ):
         if begin >= end:
             continue
@@ -103,26 +154,10 @@ def below_table(*, lv_bytes: int, size: int, head: int, reached: int, local: int
         else:
             parts.append((begin, end, device))
     return "\n".join(
-        f"{begin // _SECTOR} {(end - begin) // _SECTOR} linear {number_text(device)} {begin // _SECTOR}"
+        f"{begin // _SECTOR} {(end - begin) // _SECTOR} "
+        + ("error" if device is None else f"linear {number_text(device)} {begin // _SECTOR}")
         for begin, end, device in parts
     )
-
-
-def store_bytes(volume_bytes: int) -> int:
-    """Return how large an exception store has to be that takes everything (kernel: dm-snap-persistent.c)."""
-    chunk = _CHUNK_SECTORS * _SECTOR
-    lists = -(-volume_bytes // chunk) * _EXCEPTION_BYTES
-    return volume_bytes + lists + _SPARE_BYTES
-
-
-def empty_store(node: str) -> None:
-    """Make sure that nothing of what a volume held before is taken for the list of an exception store."""
-    fd = os.open(node, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, bytes(_ZEROED_BYTES), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class ArrivalDevices:
@@ -131,13 +166,42 @@ class ArrivalDevices:
     def __init__(self, names: Names) -> None:
         self._names = names
 
-    def open_volumes(self) -> int:
-        """Activate both volumes and return the bytes of the one that the backup goes to."""
+    def open_volumes(self, size: int) -> int:
+        """Activate both volumes and return the bytes of what is used, which are ``size`` at least.
+
+        Raises PartGoneError.
+        """
         names = self._names
         for volume in (names.arriving, names.meanwhile):
             if dm_tables.number_of(devmapper.encode_name(names.group, volume)) is None:
+                self._require_part(volume, size)
                 lvm.activate(names.group, volume)
-        return int((sysfs_folder(self.local()) / "size").read_text()) * _SECTOR
+        number = dm_tables.number_of(names.device)
+        return _bytes_of(number) if number is not None else max(self.capacity(), size)
+
+    def capacity(self) -> int:
+        """Return the bytes of the volume that the backup goes to."""
+        return _bytes_of(self.local())
+
+    def require_capacity(self, needed: int) -> None:
+        """Raise VolumeShrunkError where the volume that the backup goes to has become smaller."""
+        capacity = self.capacity()
+        if capacity < needed:
+            raise VolumeShrunkError(f"{self._names.group}/{self._names.arriving}", capacity, needed)
+
+    def require_parts(self) -> None:
+        """Raise PartGoneError where something is gone without which all of it cannot be there any more."""
+        for volume in (self._names.arriving, self._names.meanwhile):
+            self._require_part(volume, 0)
+
+    def _require_part(self, part: str, size: int) -> None:
+        """``size`` is that of another one that would do, 0 where none does."""
+        names = self._names
+        if lvm.report(names.group).find(names.group, part) is not None:
+            return
+        words = f"lvcreate --size {size}b --name {part} --addtag {lvm.INSTANT_TAG} {names.group}"
+        making = words if size and part == names.arriving else None
+        raise PartGoneError(names.volume, f"{names.group}/{part}", making)
 
     def require_name(self) -> None:
         """Raise VolumeAppearedError where the device of the name is a volume of LVM's, which has a UUID.
@@ -185,50 +249,69 @@ class ArrivalDevices:
         return path
 
     def check_writes(self) -> None:
-        """Raise WritesLostError or StoreFullError unless what is written is kept."""
+        """Raise WritesFailedError or StoreFullError unless what is written is taken."""
         number = dm_tables.number_of(self._names.device)
         if number is not None:
             self._require_sound(devmapper.snapshot_status(number).state)
 
     def _require_sound(self, state: str) -> None:
+        names = self._names
         if state == "overflow":
-            raise StoreFullError(self._names.volume)
+            raise StoreFullError(names.volume)
+        if state == "merge failed":
+            raise MergeFailedError(names.volume, f"{names.group}/{names.arriving}")
         if state not in ("valid", "merging"):
-            raise WritesLostError(self._names.volume, state)
+            raise WritesFailedError(names.volume)
 
-    def make_room(self, lv_bytes: int) -> None:
-        """Where the store was full, make it large enough for all; raises StoreFullError while it is used."""
+    def mend_store(self, lv_bytes: int) -> None:
+        """Have a store that was full or has failed take writes again: the device has to be made anew.
+
+        Raises StoreFullError or WritesFailedError while it is used, and StoreUnreadableError.
+        """
         names = self._names
         number = dm_tables.number_of(names.device)
-        if number is None or " snapshot" not in dm_tables.read_table(names.device):
-            return
-        if devmapper.snapshot_status(number).state != "overflow":
-            return
+        state = "valid"
+        if number is not None:
+            if " snapshot" not in dm_tables.read_table(names.device):
+                return
+            state = devmapper.snapshot_status(number).state
+            if state in ("valid", "merging", "merge failed"):
+                return
+            self._take_away(number, StoreFullError if state == "overflow" else WritesFailedError)
+        take_up_store(f"/dev/mapper/{devmapper.encode_name(names.group, names.meanwhile)}")
+        if state == "overflow":
+            # The kernel looks at the size of a store, and forgets that it was full, only when it is opened.
+            lvm.extend_volume(names.group, names.meanwhile, store_bytes(lv_bytes))
+
+    def _take_away(self, number: int, in_use: type[StoreFullError | WritesFailedError]) -> None:
+        volume = self._names.volume
         if users := users_of_device(number):
-            raise StoreFullError(names.volume, users)
-        # The kernel looks at the size of a store, and forgets that it was full, only when it is opened.
+            raise in_use(volume, users)
         try:
-            dm_tables.remove(names.device)
+            dm_tables.remove(self._names.device)
         except CommandError as err:
             if "busy" not in err.message:
                 raise
             # A mount that is younger than this process's own view of them need not be seen here.
-            raise StoreFullError(names.volume, ["in use"]) from err
-        lvm.extend_volume(names.group, names.meanwhile, store_bytes(lv_bytes))
+            raise in_use(volume, ["in use"]) from err
 
     def merge(self, lv_bytes: int) -> None:
         """Bring what was written meanwhile to the volume, while it is used; returns when all of it is there.
 
-        Raises WritesLostError, StoreFullError.
+        Raises MergeFailedError, WritesFailedError, StoreFullError.
         """
         table = self._top_table(lv_bytes, "snapshot-merge", "P")
         name = self._names.device
-        if dm_tables.number_of(name) is None:
+        number = dm_tables.number_of(name)
+        if number is None:
             dm_tables.create(name, table)
         elif " snapshot" not in dm_tables.read_table(name):
             # It was all there, and the volume is used as it is.
             return
         else:
+            if devmapper.snapshot_status(number).state == "merge failed":
+                # The kernel takes a merge up again only when it begins anew.
+                dm_tables.replace(name, self._top_table(lv_bytes, "snapshot", "PO"), flushing=True)
             dm_tables.replace(name, table, flushing=True)
         self.publish()
         while True:
@@ -285,7 +368,7 @@ class ArrivalDevices:
         store = self._number(devmapper.encode_name(self._names.group, self._names.meanwhile))
         below = self._number(self._names.below)
         numbers = f"{number_text(below)} {number_text(store)}"
-        return f"0 {lv_bytes // _SECTOR} {target} {numbers} {kind} {_CHUNK_SECTORS}"
+        return f"0 {lv_bytes // _SECTOR} {target} {numbers} {kind} {CHUNK_SECTORS}"
 
     @staticmethod
     def _number(name: str) -> int:
@@ -293,3 +376,7 @@ class ArrivalDevices:
         if found is None:
             raise BlocksnapError(f"the device {name} is not there", resolution="see: dmsetup ls, lvs -a")
         return found
+
+
+def _bytes_of(number: int) -> int:
+    return int((sysfs_folder(number) / "size").read_text()) * _SECTOR

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from blocksnap.restore.device_target import DeviceTarget
 from blocksnap.restore.pool_watch import RestoreLimits
-from blocksnap.restore.record import RECORD_BYTES, RestoreRecord, decode_record
+from blocksnap.restore.record import RECORD_BYTES, RestoreRecord, decode_record, encode_record
+from blocksnap.restore.targets import TargetFailedError
 
 
 class ArrivingTarget(DeviceTarget):
@@ -31,13 +34,26 @@ class ArrivingTarget(DeviceTarget):
 
     @staticmethod
     def reached_of(path: str, record: RestoreRecord) -> int:
-        """Return what the record of the same restore at the beginning of a device says; 0 without one."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        """Return what the record of the same restore at the beginning of a device says.
+
+        0 without one, and where it cannot be read: then nothing else need be readable there either.
+        """
+        with contextlib.suppress(OSError), _opened(path, os.O_RDONLY) as fd:
             found = decode_record(os.pread(fd, RECORD_BYTES, 0))
-        finally:
-            os.close(fd)
-        return found.reached if found is not None and found.continues(record) else 0
+            return found.reached if found is not None and found.continues(record) else 0
+        return 0
+
+    @staticmethod
+    def take_back_to(path: str, record: RestoreRecord, limit: int) -> None:
+        """Have what lies from ``limit`` on brought again; raises TargetFailedError."""
+        try:
+            with _opened(path, os.O_RDWR) as fd:
+                found = decode_record(os.pread(fd, RECORD_BYTES, 0))
+                if found is not None and found.continues(record) and found.reached > limit:
+                    os.pwrite(fd, encode_record(found.model_copy(update={"reached": limit})), 0)
+                    os.fsync(fd)
+        except OSError as err:
+            raise TargetFailedError(path, err, is_device=True) from err
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write, at the pace that is allowed."""
@@ -50,3 +66,12 @@ class ArrivingTarget(DeviceTarget):
         if kept:
             self._moved(self._reached)
         return kept
+
+
+@contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

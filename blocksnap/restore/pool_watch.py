@@ -43,12 +43,16 @@ class PoolFillingError(TargetError):
     def __init__(self, pool: str, part: str, percent: float, limit_percent: float) -> None:
         self.pool, self.part, self.percent = pool, part, percent
         self.limit_percent = limit_percent
-        option = "--size" if part == "data" else "--poolmetadatasize"
         super().__init__(
-            f"the {part} of thin pool {pool} would be full: it is {percent:.1f} % full, and the restore ends "
-            f"before other volumes are hurt (limits.restore_{part}_percent = {limit_percent:g})",
-            resolution=f"extend it: lvextend {option} +SIZE {pool}; then restore again",
+            f"the {part} of thin pool {pool} would be full: it is {percent:.1f} % full, and no more is "
+            f"written before other volumes are hurt (limits.restore_{part}_percent = {limit_percent:g})",
+            resolution=f"extend it: {self.remedy}; then restore again",
         )
+
+    @property
+    def remedy(self) -> str:
+        """The command that makes room."""
+        return f"lvextend {'--size' if self.part == 'data' else '--poolmetadatasize'} +SIZE {self.pool}"
 
 
 class PoolWatch:

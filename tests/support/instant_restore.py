@@ -29,10 +29,12 @@ NAME = "data"
 class Restoring:
     """A restore that runs as a process of its own."""
 
-    def __init__(self, *words: str, instant: bool) -> None:
+    def __init__(self, *words: str, instant: bool, prelude: str = "") -> None:
+        """``prelude`` is Python that runs in the process before the command."""
         options = ["--instant"] if instant else []
+        running = f"import sys\nfrom blocksnap.cli.main import run\n{prelude}\nsys.exit(run(sys.argv[1:]))"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "blocksnap", "restore", *words, *options, "--json"],
+            [sys.executable, "-c", running, "restore", *words, *options, "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,8 +71,8 @@ class Restoring:
 
 
 @contextmanager
-def restoring(*words: str, instant: bool = True) -> Iterator[Restoring]:
-    run = Restoring(*words, instant=instant)
+def restoring(*words: str, instant: bool = True, prelude: str = "") -> Iterator[Restoring]:
+    run = Restoring(*words, instant=instant, prelude=prelude)
     try:
         yield run
     finally:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import struct
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocksnap.restore.arrival_devices import below_table, store_bytes
+from blocksnap.restore.arrival_devices import below_table
+from blocksnap.restore.exception_store import StoreUnreadableError, store_bytes, take_up_store
 
 LOCAL, REMOTE = os.makedev(253, 7), os.makedev(43, 0)
 SECTORS = st.integers(0, 1 << 30)
@@ -41,3 +45,46 @@ def test_a_store_takes_every_block_of_the_volume() -> None:
         chunks = -(-size // 4096)
         # A header, and a list of 256 exceptions before each 256 chunks.
         assert store_bytes(size) >= (1 + chunks + -(-chunks // 256)) * 4096
+
+
+def test_what_a_volume_that_was_made_smaller_has_lost_is_remote() -> None:
+    table = below_table(
+        lv_bytes=16384, size=12288, head=4096, reached=12288, local=LOCAL, remote=REMOTE, capacity=8192
+    )
+    assert table.splitlines() == [
+        "0 8 linear 43:0 0",
+        "8 8 linear 253:7 8",
+        "16 8 linear 43:0 16",
+        "24 8 error",
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 300])
+def test_a_store_that_was_given_up_is_taken_up_with_what_its_list_says(tmp_path: Path, count: int) -> None:
+    """Also where a write of the list was cut, so that something follows its end."""
+    exceptions = [(number * 3, number + 2 + number // 256) for number in range(count)]
+    areas = bytearray(2 * 257 * 4096)
+    for number, pair in enumerate(exceptions):
+        struct.pack_into("<QQ", areas, number // 256 * 257 * 4096 + number % 256 * 16, *pair)
+    torn = bytearray(areas)
+    area, place = divmod(count, 256)
+    if place < 250:
+        struct.pack_into("<QQ", torn, area * 257 * 4096 + (place + 3) * 16, 7, 9)
+    header = struct.pack("<4sIII", b"SnAp", 0, 1, 8).ljust(4096, b"\0")
+    store = tmp_path / "store"
+    store.write_bytes(header + torn)
+    assert take_up_store(str(store))
+    found = store.read_bytes()
+    assert found[:16] == struct.pack("<4sIII", b"SnAp", 1, 1, 8)
+    assert found[4096:] == areas
+    assert not take_up_store(str(store))
+    assert store.read_bytes() == found
+
+
+def test_what_is_no_store_is_left_alone(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.write_bytes(bytes(8192))
+    assert not take_up_store(str(store))
+    assert store.read_bytes() == bytes(8192)
+    with pytest.raises(StoreUnreadableError, match="No such file"):
+        take_up_store(str(tmp_path / "none"))

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instant restores whose target fails, fills up, shrinks or is taken away.
+
+Who uses the volume never reads anything wrong, what was written is kept, and the restore goes on when the
+target is mended.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from blocksnap.system import lvm
+from blocksnap.system.devmapper import encode_name
+from support.in_process import InProcess
+from support.instant_restore import (
+    MIB,
+    NAME,
+    Restoring,
+    clean_up,
+    device_name,
+    disconnect_all,
+    nothing_is_left,
+    restoring,
+)
+from support.lvm_lab import ThinPool, switch, tool
+from support.require import require
+
+soak = pytest.mark.skipif(not os.environ.get("BLOCKSNAP_SOAK"), reason="make soak-instant")
+SIZE = 24 * MIB
+BLOCK = 4096
+QUICK = """
+from blocksnap.operations import bringing
+from blocksnap.restore import place, plan
+place._RECORD_SECONDS = 0.2
+plan._FIRST_CHUNKS = 8
+bringing._TARGET_AGAIN_SECONDS = 0.5
+bringing._WRITES_SECONDS = 0.5
+"""
+KILLED_WHEN_WHOLE = """
+import os
+reach = bringing.Bringing._reach
+def reached(self, stage):
+    reach(self, stage)
+    if stage == "whole":
+        os.kill(os.getpid(), 9)
+bringing.Bringing._reach = reached
+"""
+BEFORE_THE_MERGE = """
+import os
+import subprocess
+from blocksnap.restore.arrival_devices import ArrivalDevices
+merge = ArrivalDevices.merge
+def merged(self, lv_bytes):
+    subprocess.run(os.environ["BEFORE_THE_MERGE"], shell=True, check=True)
+    merge(self, lv_bytes)
+ArrivalDevices.merge = merged
+"""
+
+
+class Expected:
+    """What has to be in a volume: blocks whose writing failed have what was there, or what was written."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = bytearray(content)
+        self._either: dict[int, bytes] = {}
+
+    def wrote(self, offset: int, data: bytes, *, surely: bool) -> None:
+        for at in range(offset, offset + len(data), BLOCK):
+            block = data[at - offset : at - offset + BLOCK]
+            if surely:
+                self._either.pop(at, None)
+                self._content[at : at + BLOCK] = block
+            else:
+                self._either[at] = block
+
+    def differing(self, offset: int, found: bytes) -> list[int]:
+        """Return where the blocks begin that differ."""
+        return [
+            at
+            for at in range(offset, offset + len(found), BLOCK)
+            if (block := found[at - offset : at - offset + BLOCK]) != self._content[at : at + BLOCK]
+            and block != self._either.get(at)
+        ]
+
+
+class Application:
+    """Uses a volume past the page cache, and knows what has to be in it."""
+
+    def __init__(self, device: str, expected: Expected) -> None:
+        self._fd = os.open(device, os.O_RDWR | os.O_DIRECT)
+        self._buffer = mmap.mmap(-1, 1 << 16)
+        self._expected = expected
+        self._dice = random.Random(8)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def write(self, offset: int, length: int = BLOCK) -> None:
+        """Write something else; raises OSError."""
+        data = self._dice.randbytes(length)
+        self._buffer[:length] = data
+        self._expected.wrote(offset, data, surely=False)
+        assert os.pwrite(self._fd, memoryview(self._buffer)[:length], offset) == length
+        self._expected.wrote(offset, data, surely=True)
+
+    def write_here_and_there(self, count: int) -> None:
+        for _ in range(count):
+            self.write(self._dice.randrange(SIZE // BLOCK) * BLOCK)
+
+    def write_everywhere(self) -> None:
+        for offset in range(0, SIZE, 1 << 16):
+            self.write(offset, 1 << 16)
+
+    def failing(self) -> int:
+        """Read everything: what can be read is right; return how many 64 KiB cannot."""
+        failed = 0
+        for offset in range(0, SIZE, len(self._buffer)):
+            try:
+                assert os.preadv(self._fd, [self._buffer], offset) == len(self._buffer)
+            except OSError:
+                failed += 1
+            else:
+                assert self._expected.differing(offset, self._buffer[:]) == []
+        return failed
+
+
+@pytest.fixture
+def content(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> Iterator[Expected]:
+    """What was backed up."""
+    programs = Path("/usr/sbin/nbdkit"), Path("/usr/bin/nbdkit")
+    require("nbdkit", any(path.exists() for path in programs), "needs nbdkit")
+    source = tmp_path / "source.img"
+    source.write_bytes(random.Random(3).randbytes(SIZE))
+    blocksnap.done("backup", str(source), "-q")
+    try:
+        yield Expected(source.read_bytes())
+    finally:
+        clean_up(pool)
+
+
+@contextmanager
+def using(device: str, content: Expected) -> Iterator[Application]:
+    application = Application(device, content)
+    try:
+        yield application
+    finally:
+        application.close()
+
+
+def part(pool: ThinPool, name: str) -> str:
+    return f"/dev/mapper/{encode_name(pool.group, f'{NAME}-{name}')}"
+
+
+def failing_from(table: str, begin: int, kind: str = "error") -> str:
+    """Change the table of one segment so that from a byte on everything, or every write, fails."""
+    _, sectors, target, *words = table.split()
+    begin //= 512
+    first = f"0 {begin} {target} {' '.join(words)}\n" if begin else ""
+    device, offset = words
+    rest = f"flakey {device} {int(offset) + begin} 0 600 1 error_writes" if kind == "flakey" else "error"
+    return f"{first}{begin} {int(sectors) - begin} {rest}\n"
+
+
+def warned_of(run: Restoring, words: str) -> str:
+    """Wait for a warning, and return what is to be done."""
+    while words not in (told := run.until("warning"))["message"]:
+        pass
+    return str(told["resolution"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "begin"),
+    [("error", 8), pytest.param("flakey", 8, marks=soak), pytest.param("error", 0, marks=soak)],
+    ids=["end", "writes", "all"],
+)
+def test_a_target_that_begins_to_fail_is_waited_for(
+    pool: ThinPool, blocksnap: InProcess, content: Expected, kind: str, begin: int
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    if kind == "flakey":
+        tool("modprobe", "dm-flakey")
+    with restoring("latest", volume, "--classic", "--rate", "6M", prelude=QUICK) as first:
+        device = first.until("usable")["device"]
+        table = tool("dmsetup", "table", part(pool, "arriving"))
+        with using(device, content) as application:
+            application.write_here_and_there(50)
+            switch(part(pool, "arriving"), failing_from(table, begin * MIB, kind))
+            remedy = warned_of(first, "cannot write")
+            assert "goes on by itself" in remedy
+            assert (application.failing() == 0) or not begin
+            application.write_here_and_there(20)
+            assert first.end(signal.SIGTERM) == 143
+            assert any("--resume" in str(event.get("resolution")) for event in first.events)
+            code, out, _ = blocksnap("doctor", "--json")
+            assert (code, volume.encode() in out) == (1, True)
+            with restoring("--resume", volume, prelude=QUICK) as second:
+                second.until("usable")
+                warned_of(second, "cannot write")
+                # What had arrived may be lost with the volume; nothing else is.
+                assert application.failing() == 0 or not begin
+                application.write_here_and_there(20)
+                switch(part(pool, "arriving"), table)
+                assert second.done() == 3
+                assert application.failing() == 0
+                application.write_here_and_there(20)
+    nothing_is_left(pool, NAME)
+    assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
+
+
+def test_a_pool_that_fills_up_loses_nothing(pool: ThinPool, content: Expected, tmp_path: Path) -> None:
+    (tmp_path / "blocksnap.toml").write_text("[defaults.limits]\nrestore_wait_seconds = 0.5\n")
+    volume = f"{pool.group}/{NAME}"
+    tiny = f"{pool.group}/tiny"
+    tool("lvcreate", "-y", "-qq", "--type", "thin-pool", "-L", "20M", "-n", "tiny", pool.group)
+    tool("lvchange", "-qq", "--errorwhenfull", "y", tiny)
+    try:
+        with restoring("latest", volume, "--pool", "tiny", prelude=QUICK) as first:
+            device = first.until("usable")["device"]
+            with using(device, content) as application:
+                application.write_here_and_there(50)
+                remedy = warned_of(first, "would be full")
+                assert f"lvextend --size +SIZE {tiny}" in remedy
+                assert application.failing() == 0
+                with pytest.raises(OSError, match="Input/output error"):
+                    application.write_everywhere()
+                assert application.failing() > 0
+                warned_of(first, "has failed")
+                tool("lvextend", "-qq", "-L", "64M", tiny)
+                # The data arrives all the same; the store cannot be taken up while the volume is used.
+                assert first.ended() == 1
+                error = first.events[-1]
+                assert (error["event"], error["error"]) == ("error", "WritesFailedError"), error
+                assert "in use" in error["message"]
+        with restoring("--resume", volume, prelude=QUICK) as second:
+            assert second.done() == 0
+        nothing_is_left(pool, NAME)
+        assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
+    finally:
+        clean_up(pool)
+        pool.remove("tiny")
+
+
+def test_what_is_whole_needs_no_repository_though_somebody_waits(
+    pool: ThinPool, content: Expected, tmp_path: Path
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    with restoring("latest", volume, prelude=QUICK + KILLED_WHEN_WHOLE) as first:
+        device = first.until("usable")["device"]
+        with using(device, content) as application:
+            application.write_here_and_there(20)
+            application.write(BLOCK)
+            assert first.ended() == -signal.SIGKILL
+            failing: list[int] = []
+            reader = threading.Thread(target=lambda: failing.append(application.failing()))
+            reader.start()
+            reader.join(1)
+            assert reader.is_alive()
+            (tmp_path / "repository").rename(tmp_path / "forgotten")
+            with restoring("--resume", volume, prelude=QUICK) as second:
+                assert second.done() == 0
+            reader.join(60)
+            assert failing == [0]
+            application.write_here_and_there(20)
+    nothing_is_left(pool, NAME)
+    assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
+
+
+@soak
+@pytest.mark.parametrize("is_ended", [True, False], ids=["between-runs", "while-it-runs"])
+def test_a_target_that_was_made_smaller_is_brought_again(
+    pool: ThinPool, content: Expected, is_ended: bool
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    with restoring("latest", volume, "--classic", "--rate", "6M", prelude=QUICK) as run:
+        device = run.until("usable")["device"]
+        with using(device, content) as application:
+            application.write_here_and_there(50)
+            while reached(pool) < 14 * MIB:
+                run.until("progress")
+            if is_ended:
+                run.end(signal.SIGKILL)
+            # As we do it: any other LVM command might wait for the server that is gone.
+            tool("lvreduce", *lvm._config(), "-f", "-y", "-qq", "-L", "8M", f"{volume}-arriving")
+            with restoring("--resume", volume, prelude=QUICK) if is_ended else nothing(run) as second:
+                if is_ended:
+                    second.until("usable")
+                remedy = warned_of(second, "was made smaller")
+                command = f"lvextend --size {SIZE}b {volume}-arriving"
+                assert command in remedy
+                second_look(application)
+                # What it gets back is what others have left there.
+                tool(*command.split(), *lvm._config())
+                assert second.done() == 3
+                assert application.failing() == 0
+    nothing_is_left(pool, NAME)
+    assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
+
+
+@contextmanager
+def nothing(run: Restoring) -> Iterator[Restoring]:
+    yield run
+
+
+def second_look(application: Application) -> None:
+    application.failing()
+    application.write_here_and_there(10)
+    assert application.failing() == 0
+
+
+def reached(pool: ThinPool) -> int:
+    """Tell up to where the device below reads the volume itself."""
+    end = 0
+    for line in map(str.split, tool("dmsetup", "table", f"{device_name(pool)}-blocksnap").splitlines()):
+        if not line[3].startswith("43:"):
+            end = int(line[0]) * 512 + int(line[1]) * 512
+    return end
+
+
+@soak
+def test_a_store_that_fails_is_taken_up_again(pool: ThinPool, content: Expected) -> None:
+    volume = f"{pool.group}/{NAME}"
+    with restoring("latest", volume, "--classic", "--rate", "3M", prelude=QUICK) as first:
+        device = first.until("usable")["device"]
+        table = tool("dmsetup", "table", part(pool, "meanwhile"))
+        with using(device, content) as application:
+            application.write_here_and_there(300)
+            switch(part(pool, "meanwhile"), failing_from(table, 0))
+            with pytest.raises(OSError, match="Input/output error"):
+                application.write_here_and_there(300)
+            assert application.failing() > 0
+            warned_of(first, "has failed")
+            first.end(signal.SIGKILL)
+        with restoring("--resume", volume, prelude=QUICK) as second:
+            assert second.ended() == 1
+            error = second.events[-1]
+            assert (error["event"], error["error"]) == ("error", "StoreUnreadableError"), error
+        switch(part(pool, "meanwhile"), table)
+        with restoring("--resume", volume, prelude=QUICK) as third:
+            third.until("usable")
+            with using(device, content) as again:
+                assert again.failing() == 0
+                again.write_here_and_there(50)
+            assert third.done() == 0
+    nothing_is_left(pool, NAME)
+    assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
+
+
+@soak
+def test_a_merge_that_fails_is_begun_again_while_the_volume_is_used(
+    pool: ThinPool, content: Expected, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    volume, arriving = f"{pool.group}/{NAME}", part(pool, "arriving")
+    broken = tmp_path / "table"
+    load = f"dmsetup load {arriving} {broken} && dmsetup suspend --nolockfs --noflush {arriving}"
+    monkeypatch.setenv("BEFORE_THE_MERGE", f"{load} && dmsetup resume {arriving}")
+    tool("modprobe", "dm-flakey")
+    with restoring("latest", volume, "--classic", prelude=QUICK + BEFORE_THE_MERGE) as first:
+        device = first.until("usable")["device"]
+        table = tool("dmsetup", "table", arriving)
+        broken.write_text(failing_from(table, 12 * MIB, "flakey"))
+        with using(device, content) as application:
+            application.write_here_and_there(400)
+            assert first.ended() == 1
+            error = first.events[-1]
+            assert (error["event"], error["error"]) == ("error", "MergeFailedError"), error
+            assert application.failing() == 0
+            switch(arriving, table)
+            application.write_here_and_there(100)
+            with restoring("--resume", volume, prelude=QUICK) as second:
+                assert second.done() == 0
+            assert application.failing() == 0
+            application.write_here_and_there(20)
+    nothing_is_left(pool, NAME)
+    assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
+
+
+@soak
+def test_parts_that_somebody_removes_after_a_crash(
+    pool: ThinPool, blocksnap: InProcess, content: Expected
+) -> None:
+    volume = f"{pool.group}/{NAME}"
+    with restoring("latest", volume, "--classic", "--rate", "6M", prelude=QUICK) as first:
+        device = first.until("usable")["device"]
+        with using(device, content) as application:
+            application.write_here_and_there(50)
+        first.end(signal.SIGKILL)
+    take_devices_away(pool)
+    pool.remove(f"{NAME}-arriving")
+    code, _, err = blocksnap("restore", "--instant", "--resume", volume)
+    assert (code, f"{volume}-arriving is gone" in err) == (1, True), err
+    command = f"lvcreate --size {SIZE}b --name {NAME}-arriving --addtag blocksnap.instant {pool.group}"
+    assert command in err
+    tool(*command.split(), "-y")
+    with restoring("--resume", volume, "--rate", "4M", prelude=QUICK + KILLED_WHEN_WHOLE) as second:
+        second.until("usable")
+        with using(device, content) as again:
+            assert again.failing() == 0
+            again.write_here_and_there(10)
+        assert second.ended() == -signal.SIGKILL
+    take_devices_away(pool)
+    pool.remove(f"{NAME}-meanwhile")
+    code, _, err = blocksnap("restore", "--instant", "--resume", volume)
+    assert (code, f"{volume}-meanwhile is gone" in err, "--abandon" in err) == (1, True, True), err
+    blocksnap.done("restore", "--instant", "--abandon", volume)
+    assert [name for name in pool.names() if name.startswith(NAME)] == []
+
+
+def take_devices_away(pool: ThinPool) -> None:
+    """As a crash does, and nothing is active after it."""
+    disconnect_all()
+    name = device_name(pool)
+    for device in (name, f"{name}-blocksnap"):
+        tool("dmsetup", "remove", "--retry", device)
+    for each in pool.names():
+        if each.startswith(f"{NAME}-"):
+            tool("lvchange", "-an", f"{pool.group}/{each}")
