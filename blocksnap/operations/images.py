@@ -6,7 +6,6 @@ processes are forked first, before there are threads and connections, and before
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import socket
@@ -175,9 +174,10 @@ def require_fuse() -> None:
     except OSError as err:
         raise NoFuseError(f"/dev/fuse: {os.strerror(err.errno or 0)}") from err
     try:
-        importlib.import_module("mfusepy")
+        from blocksnap.restore.fuse import require_libfuse
     except OSError as err:
         raise NoFuseError(str(err)) from err
+    require_libfuse()
 
 
 @contextmanager

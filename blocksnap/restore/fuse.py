@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 
-import mfusepy
-
 from blocksnap.restore.inside import NoFuseError
+
+# mfusepy prefers libfuse 2 where both are installed. That takes /dev/fd/N, the name of a connection that is
+# mounted already, for the place to mount on, which is /dev/fuse.
+os.environ["FUSE_LIBRARY_NAME"] = "fuse3"
+import mfusepy
+from mfusepy import Operations as Operations  # noqa: PLC0414
 
 ENDED = "its FUSE connection has ended"
 """It was unmounted, or the connection aborted (/sys/fs/fuse/connections): libfuse does not tell one from the
 other. Who looks whether it is still mounted does."""
 _TEXT_BYTES = 1000
+_LIBFUSE_MAJOR = 3
 _LOG_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -66,6 +72,12 @@ def serve(
         if set_function is not None:
             set_function(None)
     return ENDED
+
+
+def require_libfuse() -> None:
+    """Raise NoFuseError unless what was loaded is libfuse 3."""
+    if mfusepy.fuse_version_major != _LIBFUSE_MAJOR:
+        raise NoFuseError(f"libfuse {mfusepy.fuse_version_major} was loaded, and libfuse 3 is needed")
 
 
 class FuseThread:

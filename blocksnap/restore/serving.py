@@ -13,13 +13,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Self
 
-from mfusepy import Operations
-
 from blocksnap.errors import BlocksnapError, StorageError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.fuse import ENDED, FuseThread, serve
+from blocksnap.restore.fuse import ENDED, FuseThread, Operations, serve
 from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.overlay import Overlay
 from blocksnap.restore.tree_mount import SEVERED

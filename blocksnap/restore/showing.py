@@ -22,11 +22,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mfusepy import Operations
-
 from blocksnap.errors import BlocksnapError
 from blocksnap.restore.contents import PARTITIONS
-from blocksnap.restore.fuse import ENDED, FuseThread, serve
+from blocksnap.restore.fuse import ENDED, FuseThread, Operations, serve
 from blocksnap.restore.inside import NoFuseError, ask
 from blocksnap.restore.tree_mount import MOUNTED, tell_end, tell_failure
 from blocksnap.system import namespace, own_mount

@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-from mfusepy import Operations
-
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.inode_map import InodeMap
 from blocksnap.repository.inodes import InodeRecord
 from blocksnap.repository.listings import SUBVOLUME
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import UnreadableRangeError
-from blocksnap.restore.fuse import FuseThread, serve
+from blocksnap.restore.fuse import FuseThread, Operations, serve
 from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.naming import printable
 from blocksnap.restore.tree import ENTRY_KINDS, TOP, UnreadableFileError

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mfusepy import Operations
 
-from blocksnap.restore.fuse import ENDED, FuseThread, serve
+from blocksnap.restore.fuse import ENDED, FuseThread, Operations, serve
 from blocksnap.system import namespace, own_mount
 from support.loops import call
 from support.require import require
