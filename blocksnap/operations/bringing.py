@@ -238,6 +238,9 @@ class Bringing:
             target = self._target(lv_bytes, remote)
             target.begin()
             target.close()
+        if self._arrival.stage == "verifying" and self._devices.capacity() < lv_bytes:
+            # Nothing is written down there any more of what has arrived: all of it is brought anew.
+            self._reach("arriving")
         if self._arrival.stage == "verifying":
             self._devices.set_below_local(lv_bytes)
         else:

@@ -42,12 +42,13 @@ class WritesFailedError(TargetError):
 class MergeFailedError(TargetError):
     """What was written meanwhile could not be brought to the volume."""
 
-    def __init__(self, volume: str, arriving: str) -> None:
-        self.volume, self.arriving = volume, arriving
+    def __init__(self, volume: str, users: Sequence[str] = ()) -> None:
+        self.volume, self.users = volume, tuple(users)
         super().__init__(
-            f"what was written to {volume} meanwhile cannot be brought to {arriving}; nothing of it is lost",
-            resolution="see dmesg for why (a full pool, a failing disk) and mend that; the volume may be "
-            f"used, then: blocksnap restore --instant --resume {volume}",
+            f"what was written to {volume} meanwhile cannot be merged into it; nothing of it is lost"
+            f"{''.join(f'; it is {user}' for user in users)}",
+            resolution="see dmesg for why (a full pool, a failing disk) and mend that, stop what uses the "
+            f"volume, unmount it, then: blocksnap restore --instant --resume {volume}",
         )
 
 
@@ -108,6 +109,10 @@ class VolumeAppearedError(TargetError):
             resolution=f"give that one another name (lvrename {group} {name} OTHER) or remove it, then: "
             f"blocksnap restore --instant --resume {group}/{name}",
         )
+
+
+_InUse = type[StoreFullError] | type[WritesFailedError] | type[MergeFailedError]
+_IN_USE: dict[str, _InUse] = {"overflow": StoreFullError, "merge failed": MergeFailedError}
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,14 +264,18 @@ class ArrivalDevices:
         if state == "overflow":
             raise StoreFullError(names.volume)
         if state == "merge failed":
-            raise MergeFailedError(names.volume, f"{names.group}/{names.arriving}")
+            raise MergeFailedError(names.volume)
         if state not in ("valid", "merging"):
             raise WritesFailedError(names.volume)
 
     def mend_store(self, lv_bytes: int) -> None:
-        """Have a store that was full or has failed take writes again: the device has to be made anew.
+        """Have a store that was full or has failed, also in a merge, be taken again: by a device made anew.
 
-        Raises StoreFullError or WritesFailedError while it is used, and StoreUnreadableError.
+        A merge that has failed is not begun again by another table: the kernel would hand over what it has
+        of the list in memory, where the end of it can be cleared though it was not written, and go on from
+        there (dm-snap.c, __handover_exceptions; dm-snap-persistent.c, persistent_commit_merge).
+
+        Raises StoreFullError, WritesFailedError or MergeFailedError while it is used, StoreUnreadableError.
         """
         names = self._names
         number = dm_tables.number_of(names.device)
@@ -275,15 +284,15 @@ class ArrivalDevices:
             if " snapshot" not in dm_tables.read_table(names.device):
                 return
             state = devmapper.snapshot_status(number).state
-            if state in ("valid", "merging", "merge failed"):
+            if state in ("valid", "merging"):
                 return
-            self._take_away(number, StoreFullError if state == "overflow" else WritesFailedError)
+            self._take_away(number, _IN_USE.get(state, WritesFailedError))
         take_up_store(f"/dev/mapper/{devmapper.encode_name(names.group, names.meanwhile)}")
         if state == "overflow":
             # The kernel looks at the size of a store, and forgets that it was full, only when it is opened.
             lvm.extend_volume(names.group, names.meanwhile, store_bytes(lv_bytes))
 
-    def _take_away(self, number: int, in_use: type[StoreFullError | WritesFailedError]) -> None:
+    def _take_away(self, number: int, in_use: _InUse) -> None:
         volume = self._names.volume
         if users := users_of_device(number):
             raise in_use(volume, users)
@@ -309,9 +318,10 @@ class ArrivalDevices:
             # It was all there, and the volume is used as it is.
             return
         else:
-            if devmapper.snapshot_status(number).state == "merge failed":
-                # The kernel takes a merge up again only when it begins anew.
-                dm_tables.replace(name, self._top_table(lv_bytes, "snapshot", "PO"), flushing=True)
+            # One that was loaded before an interruption would be in the way of another one.
+            dm_tables.clear(name)
+            # A device that merges answers with what lies below where its store has failed.
+            self._require_sound(devmapper.snapshot_status(number).state)
             dm_tables.replace(name, table, flushing=True)
         self.publish()
         while True:

@@ -76,9 +76,12 @@ def take_up_store(node: str) -> bool:
             # The kernel reads and writes it past the page cache.
             blockdev.drop_cache(fd)
             magic, valid, version, sectors = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
-            if magic != _MAGIC or valid or sectors != CHUNK_SECTORS:
+            if magic != _MAGIC or sectors != CHUNK_SECTORS:
                 return False
+            # Also where the mark could not be written.
             _end_list(fd)
+            if valid:
+                return False
             os.pwrite(fd, _HEADER.pack(magic, 1, version, sectors), 0)
             os.fsync(fd)
         finally:

@@ -6,6 +6,7 @@ answered. nbdkit is started again when it dies.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -85,3 +86,5 @@ class ImageServer:
                 self._serve()
             except BlocksnapError as err:
                 self._tell(err)
+            except OSError as err:
+                self._tell(BlocksnapError(f"nbdkit cannot be started: {os.strerror(err.errno or 0)}"))

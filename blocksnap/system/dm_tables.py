@@ -64,6 +64,11 @@ def replace(name: str, table: str, *, flushing: bool) -> None:
         run("dmsetup", "resume", name, timeout_seconds=_WAIT_SECONDS)
 
 
+def clear(name: str) -> None:
+    """Drop the table that was loaded but never put in force; there need be none."""
+    run("dmsetup", "clear", name)
+
+
 def remove(name: str) -> None:
     """Remove a device, once whoever looks at new devices (udev) has let go; one that is gone is fine."""
     for attempt in range(_REMOVE_ATTEMPTS):

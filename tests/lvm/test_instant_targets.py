@@ -355,30 +355,33 @@ def test_a_store_that_fails_is_taken_up_again(pool: ThinPool, content: Expected)
 
 
 @soak
-def test_a_merge_that_fails_is_begun_again_while_the_volume_is_used(
-    pool: ThinPool, content: Expected, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("which", "begin"), [("arriving", 12 * MIB), ("meanwhile", 0)])
+def test_a_merge_that_fails_is_begun_anew_when_nobody_uses_the_volume(
+    pool: ThinPool, content: Expected, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, which: str, begin: int
 ) -> None:
-    volume, arriving = f"{pool.group}/{NAME}", part(pool, "arriving")
+    """In memory the kernel may have cleared what it could not clear on the disk: the list is read again."""
+    volume, failing = f"{pool.group}/{NAME}", part(pool, which)
     broken = tmp_path / "table"
-    load = f"dmsetup load {arriving} {broken} && dmsetup suspend --nolockfs --noflush {arriving}"
-    monkeypatch.setenv("BEFORE_THE_MERGE", f"{load} && dmsetup resume {arriving}")
+    load = f"dmsetup load {failing} {broken} && dmsetup suspend --nolockfs --noflush {failing}"
+    monkeypatch.setenv("BEFORE_THE_MERGE", f"{load} && dmsetup resume {failing}")
     tool("modprobe", "dm-flakey")
     with restoring("latest", volume, "--classic", prelude=QUICK + BEFORE_THE_MERGE) as first:
         device = first.until("usable")["device"]
-        table = tool("dmsetup", "table", arriving)
-        broken.write_text(failing_from(table, 12 * MIB, "flakey"))
+        table = tool("dmsetup", "table", failing)
+        broken.write_text(failing_from(table, begin, "flakey"))
         with using(device, content) as application:
             application.write_here_and_there(400)
             assert first.ended() == 1
             error = first.events[-1]
             assert (error["event"], error["error"]) == ("error", "MergeFailedError"), error
             assert application.failing() == 0
-            switch(arriving, table)
-            application.write_here_and_there(100)
+            switch(failing, table)
             with restoring("--resume", volume, prelude=QUICK) as second:
-                assert second.done() == 0
+                assert second.ended() == 1
+                assert second.events[-1]["error"] == "MergeFailedError", second.events[-1]
             assert application.failing() == 0
-            application.write_here_and_there(20)
+        with restoring("--resume", volume, prelude=QUICK) as third:
+            assert third.done() == 0
     nothing_is_left(pool, NAME)
     assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
 

@@ -77,6 +77,8 @@ def test_a_store_that_was_given_up_is_taken_up_with_what_its_list_says(tmp_path:
     found = store.read_bytes()
     assert found[:16] == struct.pack("<4sIII", b"SnAp", 1, 1, 8)
     assert found[4096:] == areas
+    # Also where the kernel could not write the mark.
+    store.write_bytes(found[:4096] + torn)
     assert not take_up_store(str(store))
     assert store.read_bytes() == found
 
