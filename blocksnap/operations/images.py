@@ -26,7 +26,7 @@ from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.contents import answers
 from blocksnap.restore.inside import InnerProcess, NoFuseError, ask, fork_inner
-from blocksnap.restore.tree_mount import NoTreeError, TreeEnd, hold_tree, require_mounted
+from blocksnap.restore.tree_mount import MOUNTED, NoTreeError, TreeEnd, hold_tree, require_mounted
 from blocksnap.system import namespace, own_mount
 from blocksnap.system.children import fork_child, wait_for_child
 from blocksnap.system.mounts import parse_mountinfo
@@ -92,7 +92,9 @@ def _hand_over(control: socket.socket, shown: dict[str, Backup], inner: socket.s
     _send_all(control, document, [root, inner.fileno()])
     os.close(root)
     inner.close()
-    require_mounted(control.recv(_MESSAGE_BYTES), folder)
+    # What it says when the tree is unmounted at once is not part of that.
+    said = control.recv(len(MOUNTED))
+    require_mounted(said if said == MOUNTED else said + control.recv(_MESSAGE_BYTES), folder)
 
 
 @dataclass(frozen=True, slots=True)

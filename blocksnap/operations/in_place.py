@@ -192,7 +192,11 @@ def _wanted_runs(
 def _tell_if_gone(way_back: str, path: str, report: Reporter) -> bool:
     """Warn when somebody has removed the way back: the restore needs it for nothing."""
     group, _, name = way_back.partition("/")
-    if lvm.report(group).find(group, name) is not None:
+    try:
+        if lvm.report(group).find(group, name) is not None:
+            return False
+    except BlocksnapError as err:
+        report.warn(f"whether there still is the snapshot {way_back} is not known: {err.brief}")
         return False
     report.warn(
         f"the snapshot {way_back} is gone: there is no way back to what {path} held before",

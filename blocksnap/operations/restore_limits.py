@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 from blocksnap.config import JOB_TAG, Configuration
 from blocksnap.controller.settings import LimitSettings
@@ -24,8 +25,12 @@ def restore_limits(configuration: Configuration | None, stored: StoredBackup) ->
     name = stored.backup.volume.name
     if job is None:
         job = configuration.job_for((name,))
-    found = dict(configuration.volume(text, job) for text in job.volumes)
-    return _of(found.get(name, job.limits))
+    for text in job.volumes:
+        path, limits = configuration.volume(text, job)
+        # As volumes are named in the configuration: by patterns too, logical volumes also by their nodes.
+        if fnmatchcase(name, path) or fnmatchcase(name, path.removeprefix("/dev/")):
+            return _of(limits)
+    return _of(job.limits)
 
 
 def _of(limits: LimitSettings) -> RestoreLimits:

@@ -18,7 +18,7 @@ from blocksnap.repository.inodes import InodeRecord, levels_of
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import verify_chunks
-from blocksnap.restore.inode_values import link_target, state_of, xattrs_of
+from blocksnap.restore.inode_values import LARGEST_VALUE, link_target, state_of, xattrs_of
 
 _ID = 32
 
@@ -100,10 +100,11 @@ def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems
                 if entry.kind != 8 and reader.find(entry.inode) is None:
                     problem = DamageError(f"{entry.name!r} leads to inode {entry.inode}, which is not there")
                     problems.append(UnreadableInodeError(record.number, "a name", problem))
-        elif record.is_file:
-            state_of(reader, record)
-        else:
+        elif not record.is_file:
             link_target(reader, record)
+        elif record.detail.length <= LARGEST_VALUE:
+            # A larger one is that of an image in many pieces, which is restored without it.
+            state_of(reader, record)
         places = -(-record.size // chunk_size)
         if record.is_file and record.content.levels != levels_of(places):
             raise DamageError("its content does not fit its size")

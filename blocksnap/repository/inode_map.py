@@ -94,6 +94,9 @@ class InodeReader:
         if value.is_inline:
             return value.inline
         blocks, length = [], 0
+        if value.places != -(-value.length // BLOCK_BYTES):
+            fault = f"{value.length} bytes in {value.places} blocks"
+            raise DamagedObjectError("a value of an inode record", fault)
         for number, count, entry in self.maps.runs(value.root, 0, value.places):
             block = self._source.load(FrameType.ATTACHMENT, entry) if len(entry) == _ID else b""
             length += len(block)

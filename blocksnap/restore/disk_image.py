@@ -1,8 +1,8 @@
 """A disk image for virtual machines, made from the raw one by qemu-img.
 
-The raw image is complete before it is converted, and removed after; so it needs room for both. An interrupted
-restore goes on as that of any file. A raw image that is complete has a hidden name that says so, and is only
-converted when the restore is run again, whatever interrupted it.
+The raw image is complete before it is converted, and removed when the other one has its name; so there has
+to be room for both. An interrupted restore goes on as that of any file. A raw image that is complete has a
+hidden name that says so, and is only converted when the restore is run again, whatever interrupted it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from blocksnap.errors import BlocksnapError, TargetError
 from blocksnap.restore.file_target import FileTarget
 from blocksnap.restore.naming import flush_folder, hidden_name
 from blocksnap.restore.record import RestoreRecord
+from blocksnap.restore.targets import NameFailedError, NameTakenError
 from blocksnap.system.command import MissingProgramError, has_program, run
 
 _CONVERT_SECONDS = 7 * 86400.0
@@ -60,8 +61,17 @@ class DiskImageTarget(FileTarget):
         """Write down how far the raw image has come; a complete one has its name for that."""
         return self._is_called_complete() or super().keep_record()
 
+    def finish(self) -> None:
+        """Flush, convert, and give the image its name; then the raw one goes."""
+        try:
+            super().finish()
+        except (NameTakenError, NameFailedError):
+            self._remove_raw()
+            raise
+        self._remove_raw()
+
     def convert(self, hidden: str) -> str:
-        """Make the image beside the raw file, which is removed then."""
+        """Make the image beside the raw file."""
         hidden = self._call_complete(hidden)
         made = hidden_name(self.name, f"{self.wanted.backup[:8]}-{self._image}")
         try:
@@ -90,9 +100,15 @@ class DiskImageTarget(FileTarget):
             if isinstance(err, BlocksnapError):
                 raise ImageNotMadeError(self.name, err) from err
             raise
-        with contextlib.suppress(OSError):
-            os.unlink(hidden)
+        if self._raw is None:
+            with contextlib.suppress(OSError):
+                os.unlink(hidden)
         return made
+
+    def _remove_raw(self) -> None:
+        if self._raw is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._raw)
 
     def _is_called_complete(self) -> bool:
         return self._raw is not None and self._temporary == self._raw

@@ -67,11 +67,12 @@ class PoolWatch:
         self._first: dict[str, int] = {}
         self._looked = 0.0
         self._may_write = 0
+        self._failure: PoolFillingError | None = None
         if pool is not None:
             name = devmapper.dm_name(pool) or ""
             self._name = "/".join(devmapper.decode_name(name.removesuffix("-tpool")) or (name,))
             self._size_file = sysfs_folder(pool) / "size"
-            self._look()
+            self._look(0)
 
     @property
     def is_there(self) -> bool:
@@ -86,14 +87,21 @@ class PoolWatch:
             self._may_write -= length
             if self._may_write > 0 and time.monotonic() - self._looked < _LOOK_SECONDS:
                 return
+            if self._failure is not None:
+                # Another thread has waited.
+                raise self._failure
             deadline = time.monotonic() + self._limits.wait_seconds
-            while (found := self._look()) is not None:
+            while (found := self._look(length)) is not None:
                 if time.monotonic() >= deadline:
+                    self._failure = found
                     raise found
                 time.sleep(_LOOK_SECONDS)
 
-    def _look(self) -> PoolFillingError | None:
-        """Look once. What is written over what is there takes no room of a pool that is as full as before."""
+    def _look(self, length: int) -> PoolFillingError | None:
+        """Look once whether there is room for so much.
+
+        What is written over what is there takes no room of a pool that is as full as before.
+        """
         with StatusReader() as reader:
             text = reader.read(self._uuid or "")
         self._looked = time.monotonic()
@@ -107,7 +115,7 @@ class PoolWatch:
         # What comes until half of that is written cannot be too much.
         self._may_write = int(left / 2)
         for part, used, percent, limit, is_short in (
-            ("data", status.data_used, status.data_percent, self._limits.data_percent, left <= 0),
+            ("data", status.data_used, status.data_percent, self._limits.data_percent, left <= length),
             (
                 "metadata",
                 status.metadata_used,

@@ -18,7 +18,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from blocksnap.restore.tree_mount import MOUNTED, tell_end, tell_failure
 from blocksnap.system import namespace, own_mount
 
 IMAGE, FILES = "image", "files"
+_END_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,17 +231,22 @@ def serve_tree(
         return False
     with suppress(OSError):
         control.sendall(MOUNTED)
-    threading.Thread(target=_end_with, args=(control, folder, source), daemon=True).start()
+    threading.Thread(target=_end_with, args=(control, folder, source, ended, end), daemon=True).start()
     ended.wait()
     tell_end(control, folder, source, reasons[0] if reasons[0] != ENDED else "")
     return True
 
 
-def _end_with(control: socket.socket, folder: str, source: str) -> None:
+def _end_with(
+    control: socket.socket, folder: str, source: str, ended: threading.Event, end: Callable[[str], None]
+) -> None:
     # It is an error when the other one has ended before it was told that this is mounted.
     with suppress(OSError):
         control.recv(1)
     own_mount.unmount(folder, source)
+    if not ended.wait(_END_SECONDS):
+        # Whoever still has a file open there, or is in it, keeps the connection: it ends with this process.
+        end(ENDED)
 
 
 def _facts(status: os.stat_result) -> dict[str, int]:

@@ -32,7 +32,7 @@ _FALLOC_FL_PUNCH_HOLE = 2
 _SYSFS = Path("/sys/dev/block")
 _MOMENT_SECONDS = 0.5
 _ZEROS_BYTES = 1 << 20
-_COUNTED_ZEROS_BYTES = 8 << 20
+_COUNTED_ZEROS_BYTES = 1 << 20
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 
 

@@ -34,7 +34,8 @@ class Mount:
 def parse_mountinfo(text: str) -> list[Mount]:
     """Parse the text of /proc/PID/mountinfo."""
     mounts = []
-    for line in text.splitlines():
+    # Not splitlines(): names may have what that takes for the end of a line.
+    for line in text.split("\n"):
         left, _, right = line.partition(" - ")
         fields, tail = left.split(" "), right.split(" ")
         if len(fields) < 6 or len(tail) < 3:
@@ -87,7 +88,7 @@ def filesystem_of(fd: int) -> int | None:
         line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if ":" in line
     )
     wanted = fields.get("mnt_id", "").strip()
-    for line in _MOUNTINFO.read_text(errors="surrogateescape").splitlines():
+    for line in _MOUNTINFO.read_text(errors="surrogateescape").split("\n"):
         words = line.split(" ", 3)
         if words[0] == wanted:
             major, minor = words[2].split(":")

@@ -67,7 +67,8 @@ def _number_of(fd: int) -> int | None:
 def _numbers(source: str) -> set[int]:
     """Return the numbers of all mounts with a source, which has nothing in it that would be escaped."""
     found = set()
-    for line in (_THREAD / "mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in (_THREAD / "mountinfo").read_text(errors="surrogateescape").strip("\n").split("\n"):
+        # Not splitlines(): names may have what that takes for the end of a line.
         left, _, right = line.partition(" - ")
         if right.split(" ")[1:2] == [source]:
             found.add(int(left.split(" ", 1)[0]))

@@ -186,6 +186,35 @@ def test_an_aborted_connection_ends_it(blocksnap: CommandLine, tmp_path: Path, w
         subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
 
 
+@pytest.mark.parametrize("end", ["interrupted", "unmounted", "images aborted"])
+def test_it_ends_while_somebody_is_in_it(blocksnap: CommandLine, tmp_path: Path, end: str) -> None:
+    """Whoever is there keeps the connection of the tree; it is not waited for."""
+    volume, tree = tmp_path / "volume.img", tmp_path / "tree"
+    make_filesystem("ext4", volume)
+    blocksnap.done("backup", volume, "-q")
+    tree.mkdir()
+    process = blocksnap.start("mount", "latest", tree)
+    inside = -1
+    try:
+        wait_for(process, tree)
+        inside = os.open(tree / "files", os.O_RDONLY | os.O_DIRECTORY)
+        if end == "images aborted":
+            abort(process.pid, "/sys/fs/fuse/connections/images", tmp_path / "connections")
+        elif end == "unmounted":
+            call("umount", "--lazy", tree)
+        if end != "images aborted":
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == {"images aborted": 1}.get(end, 128 + signal.SIGINT), err
+        assert not is_mounted(tree)
+    finally:
+        if inside >= 0:
+            os.close(inside)
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
+
+
 def test_what_somebody_else_has_mounted_there_stays(blocksnap: CommandLine, tmp_path: Path) -> None:
     """When the process that shows the tree is killed after that was unmounted, and before it saw it."""
     volume, tree = tmp_path / "volume.img", tmp_path / "tree"

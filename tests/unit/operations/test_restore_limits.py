@@ -30,8 +30,11 @@ restore_wait_seconds = 1
 [volumes.wal]
 path = "vg0/wal"
 limits = { restore_data_percent = 80 }
+[volumes.logs]
+path = "/dev/vg0/log-*"
+limits = { restore_data_percent = 60 }
 [jobs.shop]
-volumes = ["vg0/shop", "wal"]
+volumes = ["vg0/shop", "wal", "logs"]
 limits = { restore_metadata_percent = 70 }
 """
 
@@ -42,6 +45,7 @@ limits = { restore_metadata_percent = 70 }
         ("vg0/shop", "shop", RestoreLimits(90, 70, 1)),
         # Those of a volume stand in the place of all of the job's.
         ("vg0/wal", "shop", RestoreLimits(80, 95, 20)),
+        ("vg0/log-2", "shop", RestoreLimits(60, 95, 20)),
         # It belonged to the job once.
         ("vg0/old", "shop", RestoreLimits(90, 70, 1)),
         ("vg0/shop", "of another host", RestoreLimits(90, 95, 1)),

@@ -127,6 +127,10 @@ def test_values_of_any_length(length: int) -> None:
         cut = Value(length + 1, value.inline + b"x", value.places, value.root)
         with pytest.raises(DamagedObjectError):
             reader.value(cut) if not cut.is_inline else decode_page(page[:-1], 16, "here")
+    if not value.is_inline:
+        # Nothing is read of more blocks than the length has room for.
+        with pytest.raises(DamagedObjectError, match=f"{length} bytes in {1 << 40} blocks"):
+            reader.value(Value(length, b"", 1 << 40, value.root))
 
 
 def names(count: int, step: int = 1) -> list[DirectoryEntry]:
