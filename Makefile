@@ -167,7 +167,7 @@ native-test:
 host-test:
 	$(PYTEST) $(SLOWEST) -n 3 $(HOST_TESTS)
 
-# It hung once in a full run, and has its own target until it is known why.
+# It takes long, and stood still once when the lab had lost its timer; it has a target of its own (soak-quiesce).
 LAB_SOAKED := tests/lvm/test_quiesce.py
 # Two labs at once, one for each core; the second one's output follows the first one's.
 LAB_SECOND := $(addprefix tests/lvm/test_,thin_bases.py thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
