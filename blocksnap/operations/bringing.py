@@ -186,6 +186,7 @@ class Bringing:
         self._keeper = keeper
         self._bucket = TokenBucket(rate) if rate else None
         self._limits = limits
+        self._first: dict[str, int] = {}
         self._looked = began
         self._lock = threading.Lock()
         self._began = began
@@ -355,7 +356,7 @@ class Bringing:
         moved = partial(self._moved, lv_bytes, remote)
         hold_back = partial(self._hold_back, lv_bytes)
         node, size = self._devices.node, self._backup.size
-        return ArrivingTarget(node, size, self._record, self._limits, moved, hold_back)
+        return ArrivingTarget(node, size, self._record, self._limits, moved, hold_back, self._first)
 
     def _moved(self, lv_bytes: int, remote: int, reached: int) -> None:
         """Have what has arrived read from the volume from now on."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from blocksnap.restore.device_target import DeviceTarget
 from blocksnap.restore.pool_watch import RestoreLimits
@@ -27,8 +28,11 @@ class ArrivingTarget(DeviceTarget):
         limits: RestoreLimits,
         moved: Callable[[int], None],
         hold_back: Callable[[int], None],
+        first: dict[str, int],
     ) -> None:
-        super().__init__(path, size, record, limits, lambda path: os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        """Each new attempt is given the same ``first``: else each could fill the pool a little further."""
+        open_device = partial(os.open, flags=os.O_RDWR | os.O_CLOEXEC)
+        super().__init__(path, size, record, limits, open_device, first)
         self._moved = moved
         self._hold_back = hold_back
 

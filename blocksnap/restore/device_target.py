@@ -22,13 +22,14 @@ class DeviceTarget(Place):
         record: RestoreRecord,
         limits: RestoreLimits,
         open_device: Callable[[str], int] = blockdev.open_exclusive,
+        first: dict[str, int] | None = None,
     ) -> None:
         fd = open_device(path)
         try:
             capacity = blockdev.size_of(fd)
             if capacity < size:
                 raise TargetTooSmallError(path, capacity, size)
-            self._pool = PoolWatch(blockdev.device_number(fd), limits)
+            self._pool = PoolWatch(blockdev.device_number(fd), limits, first)
         except BaseException:
             os.close(fd)
             raise

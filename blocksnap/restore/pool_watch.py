@@ -58,13 +58,13 @@ class PoolFillingError(TargetError):
 class PoolWatch:
     """Told of every write before it is made, by several threads."""
 
-    def __init__(self, device: int, limits: RestoreLimits) -> None:
-        """Watch the pool that a device lies on, if it does."""
+    def __init__(self, device: int, limits: RestoreLimits, first: dict[str, int] | None = None) -> None:
+        """Watch the pool that a device lies on, if it does; ``first`` keeps how full it was at first."""
         self._limits = limits
         pool = devmapper.pool_below(device)
         self._uuid = devmapper.dm_uuid(pool) if pool is not None else None
         self._lock = threading.Lock()
-        self._first: dict[str, int] = {}
+        self._first: dict[str, int] = {} if first is None else first
         self._looked = 0.0
         self._may_write = 0
         self._failure: PoolFillingError | None = None

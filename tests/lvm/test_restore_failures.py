@@ -180,7 +180,7 @@ def test_a_restore_ends_where_its_limits_say(
             assert (code, "limits.restore_data_percent = 40" in err) == (1, True), err
             assert "restored" not in pool.names()
         with restoring(data, target, *into) as run:
-            run.until("serving-only")
+            run.until("warning")
             assert "limits.restore_data_percent = 40" in str(run.events)
             assert 39 < fullness(pool, "tiny") < 55
             assert run.end(signal.SIGTERM) == 143
