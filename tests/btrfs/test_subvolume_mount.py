@@ -31,7 +31,7 @@ from support.file_trees import (
 from support.loops import call
 from support.repositories import harm_largest_pack
 from support.require import require
-from support.shown import abort, children_of, is_mounted, shown, wait_for
+from support.shown import abort, children_of, is_mounted, mounting, shown, wait_for
 
 MIB = 1 << 20
 CHUNK = 128 << 10
@@ -246,10 +246,7 @@ def test_nothing_is_left_whoever_is_killed(
     (lab.live / "file").write_text("x")
     blocksnap.done("backup", "-q", lab.live)
     tree = tmp_path / "tree"
-    tree.mkdir()
-    process = blocksnap.start("mount", "latest", tree)
-    try:
-        wait_for(process, tree)
+    with mounting(blocksnap, "latest", tree) as process:
         assert (tree / "file").read_text() == "x"
         (holder,) = children_of(process.pid)
         victims = {"all": [process.pid, holder], "tree": [holder]}
@@ -263,20 +260,13 @@ def test_nothing_is_left_whoever_is_killed(
         while is_mounted(tree) or Path(f"/proc/{holder}").exists():
             assert time.monotonic() < deadline, "the tree is still mounted"
             time.sleep(0.1)
-    finally:
-        process.kill()
-        process.communicate()
-        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
 
 
 def test_an_aborted_connection_ends_it(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
     (lab.live / "file").write_text("x")
     blocksnap.done("backup", "-q", lab.live)
     tree = tmp_path / "tree"
-    tree.mkdir()
-    process = blocksnap.start("mount", "latest", tree)
-    try:
-        wait_for(process, tree)
+    with mounting(blocksnap, "latest", tree) as process:
         (holder,) = children_of(process.pid)
         abort(os.getpid(), str(tree), tmp_path / "connections")
         _, err = process.communicate(timeout=60)
@@ -285,10 +275,6 @@ def test_an_aborted_connection_ends_it(lab: BtrfsLab, blocksnap: CommandLine, tm
         assert (process.returncode, errors) == (1, [said]), err
         assert not is_mounted(tree)
         assert not Path(f"/proc/{holder}").exists()
-    finally:
-        process.kill()
-        process.communicate()
-        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
 
 
 def test_whoever_ends_before_it_serves_leaves_nothing(tmp_path: Path) -> None:

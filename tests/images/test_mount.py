@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted
 from support.repositories import harm_largest_pack
-from support.shown import abort, children_of, is_mounted, shown, wait_for
+from support.shown import abort, children_of, is_mounted, mounting, shown
 
 MIB = 1 << 20
 FILESYSTEMS = {"ext4": (64, "-q"), "xfs": (320, "-q"), "btrfs": (128, "-q")}
@@ -139,10 +140,7 @@ def test_nothing_is_left_whoever_is_killed(blocksnap: CommandLine, tmp_path: Pat
     volume, tree = tmp_path / "volume.img", tmp_path / "tree"
     make_filesystem("ext4", volume)
     blocksnap.done("backup", volume, "-q")
-    tree.mkdir()
-    process = blocksnap.start("mount", "latest", tree)
-    try:
-        wait_for(process, tree)
+    with mounting(blocksnap, "latest", tree) as process:
         assert os.listdir(tree / "files")
         tree_pid, inner_pid = children_of(process.pid)
         victims = {"all": [process.pid, tree_pid, inner_pid], "tree": [tree_pid]}
@@ -156,10 +154,6 @@ def test_nothing_is_left_whoever_is_killed(blocksnap: CommandLine, tmp_path: Pat
         while is_mounted(tree):
             assert time.monotonic() < deadline, "the tree is still mounted"
             time.sleep(0.1)
-    finally:
-        process.kill()
-        process.communicate()
-        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
 
 
 @pytest.mark.parametrize("which", ["tree", "images"])
@@ -168,10 +162,7 @@ def test_an_aborted_connection_ends_it(blocksnap: CommandLine, tmp_path: Path, w
     volume, tree = tmp_path / "volume.img", tmp_path / "tree"
     make_filesystem("ext4", volume)
     blocksnap.done("backup", volume, "-q")
-    tree.mkdir()
-    process = blocksnap.start("mount", "latest", tree)
-    try:
-        wait_for(process, tree)
+    with mounting(blocksnap, "latest", tree) as process:
         assert os.listdir(tree / "files")
         point = str(tree) if which == "tree" else "/sys/fs/fuse/connections/images"
         abort(os.getpid() if which == "tree" else process.pid, point, tmp_path / "connections")
@@ -180,10 +171,6 @@ def test_an_aborted_connection_ends_it(blocksnap: CommandLine, tmp_path: Path, w
         said = f"error: nothing is shown in {tree} any more: its FUSE connection was aborted"
         assert (process.returncode, errors) == (1, [said]), err
         assert not is_mounted(tree)
-    finally:
-        process.kill()
-        process.communicate()
-        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
 
 
 @pytest.mark.parametrize("end", ["interrupted", "unmounted", "images aborted"])
@@ -192,12 +179,9 @@ def test_it_ends_while_somebody_is_in_it(blocksnap: CommandLine, tmp_path: Path,
     volume, tree = tmp_path / "volume.img", tmp_path / "tree"
     make_filesystem("ext4", volume)
     blocksnap.done("backup", volume, "-q")
-    tree.mkdir()
-    process = blocksnap.start("mount", "latest", tree)
-    inside = -1
-    try:
-        wait_for(process, tree)
+    with mounting(blocksnap, "latest", tree) as process, ExitStack() as stack:
         inside = os.open(tree / "files", os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, inside)
         if end == "images aborted":
             abort(process.pid, "/sys/fs/fuse/connections/images", tmp_path / "connections")
         elif end == "unmounted":
@@ -207,12 +191,6 @@ def test_it_ends_while_somebody_is_in_it(blocksnap: CommandLine, tmp_path: Path,
         _, err = process.communicate(timeout=60)
         assert process.returncode == {"images aborted": 1}.get(end, 128 + signal.SIGINT), err
         assert not is_mounted(tree)
-    finally:
-        if inside >= 0:
-            os.close(inside)
-        process.kill()
-        process.communicate()
-        subprocess.run(["umount", "-l", tree], check=False, capture_output=True)
 
 
 def test_what_somebody_else_has_mounted_there_stays(blocksnap: CommandLine, tmp_path: Path) -> None:
@@ -220,10 +198,7 @@ def test_what_somebody_else_has_mounted_there_stays(blocksnap: CommandLine, tmp_
     volume, tree = tmp_path / "volume.img", tmp_path / "tree"
     volume.write_bytes(b"x" * MIB)
     blocksnap.done("backup", volume, "-q")
-    tree.mkdir()
-    process = blocksnap.start("mount", "latest", tree)
-    try:
-        wait_for(process, tree)
+    with mounting(blocksnap, "latest", tree) as process:
         shower = children_of(process.pid)[0]
         os.kill(shower, signal.SIGSTOP)
         call("umount", "--lazy", tree)
@@ -232,10 +207,6 @@ def test_what_somebody_else_has_mounted_there_stays(blocksnap: CommandLine, tmp_
         _, err = process.communicate(timeout=60)
         assert (process.returncode, b"the process that mounts it has died" in err) == (1, True), err
         assert f"theirs {tree} tmpfs" in Path("/proc/mounts").read_text()
-    finally:
-        process.kill()
-        process.communicate()
-        subprocess.run(["umount", tree], check=False, capture_output=True)
 
 
 def test_the_mounting_process_killed(blocksnap: CommandLine, tmp_path: Path) -> None:

@@ -16,13 +16,20 @@ from support.loops import call
 @contextmanager
 def shown(blocksnap: CommandLine, what: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run `blocksnap mount` until the block ends, and see that umount ends it."""
+    with mounting(blocksnap, what, folder) as process:
+        yield process
+        call("umount", folder)
+        assert process.wait(timeout=60) in (0, 3)
+
+
+@contextmanager
+def mounting(blocksnap: CommandLine, what: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `blocksnap mount`, which the block brings to its end in one way or another."""
     folder.mkdir(exist_ok=True)
     process = blocksnap.start("mount", what, folder)
     try:
         wait_for(process, folder)
         yield process
-        call("umount", folder)
-        assert process.wait(timeout=60) in (0, 3)
     finally:
         subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
         process.kill()
