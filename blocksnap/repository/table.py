@@ -127,6 +127,7 @@ class Table:
         if blake3(memoryview(tail)[:-CHECK_SIZE], key=keys.cache_key).digest() != tail[-CHECK_SIZE:]:
             raise TornTableError("its checksum is wrong")
         self._seal = BlockSeal(keys, nonce)
+        self._last: tuple[int, bytes] = -1, b""
         self._firsts = array("Q", tail[: self._blocks * 8])
         if sys.byteorder == "big":
             self._firsts.byteswap()
@@ -166,7 +167,7 @@ class Table:
         found = []
         end = bisect_right(self._firsts, prefix)
         for block in range(max(bisect_left(self._firsts, prefix, 0, end) - 1, 0), end):
-            data = self._read(block, 1)
+            data = self._block(block)
             at = data.find(id_)
             while at >= 0:
                 # What begins between two rows is chance.
@@ -178,7 +179,7 @@ class Table:
     def row(self, number: int) -> tuple[bytes, TableRow]:
         """Return one row with its id."""
         block, slot = divmod(number, BLOCK_ROWS)
-        data = self._read(block, 1)
+        data = self._block(block)
         return data[slot * ROW.size : slot * ROW.size + _ID], self._row(number, data, slot * ROW.size)
 
     def pieces(self) -> Iterator[bytes]:
@@ -189,6 +190,14 @@ class Table:
     def _row(self, number: int, data: bytes, at: int) -> TableRow:
         pack, segment, offset, packed = _FIELDS.unpack_from(data, at + _ID)
         return TableRow(number, pack, segment, offset, packed & MAX_FRAME, packed >> 24)
+
+    def _block(self, number: int) -> bytes:
+        """Return the rows of a block, proven; the last one is kept for who looks ids up in their order."""
+        kept, rows = self._last
+        if kept != number:
+            rows = self._read(number, 1)
+            self._last = number, rows
+        return rows
 
     def _read(self, block: int, count: int) -> bytes:
         """Return the rows of some blocks, proven."""

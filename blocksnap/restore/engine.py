@@ -9,7 +9,6 @@ order of writes.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +22,15 @@ from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.lookup import Location
 from blocksnap.repository.repository import Repository
+from blocksnap.restore.batch import Batch
 from blocksnap.restore.outstanding import Outstanding
-from blocksnap.restore.plan import WINDOW_CHUNKS, FrameFetch, RangeFetch, Window, plan_windows
+from blocksnap.restore.plan import (
+    FrameFetch,
+    RangeFetch,
+    Window,
+    plan_windows,
+    planned_ahead,
+)
 from blocksnap.restore.record import HEAD_BYTES
 from blocksnap.restore.targets import Target, write_stream
 
@@ -34,8 +40,6 @@ _Result = TypeVar("_Result")
 WORKERS = 4
 """More than a small machine has processors: each waits for the storage about as long as it computes."""
 _PENDING = WORKERS * 2
-_BATCH_BYTES = 1 << 20
-"""What is opened before it is written, or one chunk."""
 _STREAM_BYTES = 4 << 20
 """What a stream's window holds at most, or one chunk; ``_PENDING`` windows are fetched ahead."""
 
@@ -202,52 +206,6 @@ class ChunkFetcher:
         return view
 
 
-class _Batch:
-    """Chunks opened one behind the other into a buffer, and written in as few calls as their numbers allow.
-
-    The buffer is a map of its own: aligned, so that it can be written past the page cache. Each thread
-    has one for as long as it lives, because what decides throughput is page faults on fresh memory.
-    """
-
-    def __init__(self, geometry: Geometry, target: Target) -> None:
-        self._geometry = geometry
-        self._target = target
-        self._buffer = memoryview(mmap.mmap(-1, max(_BATCH_BYTES, geometry.chunk_size)))
-        self._used = 0
-        self._chunks: list[tuple[int, int, int]] = []
-        self.written = 0
-
-    def room(self) -> memoryview:
-        """Return where the next chunk goes."""
-        if self._used + self._geometry.chunk_size > len(self._buffer):
-            self.flush()
-        return self._buffer[self._used :]
-
-    def add(self, numbers: tuple[int, ...], length: int) -> None:
-        """Take what was opened there."""
-        self._chunks += [(number, self._used, length) for number in numbers]
-        self._used += self._geometry.chunk_size
-
-    def flush(self) -> None:
-        """Write everything."""
-        size = self._geometry.chunk_size
-        # First by place in the buffer: chunks that follow each other there mostly do so in the volume too.
-        chunks, begin = self._chunks, 0
-        while begin < len(chunks):
-            end = begin + 1
-            while end < len(chunks) and self._follows(chunks[end - 1], chunks[end]):
-                end += 1
-            number, at, _ = chunks[begin]
-            length = (end - begin - 1) * size + chunks[end - 1][2]
-            self._target.write(number * size, self._buffer[at : at + length])
-            self.written += length
-            begin = end
-        self._chunks, self._used = [], 0
-
-    def _follows(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-        return other[0] == one[0] + 1 and other[1] == one[1] + self._geometry.chunk_size
-
-
 ReadMap = Callable[[int, int], Iterator[tuple[int, int, Entry]]]
 """Returns the runs of a map between two chunk numbers, in order; all of them, or those that are wanted."""
 
@@ -274,11 +232,16 @@ class _Restoring:
         self._windows: deque[Outstanding] = deque()
         self._reached = 0
 
-    def bring(self, runs: Iterator[tuple[int, int, Entry]], window_chunks: int = WINDOW_CHUNKS) -> None:
-        """Write these runs."""
+    def bring_ahead(self, runs: Iterator[tuple[int, int, Entry]]) -> None:
+        """Write these runs, which may be read by another thread."""
+        with contextlib.closing(planned_ahead(plan_windows(runs, _locator(self._repository)))) as windows:
+            self.bring(windows)
+
+    def bring(self, windows: Iterator[Window]) -> None:
+        """Write what is in these windows."""
         with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
             try:
-                for window in plan_windows(runs, _locator(self._repository), window=window_chunks):
+                for window in windows:
                     self._begin_window(window)
                     firsts = [min(min(frame.numbers) for frame in fetch.frames) for fetch in window.ranges]
                     outstanding = Outstanding(firsts, window.end)
@@ -319,9 +282,9 @@ class _Restoring:
             self._progress(sum(future.result() for future in done))
 
     def _bring(self, fetch: RangeFetch) -> int:
-        batch: _Batch | None = getattr(self._threads, "batch", None)
+        batch: Batch | None = getattr(self._threads, "batch", None)
         if batch is None:
-            batch = self._threads.batch = _Batch(self._geometry, self._target)
+            batch = self._threads.batch = Batch(self._geometry, self._target)
         before = batch.written
         for numbers, length in self._fetcher.open_into(fetch, batch.room):
             batch.add(numbers, length)
@@ -362,9 +325,9 @@ def restore_to_target(
     reached = max(target.begin() // geometry.chunk_size, head)
     progress(min(reached - head, geometry.count - head) * geometry.chunk_size)
     restoring = _Restoring(repository, geometry, target, progress, losses)
-    restoring.bring(read_map(reached, geometry.count))
+    restoring.bring_ahead(read_map(reached, geometry.count))
     target.flush()
-    restoring.bring(read_map(0, head))
+    restoring.bring_ahead(read_map(0, head))
 
 
 def restore_runs(
@@ -375,10 +338,14 @@ def restore_runs(
     progress: Progress,
     losses: Losses | None = None,
     *,
-    window_chunks: int = WINDOW_CHUNKS,
+    window_chunks: int,
 ) -> None:
-    """Write runs to a target in their order, no more than so many chunks on their way in each window."""
-    _Restoring(repository, geometry, target, progress, losses).bring(runs, window_chunks)
+    """Write runs to a target in their order, no more than so many chunks on their way in each window.
+
+    For runs whose reading makes what is written to: a window is read when all of the one before is begun.
+    """
+    windows = plan_windows(runs, _locator(repository), window=window_chunks)
+    _Restoring(repository, geometry, target, progress, losses).bring(windows)
 
 
 def restore_to_stream(
@@ -403,8 +370,11 @@ def restore_to_stream(
         }
 
     chunks = max(_STREAM_BYTES // geometry.chunk_size, 1)
-    windows = plan_windows(runs, _locator(repository), window=chunks)
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool:
+    planned = planned_ahead(plan_windows(runs, _locator(repository), window=chunks))
+    with (
+        contextlib.closing(planned) as windows,
+        ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-restore") as pool,
+    ):
         try:
             for window, found in _ahead(pool, bring, windows):
                 for number in range(window.begin, window.end):
@@ -434,8 +404,12 @@ def verify_chunks(
         return sum(done for done, _ in results), [err for _, errors in results for err in errors]
 
     damage: list[UnreadableChunkError] = []
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-verify") as pool:
-        ranges = _note_missing(plan_windows(runs, _locator(repository)), geometry, damage)
+    planned = planned_ahead(plan_windows(runs, _locator(repository)))
+    with (
+        contextlib.closing(planned) as windows,
+        ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-verify") as pool,
+    ):
+        ranges = _note_missing(windows, geometry, damage)
         try:
             for _, (done, errors) in _ahead(pool, prove, ranges):
                 progress(done)

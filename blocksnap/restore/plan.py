@@ -7,7 +7,8 @@ reading a backup is a few large reads of each pack.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
@@ -78,6 +79,18 @@ def plan_windows(
         yield _window(begin, end, empty, wanted, locate)
 
 
+def planned_ahead(windows: Iterator[Window]) -> Generator[Window, None, None]:
+    """Yield windows, each planned by a thread while the one before it is brought.
+
+    To be closed by whoever ends early. For windows whose making may run beside the writing of those before.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="blocksnap-plan") as planner:
+        coming = planner.submit(next, windows, None)
+        while (window := coming.result()) is not None:
+            coming = planner.submit(next, windows, None)
+            yield window
+
+
 def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
     if ranges and ranges[-1][1] == begin:
         ranges[-1] = (ranges[-1][0], end)
@@ -94,16 +107,19 @@ def _window(
 ) -> Window:
     by_pack: dict[str, list[FrameFetch]] = {}
     missing: list[tuple[tuple[int, ...], DamageError]] = []
-    for id_, numbers in wanted.items():
+    # In the order of the index, which has many of them in each block that it reads.
+    for id_, numbers in sorted(wanted.items()):
         try:
             at = locate(id_)
         except DamageError as err:
             missing.append((tuple(numbers), err))
             continue
         by_pack.setdefault(at.pack.name, []).append(FrameFetch(id_, at.offset, at.length, tuple(numbers)))
+    # What is first in the volume comes first: so a restore that is interrupted has a beginning.
+    in_order = sorted(by_pack.items(), key=lambda item: min(frame.numbers[0] for frame in item[1]))
     ranges = [
         fetch
-        for pack, frames in by_pack.items()
+        for pack, frames in in_order
         for fetch in _coalesce(pack, sorted(frames, key=lambda frame: frame.offset))
     ]
     return Window(begin, end, tuple(empty[HOLE]), tuple(empty[ZERO]), tuple(ranges), tuple(missing))
