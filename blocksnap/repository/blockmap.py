@@ -176,8 +176,14 @@ class MapReader:
             yield first, last - first, ZERO
             return
         below = span // FANOUT
-        for slot, child in enumerate(children):
-            yield from self._runs(child, level - 1, at + slot * below, wanted, on_damage)
+        # Whoever asks for a few chunks at a time asks often: only what is wanted is looked at.
+        for slot in range((first - at) // below, -(-(last - at) // below)):
+            child, start = children[slot], at + slot * below
+            if level > 1 and len(child) == _ID:
+                yield from self._runs(child, level - 1, start, wanted, on_damage)
+            else:
+                begin = max(start, first)
+                yield begin, min(start + below, last) - begin, child
 
     def differences(self, one: MapRoot, other: MapRoot, count: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges of chunks below ``count`` in which two maps differ; holes and zeros are equal.
