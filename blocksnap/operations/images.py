@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC
-from pathlib import Path
 from typing import Any, Protocol
 
 from blocksnap.errors import BlocksnapError, UsageError
@@ -26,13 +25,18 @@ from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.contents import answers
 from blocksnap.restore.inside import InnerProcess, NoFuseError, ask, fork_inner
-from blocksnap.restore.tree_mount import MOUNTED, NoTreeError, TreeEnd, hold_tree, require_mounted
+from blocksnap.restore.tree_mount import (
+    MOUNTED,
+    NoTreeError,
+    TreeEnd,
+    hold_tree,
+    read_further_ahead,
+    require_mounted,
+)
 from blocksnap.system import namespace, own_mount
 from blocksnap.system.children import fork_child, wait_for_child
-from blocksnap.system.mounts import parse_mountinfo
 
 _MESSAGE_BYTES = 1 << 20
-_READ_AHEAD_KIB = 4096
 IMAGES_FOLDER = f"{namespace.PRIVATE_FOLDER}/images"
 OpenRepository = Callable[[], Repository]
 
@@ -74,9 +78,10 @@ def show_backups(
             )
         with serving:
             try:
-                if not shows_trees:
+                if shows_trees:
+                    read_further_ahead(f"/proc/{pid}/mountinfo", source)
+                else:
                     _hand_over(control, shown, inner.questions, folder)
-                _read_further_ahead(pid, source)
                 mounted(len(shown))
                 end.wait()
             finally:
@@ -284,15 +289,6 @@ def _end_tree(control: socket.socket, pid: int, folder: str, source: str, namesp
     if wait_for_child(pid):
         own_mount.unmount_in(namespace_fd, folder, source)
     os.close(namespace_fd)
-
-
-def _read_further_ahead(pid: int, source: str) -> None:
-    """Have the kernel ask for more at a time; without it everything works, only slower."""
-    with suppress(OSError):
-        for mount in parse_mountinfo(Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")):
-            if mount.source == source:
-                bdi = f"/sys/class/bdi/{os.major(mount.device)}:{os.minor(mount.device)}/read_ahead_kb"
-                Path(bdi).write_text(f"{_READ_AHEAD_KIB}\n")
 
 
 def _send_all(control: socket.socket, document: bytes, fds: list[int]) -> None:

@@ -21,12 +21,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.restore.contents import PARTITIONS
 from blocksnap.restore.fuse import ENDED, FuseThread, Operations, serve
 from blocksnap.restore.inside import NoFuseError, ask
-from blocksnap.restore.tree_mount import MOUNTED, tell_end, tell_failure
+from blocksnap.restore.tree_mount import MOUNTED, read_further_ahead, tell_end, tell_failure
 from blocksnap.system import namespace, own_mount
 
 IMAGE, FILES = "image", "files"
@@ -47,7 +48,15 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
 
     use_ns = True
 
-    def __init__(self, shown: list[Shown], root: int, inner: socket.socket, ready: threading.Event) -> None:
+    def __init__(
+        self,
+        shown: list[Shown],
+        root: int,
+        inner: socket.socket,
+        ready: threading.Event,
+        look_ahead: Callable[[], None],
+    ) -> None:
+        """``look_ahead`` is called before the first file is open: it can be before we know of the mount."""
         self._shown = {each.folder: each for each in shown}
         self._newest = max(shown, key=lambda each: each.taken_at).folder
         self._root = root
@@ -58,6 +67,7 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
         self._handles: dict[int, int] = {}
         self._numbers = itertools.count(1)
         self._ready = ready
+        self._look_ahead = look_ahead
 
     def init(self, path: str) -> None:  # noqa: ARG002
         """It is mounted."""
@@ -119,6 +129,8 @@ class Tree(Operations):  # type: ignore[misc] # mfusepy has no types
         folder, name = self._place(shown, rest)
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         number = next(self._numbers)
+        if number == 1:
+            self._look_ahead()
         self._handles[number] = fd
         return number
 
@@ -215,7 +227,7 @@ def serve_tree(
         reasons.append(reason)
         ended.set()
 
-    tree = Tree(shown, root, inner, ready)
+    tree = Tree(shown, root, inner, ready, partial(read_further_ahead, "/proc/self/mountinfo", source))
     try:
         connection = namespace.mount_fuse(folder, source)
     except namespace.NotMountedError as err:
