@@ -89,6 +89,24 @@ def test_all_backups_of_a_volume(blocksnap: CommandLine, tmp_path: Path) -> None
             os.listdir(tree / "latest" / "files")
 
 
+def test_who_comes_first_reads_far_ahead(blocksnap: CommandLine, tmp_path: Path) -> None:
+    volume, tree = tmp_path / "volume.img", tmp_path / "tree"
+    volume.write_bytes(random.Random(5).randbytes(MIB))
+    blocksnap.done("backup", volume, "-q")
+    tree.mkdir()
+    process = blocksnap.start("mount", "latest", tree)
+    try:
+        while not is_mounted(tree):
+            assert process.poll() is None, process.communicate()
+        with (tree / "image").open("rb"):
+            device = os.stat(tree).st_dev
+            bdi = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+            assert bdi.read_text() == "4096\n"
+    finally:
+        subprocess.run(["umount", tree], check=False)
+        process.communicate(timeout=60)
+
+
 def test_many_readers_of_random_ranges(blocksnap: CommandLine, tmp_path: Path) -> None:
     volume = tmp_path / "volume.img"
     content = random.Random(4).randbytes(24 * MIB) + bytes(9 * MIB) + b"text " * MIB

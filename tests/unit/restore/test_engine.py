@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import random
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ import pytest
 from blocksnap.errors import DamageError, TargetError
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import HOLE, ZERO, Entry, MapReader, MapRoot, MapWriter
+from blocksnap.repository.errors import MissingChunkError
 from blocksnap.repository.frame import FrameType
+from blocksnap.repository.lookup import Location
+from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import engine, naming
 from blocksnap.restore.engine import UnreadableChunkError, restore_to_stream, restore_to_target, verify_chunks
 from blocksnap.restore.file_target import FileTarget
-from blocksnap.restore.plan import Window, plan_windows
+from blocksnap.restore.plan import Window, plan_windows, planned_ahead
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import TargetExistsError
 from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
@@ -104,6 +108,32 @@ def test_small_windows_fetch_the_same(stored: tuple[Path, MapRoot, bytes]) -> No
         return sorted(n for w in windows for r in w.ranges for f in r.frames for n in f.numbers)
 
     assert numbers(1) == numbers(7) == numbers(100_000)
+
+
+def test_packs_come_in_the_order_of_the_volume() -> None:
+    """Whatever the order of the ids is in."""
+    ids = [random.Random(number).randbytes(32) for number in range(90)]
+    places = {
+        id_: Location(PackId(bytes(16), bytes([99 - number // 30]) * 32), number * 1000, 1000, FrameType.DATA)
+        for number, id_ in enumerate(ids)
+    }
+    (window,) = plan_windows(((number, 1, id_) for number, id_ in enumerate(ids)), places.__getitem__)
+    assert [fetch.frames[0].numbers for fetch in window.ranges] == [(0,), (30,), (60,)]
+
+
+def test_what_plans_ahead_ends_with_its_reader(stored: tuple[Path, MapRoot, bytes]) -> None:
+    def some() -> Iterator[Window]:
+        yield Window(0, 1, (), (), ())
+        raise MissingChunkError("chunk", bytes(32))
+
+    windows = planned_ahead(some())
+    assert next(windows).end == 1
+    with pytest.raises(MissingChunkError):
+        next(windows)
+    early = planned_ahead(Window(n, n + 1, (), (), ()) for n in range(1000))
+    next(early)
+    early.close()
+    assert not any(thread.name.startswith("blocksnap-plan") for thread in threading.enumerate())
 
 
 def test_damage_is_named_and_not_restored(
