@@ -120,7 +120,7 @@ static void let_all_go(struct bs_watch *watch, const char *why)
         let_kind_go(watch, BS_WATCH_THAW);
 }
 
-/* Try again what was not frozen yet, as long as somebody may be freezing it; return when to look again. */
+/* Try again what was not begun yet, as long as somebody may be beginning it; return when to look again. */
 static uint64_t try_again(struct bs_watch *watch, uint64_t now)
 {
         uint64_t next = 0;
@@ -185,6 +185,8 @@ static void obey(struct bs_watch *watch, const struct bs_watch_message *message)
 
         if (message->word == BS_WATCH_ARM) {
                 item->armed = true;
+                /* Too late to be let go with the others: it is as soon as it is begun. */
+                item->pending = watch->why != NULL;
                 if (!watch->began_ms)
                         watch->began_ms = bs_watch_now_ms();
         } else if (message->word == BS_WATCH_DISARM) {

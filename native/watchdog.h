@@ -24,7 +24,7 @@ enum {
         BS_WATCH_TEXT = 4096,
         /* How long a command has to end after it was asked to, in milliseconds, and again after SIGTERM. */
         BS_WATCH_GRACE_MS = 300,
-        /* How often a filesystem that may be about to freeze is tried, in milliseconds. */
+        /* How often what may be about to be begun, though the time was up, is let go, in milliseconds. */
         BS_WATCH_RETRY_MS = 20,
 };
 
@@ -65,7 +65,7 @@ struct bs_watch_item {
         uint64_t limit_ms; /* AFTER: how long it may take, 0 for as long as all of the standstill */
         bool armed;
         bool started;
-        bool pending;                    /* THAW: it was not frozen yet when it was to be let go */
+        bool pending;                    /* it was not begun yet when it was to be let go */
         pid_t pid;                       /* 0 unless it runs */
         uint64_t term_at_ms, kill_at_ms; /* when to end it, 0 for never */
         int failure;                     /* errno of letting it go */
@@ -90,7 +90,7 @@ struct bs_watch {
  * Read the arguments: CONTROL JOURNAL MILLISECONDS, then items, each of which is one of
  *
  *     thaw FD
- *     write FD TEXT
+ *     write FD TEXT          FD can be read too: what reads as TEXT was not begun
  *     hangup FD
  *     before OUTPUT COUNT WORD... ;
  *     after MILLISECONDS OUTPUT COUNT WORD... ;

@@ -114,10 +114,21 @@ int bs_watch_start(struct bs_watch *watch, struct bs_watch_item *item, const cha
         return 0;
 }
 
+static bool reads_as(int fd, const char *text)
+{
+        char found[64];
+        ssize_t got = pread(fd, found, sizeof(found), 0);
+        size_t length = strlen(text);
+
+        return got >= 0 && (size_t)got >= length && memcmp(found, text, length) == 0;
+}
+
 void bs_watch_let_go(struct bs_watch_item *item)
 {
         size_t length;
 
+        /* Commands are started and ended elsewhere, and a connection that is shut down stays so. */
+        item->pending = false;
         if (item->kind == BS_WATCH_THAW) {
                 item->failure = ioctl(item->fd, FITHAW, 0) < 0 ? errno : 0;
                 /* Not frozen; but a freeze that was asked for may still be under way, and succeed later. */
@@ -126,6 +137,7 @@ void bs_watch_let_go(struct bs_watch_item *item)
                         item->failure = 0;
         } else if (item->kind == BS_WATCH_WRITE) {
                 length = strlen(item->text);
+                item->pending = reads_as(item->fd, item->text);
                 item->failure = pwrite(item->fd, item->text, length, 0) < 0 ? errno : 0;
                 /* The control group was removed, with all that was in it. */
                 if (item->failure == ENODEV)

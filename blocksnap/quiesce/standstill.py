@@ -125,7 +125,8 @@ class Standstill:
         try:
             for quiescer in self._quiescers:
                 if quiescer not in self._stages.only_late:
-                    quiescer.begin(deadline)
+                    self._begin_one(quiescer, deadline)
+            self._require_time()
         except BlocksnapError as err:
             self._failure = err
             self.end()
@@ -151,7 +152,8 @@ class Standstill:
             for agent in self._stages.agents:
                 agent.advance(deadline)
             for quiescer in self._stages.only_late:
-                quiescer.begin(deadline)
+                self._begin_one(quiescer, deadline)
+            self._require_time()
         except BlocksnapError as err:
             self._note_expiry()
             self._failure = self._failure or err
@@ -231,6 +233,17 @@ class Standstill:
         for quiescer, group in zip(self._quiescers, safeguards, strict=True):
             quiescer.attend(Guard(self._watchdog, first))
             first += len(group)
+
+    def _begin_one(self, quiescer: Quiescer, deadline: float) -> None:
+        # The one before may have taken all the time without noticing: a freeze cannot be called back.
+        self._require_time()
+        quiescer.begin(deadline)
+
+    def _require_time(self) -> None:
+        """Raise why the standstill is over already, if it is: nothing more is begun for it."""
+        self._note_expiry()
+        if self._failure is not None:
+            raise self._failure
 
     def _note_expiry(self) -> None:
         if self._watchdog is None or self._began_at is None or self._failure is not None:

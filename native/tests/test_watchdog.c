@@ -223,6 +223,50 @@ static void test_a_deadline_that_passes_lets_everything_go(void)
         CHECK(strstr(journal, "the time was up") != NULL);
 }
 
+static void expect_go(const struct running *running)
+{
+        char text[3] = {0};
+
+        for (int i = 0; i < 1000 && strcmp(text, "go") != 0; i++) {
+                usleep(10000);
+                CHECK(pread(running->file, text, 2, 0) == 2);
+        }
+        CHECK(strcmp(text, "go") == 0);
+}
+
+static void test_what_is_begun_when_the_time_was_up_is_let_go_too(void)
+{
+        struct running running = start(50, "exit 0");
+
+        /* It says that it goes, so nothing was begun when all is let go. */
+        CHECK_EQUAL(pwrite(running.file, "go", 2, 0), 2);
+        say(&running, BS_WATCH_ARM, 0);
+        hear(&running, BS_WATCH_EXPIRED);
+        usleep(100000);
+        CHECK_EQUAL(pwrite(running.file, "no", 2, 0), 2);
+        expect_go(&running);
+        /* Once it was let go, it is not ours any more. */
+        usleep(100000);
+        CHECK_EQUAL(pwrite(running.file, "no", 2, 0), 2);
+        usleep(100000);
+        CHECK(strcmp(finish(&running, NULL), "go") == 0);
+}
+
+static void test_what_is_armed_when_the_time_was_up_is_let_go_too(void)
+{
+        struct running running = start(50, "exit 0");
+
+        CHECK_EQUAL(pwrite(running.file, "go", 2, 0), 2);
+        say(&running, BS_WATCH_ARM, 1);
+        hear(&running, BS_WATCH_EXPIRED);
+        CHECK_EQUAL(hear(&running, BS_WATCH_ENDED), 0);
+        say(&running, BS_WATCH_ARM, 0);
+        usleep(100000);
+        CHECK_EQUAL(pwrite(running.file, "no", 2, 0), 2);
+        expect_go(&running);
+        CHECK(strcmp(finish(&running, NULL), "go") == 0);
+}
+
 static void test_after_is_run_once_by_whoever_asks(void)
 {
         struct running running = start(200, "printf x >&2; exit 7");
@@ -278,6 +322,8 @@ int main(void)
         test_nothing_is_done_when_nothing_is_in_force();
         test_a_controller_that_goes_lets_everything_go();
         test_a_deadline_that_passes_lets_everything_go();
+        test_what_is_begun_when_the_time_was_up_is_let_go_too();
+        test_what_is_armed_when_the_time_was_up_is_let_go_too();
         test_after_is_run_once_by_whoever_asks();
         test_after_has_the_time_of_the_standstill_or_its_own();
         test_what_cannot_be_understood_is_passed_over();

@@ -19,6 +19,7 @@ from blocksnap.quiesce.freezer import CgroupFreezer
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
 from blocksnap.system.cgroup import CgroupError
+from blocksnap.system.watchdog import Watchdog, Write
 from support.standing import Application, is_gone, wait_until
 
 # Makes everything stand still and waits for what comes; with "late", it is stopped right before it freezes.
@@ -161,6 +162,22 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
     assert wait_until(lambda: is_gone(watchdog))
     assert not is_frozen(group)
     assert application.longest_stall() < deadline + 1
+
+
+def test_what_is_frozen_when_the_time_was_up_runs_on(group: Path, application: Application) -> None:
+    freeze = os.open(group / "cgroup.freeze", os.O_RDWR | os.O_CLOEXEC)
+    watchdog = Watchdog([Write(freeze, "0"), Write(freeze, "0")], 0.05)
+    try:
+        watchdog.arm(0)
+        assert wait_until(lambda: watchdog.expired_after is not None)
+        watchdog.disarm(0)
+        watchdog.arm(1)
+        os.pwrite(freeze, b"1", 0)
+        assert wait_until(lambda: os.pread(freeze, 1, 0) == b"0")
+        assert wait_until(lambda: not is_frozen(group))
+    finally:
+        watchdog.close(10.0)
+        os.close(freeze)
 
 
 def test_a_deadline_that_passes_fails_the_standstill(group: Path, application: Application) -> None:

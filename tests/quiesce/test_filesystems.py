@@ -29,7 +29,9 @@ from blocksnap.quiesce.filesystem import (
 from blocksnap.quiesce.places import Target
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
+from blocksnap.system import freeze
 from blocksnap.system.freeze import layers_above
+from blocksnap.system.watchdog import Thaw, Watchdog
 from blocksnap.volumes.resolve import resolve_volume
 from blocksnap.volumes.subvolume import SubvolumeVolume
 from support import btrfs_calls as calls
@@ -317,6 +319,26 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
     finally:
         application.kill()
     assert not thaw(nested.inner)
+
+
+def test_what_is_frozen_when_the_time_was_up_is_thawed(nested: Nested) -> None:
+    """The first of two filesystems takes longer to freeze than all may stand still; then comes the other."""
+    inner, outer = (os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (nested.inner, nested.outer))
+    watchdog = Watchdog([Thaw(outer), Thaw(inner)], 0.05)
+    try:
+        watchdog.arm(0)
+        assert wait_until(lambda: watchdog.expired_after is not None)
+        watchdog.arm(1)
+        freeze.freeze(inner)
+        with subprocess.Popen(["touch", nested.inner / "file"]) as writer:
+            try:
+                assert wait_until(lambda: writer.poll() == 0)
+            finally:
+                thaw(nested.inner)
+    finally:
+        watchdog.close(10.0)
+        os.close(inner)
+        os.close(outer)
 
 
 def test_what_a_dead_run_left_frozen_is_thawed_wherever_it_is_mounted_now(

@@ -9,15 +9,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from blocksnap.errors import QuiesceError
 from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.base import Guard, Record, Strength, Trace
+from blocksnap.quiesce.errors import DeadlineError
 from blocksnap.quiesce.settings import QuiesceSettings
-from blocksnap.quiesce.standstill import Standstill
-from blocksnap.system.watchdog import Hangup, Watchdog, WatchdogError, Write
+from blocksnap.quiesce.standstill import Stages, Standstill
+from blocksnap.system.watchdog import Hangup, Safeguard, Watchdog, WatchdogError, Write
 from support.standing import is_gone, read_log, wait_until, write_hook
 
 CONTROLLER = """
@@ -183,3 +186,103 @@ def test_a_connection_is_shut_down_though_others_have_it_open() -> None:
         assert watchdog.close(5.0)
         ours.send(b"x")
         assert theirs.recv(1) == b"x"
+
+
+def test_what_is_armed_when_the_time_was_up_is_let_go_as_it_is_begun(tmp_path: Path) -> None:
+    fds = [os.open(tmp_path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) for name in ("a", "b")]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(30)
+        watchdog = Watchdog([*(Write(fd, "0") for fd in fds), Hangup(ours.fileno())], 0.05)
+        try:
+            for fd in fds:
+                os.pwrite(fd, b"0", 0)
+            watchdog.arm(0)
+            assert wait_until(lambda: watchdog.expired_after is not None)
+            watchdog.arm(2)
+            assert theirs.recv(1) == b""
+            watchdog.arm(1)
+            time.sleep(0.1)
+            for fd in fds:
+                # The first was in force when the time was up, and is begun only now.
+                os.pwrite(fd, b"1", 0)
+            assert wait_until(lambda: [os.pread(fd, 1, 0) for fd in fds] == [b"0", b"0"])
+            watchdog.disarm(0)
+            watchdog.disarm(1)
+            watchdog.disarm(2)
+            time.sleep(0.1)
+            os.pwrite(fds[0], b"1", 0)
+        finally:
+            assert watchdog.close(10.0)
+        # What is not in force is nobody's.
+        assert os.pread(fds[0], 1, 0) == b"1"
+    for fd in fds:
+        os.close(fd)
+
+
+class Standing:
+    """Something that stands still when a file says 1; to begin takes its time, whatever the deadline."""
+
+    strength: Strength = "frozen"
+    early = late = last = frozenset[str]()
+
+    def __init__(self, path: Path, log: list[str], seconds: float = 0.0) -> None:
+        self.name = path.name
+        self._log = log
+        self._seconds = seconds
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        os.pwrite(self._fd, b"0", 0)
+        self._guard: Guard | None = None
+
+    def safeguards(self) -> Sequence[Safeguard]:
+        return [Write(self._fd, "0")]
+
+    def trace(self) -> Trace | None:
+        return None
+
+    def attend(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def begin(self, deadline: float) -> None:
+        assert self._guard is not None
+        self._log.append(f"begin {self.name}")
+        self._guard.arm(0)
+        time.sleep(self._seconds)
+        os.pwrite(self._fd, b"1", 0)
+
+    def advance(self, deadline: float) -> None:
+        self._log.append(f"advance {self.name}")
+
+    def record(self) -> Record | None:
+        return None
+
+    def end(self, deadline: float) -> None:
+        self._log.append(f"end {self.name}")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def stand_still(standstill: Standstill) -> None:
+    standstill.begin()
+    standstill.advance()
+
+
+@pytest.mark.parametrize("slow", ["a", "b", "c"])
+def test_nothing_is_begun_when_the_time_was_up(tmp_path: Path, slow: str) -> None:
+    """Nor is a snapshot taken then: of the last one, which was too slow, that is noticed too."""
+    log: list[str] = []
+    a, b, c = (Standing(tmp_path / name, log, 0.4 * (name == slow)) for name in "abc")
+    settings = QuiesceSettings(deadline_seconds=0.2)
+    standstill = Standstill([a, b, c], settings, stages=Stages(agents=(a,), only_late=(c,)))
+    with Path(os.devnull).open("wb") as journal:
+        standstill.attend(journal.fileno(), {})
+    try:
+        with pytest.raises(DeadlineError, match=r"it took longer than 0.2 s"):
+            stand_still(standstill)
+        steps = ["begin a", "begin b", "advance a", "begin c"]
+        done = {"a": 1, "b": 2, "c": 4}[slow]
+        assert log == [*steps[:done], "end c", "end b", "end a"]
+        assert wait_until(lambda: all((tmp_path / name).read_text() == "0" for name in "abc"))
+    finally:
+        standstill.close()
