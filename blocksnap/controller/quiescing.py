@@ -33,10 +33,10 @@ class QuiesceRequest:
 
     def check(self, volumes: Sequence[Volume]) -> None:
         """Refuse what makes no sense; raises UsageError."""
-        cold = [volume.name for volume in volumes if volume.snapshot_device is None]
+        cold = [volume.name for volume in _cold(volumes)]
         if not cold or self.settings.asks_for_nothing:
             return
-        if len(cold) < len(volumes):
+        if any(volume.snapshot_device is not None for volume in volumes):
             raise UsageError(
                 f"there is no snapshot of {', '.join(cold)}: applications would have to stand still until it "
                 "is read, and for the other volumes only for an instant",
@@ -50,8 +50,7 @@ class QuiesceRequest:
 
     def is_for_reading(self, volumes: Sequence[Volume]) -> bool:
         """Tell whether applications stand still until the volumes are read, since they have no snapshots."""
-        cold = any(volume.snapshot_device is None for volume in volumes)
-        return cold and not self.settings.asks_for_nothing
+        return bool(_cold(volumes)) and not self.settings.asks_for_nothing
 
     def assemble(self, volumes: Sequence[Volume], state_directory: str | Path) -> Standstill | None:
         """Look up what is to stand still; None where nothing was asked for and nothing needs to."""
@@ -79,6 +78,11 @@ class QuiesceRequest:
             "BLOCKSNAP_JOB": self.job,
             "BLOCKSNAP_VOLUMES": "\n".join(volume.name for volume in volumes),
         }
+
+
+def _cold(volumes: Sequence[Volume]) -> list[Volume]:
+    """Return the volumes that are read as they are; but a header, to which no application writes."""
+    return [each for each in volumes if each.snapshot_device is None and each.kind != "luks-header"]
 
 
 def announce(standstill: Standstill, environment: Mapping[str, str]) -> list[tuple[Step, dict[str, object]]]:

@@ -151,8 +151,12 @@ class Cold:
     name, kind, snapshot_device = "/srv/disk.img", "file", None
 
 
+class Header:
+    name, kind, snapshot_device = "luks:1234", "luks-header", None
+
+
 class WithSnapshots:
-    name, snapshot_device = "vg0/data", 0x801
+    name, kind, snapshot_device = "vg0/data", "thin", 0x801
 
 
 def test_what_has_no_snapshot_is_no_matter_of_an_instant() -> None:
@@ -169,6 +173,19 @@ def test_what_has_no_snapshot_is_no_matter_of_an_instant() -> None:
     # Filesystems are looked for by themselves, and there are none.
     QuiesceRequest(QuiesceSettings()).check([Cold()])  # type: ignore[list-item]
     assert QuiesceRequest(QuiesceSettings()).assemble([Cold()], "/var/lib/blocksnap") is None  # type: ignore[list-item]
+
+
+def test_nobody_stands_still_for_a_header() -> None:
+    """It goes along with volumes that have snapshots, and with those that have none."""
+    asked: list[dict[str, Any]] = [{"units": ("shop.service",)}, {"postgresql": [{}]}]
+    for request in (QuiesceRequest(QuiesceSettings.model_validate(each)) for each in asked):
+        request.check([Header(), WithSnapshots()])  # type: ignore[list-item]
+        assert not request.is_for_reading([Header(), WithSnapshots()])  # type: ignore[list-item]
+    request = QuiesceRequest(QuiesceSettings.model_validate(asked[0]))
+    request.check([Header(), Cold()])  # type: ignore[list-item]
+    assert request.is_for_reading([Header(), Cold()])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"there is no snapshot of /srv/disk.img: "):
+        request.check([Header(), WithSnapshots(), Cold()])  # type: ignore[list-item]
 
 
 def test_nothing_is_announced_that_does_not_outlive_us(tmp_path: Path) -> None:
