@@ -15,7 +15,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 _FOLDER = "history"
-_RUNS_KEPT = 64
+_RUNS_KEPT = 4096
+"""Of all repositories of a volume together: hourly runs to one do not push out quarterly ones to another.
+
+They are 150 KB, which each run writes anew.
+"""
 
 
 class History:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from blocksnap.controller import history as history_module
 from blocksnap.controller.history import History
 
 
@@ -16,7 +18,19 @@ def test_runs_of_a_volume_are_known_to_later_processes(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path / "history")) == 1
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_runs_to_one_repository_do_not_push_out_those_to_another(tmp_path: Path) -> None:
+    history = History(tmp_path, "a")
+    history.add("quarterly")
+    (path,) = (tmp_path / "history").iterdir()
+    hourly = [f"{number:032x}" for number in range(92 * 24)]
+    path.write_text(json.dumps({"volume": "a", "runs": ["quarterly", *hourly]}))
+    history.add("last")
+    assert all(history.knows(run) for run in ("quarterly", hourly[0], hourly[-1], "last"))
+    assert path.stat().st_size < 100_000
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "_RUNS_KEPT", 64)
     history = History(tmp_path, "a")
     for number in range(70):
         history.add(f"run{number}")
