@@ -22,7 +22,7 @@ from typing import Literal
 
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.system import host
-from blocksnap.system.flock import try_lock
+from blocksnap.system.flock import lock_within, try_lock
 
 Step = Literal[
     "begin",
@@ -39,6 +39,7 @@ Step = Literal[
     "recovered",
 ]
 _SUFFIX = ".jsonl"
+_TAKE_OVER_SECONDS = 1.0
 _RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
 
 
@@ -282,17 +283,17 @@ def read_entry(path: Path) -> Entry | None:
 
 @contextlib.contextmanager
 def take_over(entry: Entry) -> Iterator[int | None]:
-    """Hold the journal of a dead run, to finish what it says; None when somebody else does, or it is gone."""
+    """Hold the journal of a dead run, to finish what it says; None when somebody else does, or it is gone.
+
+    Whoever only reads it has it locked for an instant (``read_entries``), and is waited for.
+    """
     try:
         fd = os.open(entry.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
     except FileNotFoundError:
         yield None
         return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield fd
-    except BlockingIOError:
-        yield None
+        yield fd if lock_within(fd, _TAKE_OVER_SECONDS) else None
     finally:
         os.close(fd)
 

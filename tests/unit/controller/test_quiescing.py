@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from blocksnap.controller import journal as journal_module
 from blocksnap.controller.examine_host import examine_standing
 from blocksnap.controller.journal import Journal, read_entries, take_over
 from blocksnap.controller.quiescing import QuiesceRequest, announce, let_go_leftovers
@@ -136,7 +137,20 @@ def test_a_watchdog_at_work_is_waited_for(tmp_path: Path) -> None:
     assert read_entries(tmp_path) == []
 
 
-def test_two_at_once_do_not_both_let_go(tmp_path: Path) -> None:
+def test_who_only_reads_the_journal_does_not_keep_anything_standing(tmp_path: Path) -> None:
+    """Nor the run after it: it would find nothing to let go, and the next one comes tomorrow."""
+    path = dead_run(tmp_path, quiesce(STANDING[0]))
+    reader = os.open(path, os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    done = threading.Timer(0.2, os.close, (reader,))
+    done.start()
+    _, warnings = let_go_leftovers(tmp_path)
+    done.join()
+    assert [each for each in warnings if "/no/such/hook" in each] == warnings != []
+
+
+def test_two_at_once_do_not_both_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_TAKE_OVER_SECONDS", 0.1)
     dead_run(tmp_path, quiesce(*STANDING))
     (entry,) = read_entries(tmp_path)
     with take_over(entry) as first, take_over(entry) as second:
