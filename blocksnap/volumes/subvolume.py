@@ -232,7 +232,8 @@ class SubvolumeSnapshot:
         """Return how much of the room that was free is used up: a snapshot keeps what is replaced."""
         room = os.fstatvfs(self._fd)
         free = room.f_bavail * room.f_frsize
-        return (Level(self._volume.name, "pool data", max(self._free - free, 0), self._free),)
+        used = max(self._free - free, 0)
+        return (Level(f"the filesystem of {self._volume.name}", "filesystem", used, self._free),)
 
     def drop(self) -> None:
         """Remove the snapshot, though it may be being read: its files cannot be opened any more."""

@@ -10,6 +10,8 @@ from uuid import uuid4
 
 import pytest
 
+from blocksnap.controller.guard import LevelWatch
+from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import VolumeError
 from blocksnap.system.btrfs_places import NotReachedError, nested_subvolumes, open_top
 from blocksnap.system.mounts import read_mounts
@@ -266,6 +268,22 @@ def test_a_snapshot_that_goes_away_is_not_committed(lab: BtrfsLab) -> None:
     finally:
         snapshot.remove()
     snapshot.remove()
+
+
+def test_what_is_full_is_the_filesystem(lab: BtrfsLab) -> None:
+    volume = SubvolumeVolume(str(lab.live))
+    snapshot = volume.take_snapshot("run")
+    try:
+        found = LevelWatch(snapshot, LimitSettings(pool_data_percent=0.1, drop_data_percent=0.1))
+        assert found() is None
+        (lab.live / "file").write_bytes(noise(1, 3 << 20))
+        snapshot.flush_source()
+        err = found()
+    finally:
+        snapshot.remove()
+    assert err is not None
+    assert err.brief.startswith(f"the filesystem of {lab.live} is ")
+    assert err.resolution == "make room there, or take the backup when less is written"
 
 
 def test_dropped_while_it_is_read(lab: BtrfsLab) -> None:
