@@ -196,6 +196,7 @@ class Journal:
         if not _RUN.fullmatch(run):
             raise UsageError(f"{run!r} cannot be the name of a run")
         self.run = run
+        self._torn = False
         folder = _folder(state_directory)
         self._path = folder / (run + _SUFFIX)
         try:
@@ -235,11 +236,12 @@ class Journal:
         self.append_all([(step, facts)])
 
     def append_all(self, steps: list[tuple[Step, dict[str, object]]]) -> None:
-        """Write several steps down with one flush."""
+        """Write several steps down with one flush; what could not be written keeps no later step from it."""
         lines = "".join(
             json.dumps({"step": step, "time": time.time(), **facts}) + "\n" for step, facts in steps
         )
-        left = lines.encode()
+        left = (f"\n{lines}" if self._torn else lines).encode()
+        self._torn = True
         try:
             while left:
                 # A medium that fills up takes a part first, and refuses the rest.
@@ -247,15 +249,13 @@ class Journal:
             os.fdatasync(self._fd)
         except OSError as err:
             raise StateError(str(self._path), err) from err
+        self._torn = False
 
     def finish(self) -> None:
-        """Remove it: nothing is left on the host."""
-        if self._fd < 0:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-        _sync_folder(self._path.parent)
-        self.close()
+        """Remove it: nothing is left on the host. Raises StateError, and is open then."""
+        if self._fd >= 0:
+            _remove(self._path)
+            self.close()
 
     def close(self) -> None:
         """Let it go without removing it: the next run will clean up."""
@@ -299,10 +299,16 @@ def take_over(entry: Entry) -> Iterator[int | None]:
 
 
 def close_entry(entry: Entry) -> None:
-    """Remove the journal of a dead run, of which nothing is left."""
-    with contextlib.suppress(FileNotFoundError):
-        entry.path.unlink()
-    _sync_folder(entry.path.parent)
+    """Remove the journal of a dead run, of which nothing is left; raises StateError."""
+    _remove(entry.path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as err:
+        raise StateError(str(path), err) from err
+    _sync_folder(path.parent)
 
 
 def _read_entry(path: Path) -> Entry | None:

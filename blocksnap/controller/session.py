@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from blocksnap.controller.history import History
-from blocksnap.controller.journal import Journal, Step, rotation_facts
+from blocksnap.controller.journal import Journal, StateError, Step, rotation_facts
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.quiescing import QuiesceRequest, announce
 from blocksnap.controller.recover import may_come_yet, recover, remove_trace
@@ -35,9 +36,10 @@ class _JournalledTraces:
         self._journal.append("hold", volume=self._volume.key, name=self._volume.name, trace=trace)
 
     def strike(self, trace: Trace) -> None:
-        """It is gone; raises StateError."""
-        self._journal.append("removed", trace=trace)
-        self._left.remove(trace)
+        """It is gone; where that cannot be written down the next run looks for it once more."""
+        with suppress(StateError):
+            self._journal.append("removed", trace=trace)
+            self._left.remove(trace)
 
 
 class SnapshotSession:
@@ -156,7 +158,9 @@ class SnapshotSession:
         Where that fails the backup is taken nevertheless; the next one reads the whole volume.
         """
         if self._journal:
-            self._journal.append("commit")
+            # This step leaves nothing behind that anybody would have to look for.
+            with suppress(StateError):
+                self._journal.append("commit")
         for volume in self.volumes:
             try:
                 History(self._state_directory, volume.key).add(self.run)
@@ -167,8 +171,11 @@ class SnapshotSession:
                 )
 
     def decide_bases(self, policy: BasePolicy) -> list[BaseDecision | None]:
-        """Call right before the commit: decide which snapshots stay as bases of the next backup."""
-        decisions = [snapshot.decide_base(policy) for snapshot in self.snapshots]
+        """Call right before the commit: decide which snapshots stay as bases of the next backup.
+
+        All is read by now, so one that cannot be decided about does not stay, and fails nothing.
+        """
+        decisions = [_decide_base(snapshot, policy) for snapshot in self.snapshots]
         if policy == "keep":
             self.warnings += [
                 f"no base of {volume.name} is kept: {decision.reason}"
@@ -282,7 +289,11 @@ class SnapshotSession:
     def _conclude(self, standstill: Standstill, journal: Journal) -> None:
         """All stood still and goes on; say what it was worth."""
         if standstill.traces() and not standstill.left:
-            journal.append("released", by="controller")
+            try:
+                journal.append("released", by="controller")
+            except StateError as err:
+                # Where it was held for reading, all is read.
+                self.warnings.append(f"the next run may let go once more what goes on already: {err.brief}")
         self._quiesced = standstill.conclude()
         # Reading takes hours; nobody has to be watched for that.
         self._let_go()
@@ -305,15 +316,22 @@ class SnapshotSession:
             later, clean = self._remove_all()
             interrupt = interrupt or later
         finally:
-            if self._journal:
-                if clean and not self._left and not self._left_standing:
-                    self._journal.finish()
-                else:
-                    self._journal.close()
-                self._journal = None
+            self._close_journal(clean=clean and not self._left and not self._left_standing)
             self._locks.release()
         if interrupt is not None:
             raise interrupt
+
+    def _close_journal(self, *, clean: bool) -> None:
+        journal, self._journal = self._journal, None
+        if journal is None:
+            return
+        try:
+            if clean:
+                journal.finish()
+        except StateError as err:
+            self.warnings.append(f"the journal of this run stays until the next one: {err.brief}")
+        finally:
+            journal.close()
 
     def _let_go(self) -> None:
         """End what stands still, and the watchdog; a second call does nothing."""
@@ -355,6 +373,13 @@ class SnapshotSession:
                 clean = False
                 interrupt = err
         return interrupt, clean
+
+
+def _decide_base(snapshot: Snapshot, policy: BasePolicy) -> BaseDecision | None:
+    try:
+        return snapshot.decide_base(policy)
+    except BlocksnapError as err:
+        return BaseDecision(stays=False, reason=err.brief)
 
 
 def _in_order(standstill: Standstill, volumes: Sequence[Volume]) -> tuple[list[Volume], list[Volume]]:

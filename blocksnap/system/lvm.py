@@ -168,7 +168,7 @@ def group_text(vg: str, uuids: Collection[str]) -> str:
     """Return a volume group in LVM's text form, in which the volumes with these UUIDs are.
 
     LVM writes it to a file after each change but ours, which costs nothing to read. Where that is not kept,
-    or not up to date, LVM is asked.
+    or not up to date, LVM is asked. Raises CommandError, VolumeError.
     """
     with contextlib.suppress(OSError):
         text = (_BACKUP_FOLDER / check_name(vg)).read_text()
@@ -194,10 +194,17 @@ def attachment(vg: str, snapshot: str) -> str:
 
 
 def _present_text(vg: str) -> str:
-    with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
-        file = Path(folder, "group")
-        run("vgcfgbackup", *_config(), "-f", str(file), check_name(vg))
-        return file.read_text()
+    """Have LVM write it; raises CommandError, and VolumeError where there is no room for it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
+            file = Path(folder, "group")
+            run("vgcfgbackup", *_config(), "-f", str(file), check_name(vg))
+            return file.read_text()
+    except OSError as err:
+        raise VolumeError(
+            f"LVM cannot write down the volume group {vg}: {os.strerror(err.errno or 0)}",
+            resolution="make room where temporary files lie (/tmp, or what TMPDIR says)",
+        ) from err
 
 
 def archive_folder() -> str | None:

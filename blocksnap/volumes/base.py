@@ -109,7 +109,7 @@ class Snapshot(Protocol):
     def decide_base(self, policy: BasePolicy) -> BaseDecision | None:
         """Decide, right before the commit, whether to stay as the base of the next backup.
 
-        None for a kind that has no use for a base.
+        None for a kind that has no use for a base. Raises BlocksnapError, which means that it does not stay.
         """
         ...
 

@@ -215,8 +215,12 @@ class ImageSnapshot:
         if free < BASE_FREE_PERCENT:
             reason = f"{free:.1f} % of the filesystem are free, and a base needs {BASE_FREE_PERCENT:g} %"
             return BaseDecision(stays=False, reason=reason)
-        # The manifest will say that it is there, and in this state.
-        os.fsync(self._fd)
+        try:
+            # The manifest will say that it is there, and in this state.
+            os.fsync(self._fd)
+        except OSError as err:
+            reason = f"the clone cannot be written out: {os.strerror(err.errno or 0)}"
+            return BaseDecision(stays=False, reason=reason)
         reason = "as asked for" if policy == "keep" else "without it the whole image would be read"
         return BaseDecision(stays=True, reason=reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Snapshot:
     size = 4096
     timing = SnapshotTiming(1.0, 0.0)
 
-    def __init__(self, log: list[str], decision: BaseDecision | None) -> None:
+    def __init__(self, log: list[str], decision: BaseDecision | VolumeError | None) -> None:
         self.log = log
         self.decision = decision
         self.failure: Exception | None = None
@@ -56,6 +57,8 @@ class Snapshot:
 
     def decide_base(self, policy: str) -> BaseDecision | None:
         self.log.append(f"decide {policy}")
+        if isinstance(self.decision, Exception):
+            raise self.decision
         return self.decision
 
     def settle(self, owner: str, *, stays: bool) -> None:
@@ -71,7 +74,7 @@ class Volume:
     kind = "thin"
     size = 4096
 
-    def __init__(self, name: str, decision: BaseDecision | None) -> None:
+    def __init__(self, name: str, decision: BaseDecision | VolumeError | None) -> None:
         self.name = name
         self.key = f"key:{name}"
         self.log: list[str] = []
@@ -119,6 +122,16 @@ def test_a_run_decides_before_the_commit_and_settles_after_it(mock: MockCommands
     assert read_entries(tmp_path) == []
 
 
+def test_what_cannot_be_decided_about_does_not_stay(mock: MockCommands, tmp_path: Path) -> None:
+    a, b = Volume("a", VolumeError("there is no room in /tmp")), Volume("b", KEEP)
+    with SnapshotSession([a, b], "run1", tmp_path) as session:  # type: ignore[list-item]
+        decisions = session.decide_bases("keep")
+        assert decisions == [BaseDecision(stays=False, reason="there is no room in /tmp"), KEEP]
+        session.settle(OWNER, decisions)
+    assert session.warnings == ["no base of a is kept: there is no room in /tmp"]
+    assert a.log == ["decide keep", f"settle {OWNER} False", "remove"]
+
+
 def test_auto_that_does_not_keep_is_no_warning(mock: MockCommands, tmp_path: Path) -> None:
     with SnapshotSession([Volume("a", DROP)], "run1", tmp_path) as session:  # type: ignore[list-item]
         session.decide_bases("auto")
@@ -161,6 +174,25 @@ def test_what_a_snapshot_leaves_meanwhile_keeps_the_journal(mock: MockCommands, 
         assert first not in entry.traces()
     (entry,) = read_entries(tmp_path)
     assert second in entry.traces()
+
+
+def test_what_is_gone_and_cannot_be_written_down_is_looked_for_once_more(
+    mock: MockCommands, tmp_path: Path
+) -> None:
+    a = Volume("a", None)
+    held = {"kind": "hold", "pool": "vg0/p"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with SnapshotSession([a], "run1", tmp_path):  # type: ignore[list-item]
+        assert a.ledger is not None
+        a.ledger.add(held)
+        (entry,) = read_entries(tmp_path)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (entry.path.stat().st_size, hard))
+            a.ledger.strike(held)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (entry,) = read_entries(tmp_path)
+    assert held in entry.traces()
 
 
 # What dead runs had announced.

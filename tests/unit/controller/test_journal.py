@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -80,6 +81,24 @@ def test_a_medium_that_fills_up_takes_a_part_of_a_step_first(
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
     journal.append("snapshot", volume="v", trace=TRACE)
     assert read_entries(tmp_path)[0].traces() == [TRACE]
+    journal.finish()
+
+
+def test_what_did_not_fit_keeps_no_later_step_from_being_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "run1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The kernel takes so much, as a medium does that fills up, and refuses the rest.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 7, hard))
+        with pytest.raises(StateError):
+            journal.append("commit")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert journal.path.read_text().endswith('\n{"step"')
+    journal.append("snapshot", volume="v", trace=TRACE)
+    journal.append("hold", volume="w", trace={"lv": "other"})
+    (entry,) = read_entries(tmp_path)
+    assert entry.traces() == [TRACE, {"lv": "other"}]
     journal.finish()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -17,10 +18,12 @@ from blocksnap.controller.examine_host import examine_standing
 from blocksnap.controller.journal import Journal, read_entries, take_over
 from blocksnap.controller.quiescing import QuiesceRequest, announce, let_go_leftovers
 from blocksnap.controller.recover import recover
+from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import UsageError
 from blocksnap.quiesce.assemble import assemble
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.system import host
+from blocksnap.volumes.resolve import resolve_volume
 from support.require import require
 from support.standing import hook_folder, read_log, safe_base, write_hook
 
@@ -187,6 +190,31 @@ def test_what_has_no_snapshot_is_no_matter_of_an_instant() -> None:
     # Filesystems are looked for by themselves, and there are none.
     QuiesceRequest(QuiesceSettings()).check([Cold()])  # type: ignore[list-item]
     assert QuiesceRequest(QuiesceSettings()).assemble([Cold()], "/var/lib/blocksnap") is None  # type: ignore[list-item]
+
+
+def test_that_all_goes_on_need_not_be_written_down_when_all_was_read(tmp_path: Path) -> None:
+    require("hooks", safe_base() is not None, "no directory here is only ours, with all above it")
+    (tmp_path / "volume").write_bytes(bytes(4096))
+    with hook_folder() as hooks:
+        script = write_hook(hooks, "shop", "log $1")
+        pair = {"before": [script, "stop"], "after": [script, "start"]}
+        request = QuiesceRequest(QuiesceSettings.model_validate({"hooks": [pair]}))
+        volume = resolve_volume(str(tmp_path / "volume"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with SnapshotSession([volume], "run1", tmp_path / "state", request) as session:
+            (entry,) = read_entries(tmp_path / "state")
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (entry.path.stat().st_size, hard))
+                session.release()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert session.quiesced is not None
+            assert session.quiesced.state == "application"
+        assert read_log(hooks) == ["stop", "start"]
+    (warning,) = session.warnings
+    assert warning.startswith("the next run may let go once more what goes on already: cannot write ")
+    # It was not, and left nothing.
+    assert read_entries(tmp_path / "state") == []
 
 
 def test_nobody_stands_still_for_a_header() -> None:

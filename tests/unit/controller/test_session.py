@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,35 @@ def test_run_that_cannot_be_written_down_is_a_warning(tmp_path: Path, log: list[
     (warning,) = session.warnings
     assert "cannot be written down" in warning
     assert "the next backup of a reads all of it" in warning
+
+
+def test_a_journal_that_takes_nothing_more_fails_no_backup_that_was_read(
+    tmp_path: Path, log: list[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with SnapshotSession([FakeVolume("a", log)], "run1", tmp_path) as session:
+        (entry,) = read_entries(tmp_path)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (entry.path.stat().st_size, hard))
+            session.committing()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert session.remembers(session.volumes[0], "run1")
+    assert session.warnings == []
+    assert read_entries(tmp_path) == []
+
+
+def test_a_journal_that_cannot_be_removed_is_a_warning(tmp_path: Path, log: list[str]) -> None:
+    with SnapshotSession([FakeVolume("a", log)], "run1", tmp_path) as session:
+        (entry,) = read_entries(tmp_path)
+        entry.path.unlink()
+        entry.path.mkdir()
+    (warning,) = session.warnings
+    assert warning.startswith("the journal of this run stays until the next one: cannot write ")
+    entry.path.rmdir()
+    # The volume is free all the same.
+    with SnapshotSession([FakeVolume("a", log)], "run2", tmp_path):
+        pass
 
 
 def test_other_runs_of_the_volume_are_kept_out(tmp_path: Path, log: list[str]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_snapshot_is_read_only_tagged_skipped_and_not_archived(mock: MockCommand
     ]  # fmt: skip
     assert "backup/archive=0" in config_of(call)
     assert "backup/backup=0" in config_of(call)
+
+
+def test_without_room_for_what_lvm_writes_that_is_told(
+    mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(VolumeError, match="LVM cannot write down the volume group vg: No such file"):
+        lvm.attachment("vg", "snapshot")
 
 
 def test_filter_goes_before_that_of_the_administrator(mock: MockCommands) -> None:
