@@ -178,10 +178,15 @@ def plan_backups(
     options: BackupOptions,
     report: Reporter,
 ) -> list[dict[str, object]]:
-    """Take the snapshots, return what a backup would read and why, remove them, and store nothing."""
+    """Take the snapshots, return what a backup would read and why, remove them, and store nothing.
+
+    Nobody stands still for that; a job whose applications could not is refused all the same.
+    """
+    QuiesceRequest(options.quiesce, job=options.job).check(volumes)
     known = repository.backups()
+    run = secrets.token_hex(16)
     with (
-        open_session(volumes, secrets.token_hex(16), state_directory, report) as session,
+        open_session(volumes, run, state_directory, report, wait_seconds=options.wait_seconds) as session,
         guarded(session, options.limits, report, of_volumes=options.volume_limits),
     ):
         plans = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from blocksnap.backends.local import LocalBackend
-from blocksnap.operations.backup import back_up
+from blocksnap.controller.lock import VolumeLocks
+from blocksnap.errors import BusyError, UsageError
+from blocksnap.operations.backup import back_up, plan_backups
 from blocksnap.operations.reporting import Quiet
 from blocksnap.operations.restore import execute_restore, plan_restore
 from blocksnap.operations.storing import BackupOptions
+from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.repository.errors import FencedError
 from blocksnap.repository.fencing import fence, read_runs, settled_runs
 from blocksnap.repository.repository import Repository
@@ -80,3 +84,26 @@ def test_twice_is_too_often(place: Path, tmp_path: Path) -> None:
         back_up(opened(place), [resolve_volume(str(image))], str(tmp_path / "state"), BackupOptions(), report)
     assert opened(place).backups() == []
     assert not list((tmp_path / "state").glob("journal/*"))
+
+
+def test_a_dry_run_waits_for_the_volume_as_a_backup_does(place: Path, tmp_path: Path) -> None:
+    image = tmp_path / "volume.img"
+    image.write_bytes(os.urandom(SIZE))
+    volume, state = resolve_volume(str(image)), str(tmp_path / "state")
+    with VolumeLocks(state, [(volume.key, volume.name)], "another") as held:
+        with pytest.raises(BusyError):
+            plan_backups(opened(place), [volume], state, BackupOptions(), Quiet())
+        done = threading.Timer(0.3, held.release)
+        done.start()
+        options = BackupOptions(wait_seconds=60.0)
+        (plan,) = plan_backups(opened(place), [volume], state, options, Quiet())
+        done.join()
+    assert plan["read_bytes"] == SIZE
+
+
+def test_a_dry_run_refuses_what_a_backup_does(place: Path, tmp_path: Path) -> None:
+    image = tmp_path / "volume.img"
+    image.write_bytes(os.urandom(SIZE))
+    options = BackupOptions(quiesce=QuiesceSettings.model_validate({"postgresql": [{}]}))
+    with pytest.raises(UsageError, match="databases and guests stand still only for one"):
+        plan_backups(opened(place), [resolve_volume(str(image))], str(tmp_path), options, Quiet())
