@@ -56,6 +56,7 @@ class _Run:
                 f"backup {parent.id[:8]}, the parent, is damaged: {err.brief}",
                 resolution="everything is read instead; run: blocksnap check --read-data",
             )
+        self.writer.start_over()
         return self._store_plan(
             volume, snapshot, None, before, full=True, reason="the parent backup is damaged"
         )

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Self
 
 from blocksnap.backends.errors import ObjectExistsError
-from blocksnap.errors import BlocksnapError
+from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.decoding import encode_signed
 from blocksnap.repository.documents import Manifest, WriterRecord
 from blocksnap.repository.epochs import Epoch, read_epoch
@@ -36,6 +36,8 @@ LONGEST_RUN_SECONDS = 90 * 86400
 LONGEST_BY_CALENDAR_SECONDS = 300 * 86400
 """By the other clock, which may also have been set right meanwhile; less than fences are kept."""
 _DOCUMENT_LEVEL = 3
+_STORED = object()
+"""Of a claim that was fulfilled."""
 
 
 @dataclass(slots=True)
@@ -128,6 +130,7 @@ class RepositoryWriter:
         # Of the thread that announces: a compressor that two threads use at once kills the process, or worse.
         self._announcer = Sealer(repository.keys, level=_DOCUMENT_LEVEL)
         self._claimed: dict[bytes, object] = {}
+        self._doubts = False
         self._data = _Flow()
         self._meta = _Flow()
         self._uploads: list[Future[SealedPack]] = []
@@ -163,13 +166,26 @@ class RepositoryWriter:
         return self._repository.keys.identify(kind, plain)
 
     def claim(self, id_: bytes) -> bool:
-        """Tell whether the caller has to store this blob; says so once for each id."""
+        """Tell whether the caller has to store this blob; says so once for each id.
+
+        Others rely on it from then on, so a claim that nobody fulfils keeps the run from committing.
+        """
         if id_ in self._claimed:
             return False
         if self._repository.index.stays(id_) and id_ not in self._repository.bad_ids:
             return False
         token = object()
         return self._claimed.setdefault(id_, token) is token
+
+    def start_over(self) -> None:
+        """Prepare for a second try, after damage ended a first one whose threads have ended too.
+
+        What was claimed and never stored may be claimed again. What ``store_blob`` finds there already is
+        read before it is relied on: the damage that was met is seldom all there is.
+        """
+        for id_ in [id_ for id_, state in self._claimed.items() if state is not _STORED]:
+            del self._claimed[id_]
+        self._doubts = True
 
     def sealer(self, level: int) -> Sealer:
         """Return a sealer for one worker thread."""
@@ -181,6 +197,7 @@ class RepositoryWriter:
         if flow.open is None:
             flow.open = PackWriter(self._repository.backend, self._repository.keys, self.id)
         flow.open.add(frame, id_=id_, kind=kind, plain_length=plain_length)
+        self._claimed[id_] = _STORED
         if kind == FrameType.DATA:
             self.stored.data_bytes += len(frame)
             self.stored.new_bytes += plain_length
@@ -193,6 +210,8 @@ class RepositoryWriter:
     def store_blob(self, kind: FrameType, plain: bytes) -> bytes:
         """Store a blob unless it is there already, and return its id."""
         id_ = self.identify(kind, plain)
+        if self._doubts:
+            self._look_at(kind, id_)
         if self.claim(id_):
             self.store_again(kind, id_, plain)
         return id_
@@ -231,6 +250,9 @@ class RepositoryWriter:
         Returns it with the size of its object. Raises FencedError when this writer was shut out.
         """
         self.flush()
+        # What is stored and indexed is no claim any more.
+        if self._claimed:
+            raise ValueError(f"{len(self._claimed)} blobs were claimed and never stored")
         manifest = compose(self)
         name = f"manifests/{self.id.hex()}"
         plain = encode_signed(manifest, name, self._repository.keys, Right.STORE)
@@ -253,6 +275,12 @@ class RepositoryWriter:
         lasted = time.clock_gettime(time.CLOCK_BOOTTIME) - self._began
         if lasted > LONGEST_RUN_SECONDS or time.time() - self._began_on > LONGEST_BY_CALENDAR_SECONDS:
             raise FencedError(self.id.hex())
+
+    def _look_at(self, kind: FrameType, id_: bytes) -> None:
+        """Read what is there already; of what cannot be read the repository remembers that it is bad."""
+        if id_ not in self._claimed and self._repository.index.stays(id_):
+            with contextlib.suppress(DamageError):
+                self._repository.load(kind, id_)
 
     def _heed(self, epoch: Epoch) -> frozenset[str]:
         """Return the condemned packs, and say that they are known: then nobody has to wait for this run."""
@@ -335,6 +363,7 @@ class RepositoryWriter:
         self.stored.metadata_bytes += len(data)
         for pack in self._durable:
             for row in pack.rows:
+                self._repository.bad_ids.discard(row.id)
                 self._claimed.pop(row.id, None)
         self._durable.clear()
 

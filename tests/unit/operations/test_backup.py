@@ -1,9 +1,10 @@
-"""A run that is shut out in the middle goes on as another one, and stores nothing twice."""
+"""A run that is shut out, or meets a damaged parent, in the middle: what it then commits is whole."""
 
 from __future__ import annotations
 
 import io
 import os
+import random
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,11 +19,13 @@ from blocksnap.operations.backup import back_up, plan_backups
 from blocksnap.operations.reporting import Quiet
 from blocksnap.operations.restore import execute_restore, plan_restore
 from blocksnap.operations.storing import BackupOptions
+from blocksnap.operations.verify import verify_repository
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.repository.errors import FencedError
 from blocksnap.repository.fencing import fence, read_runs, settled_runs
 from blocksnap.repository.repository import Repository
 from blocksnap.volumes.resolve import resolve_volume
+from support.repositories import CHUNK, make_repository, open_repository
 
 SIZE = 3 << 20
 
@@ -107,3 +110,25 @@ def test_a_dry_run_refuses_what_a_backup_does(place: Path, tmp_path: Path) -> No
     options = BackupOptions(quiesce=QuiesceSettings.model_validate({"postgresql": [{}]}))
     with pytest.raises(UsageError, match="databases and guests stand still only for one"):
         plan_backups(opened(place), [resolve_volume(str(image))], str(tmp_path), options, Quiet())
+
+
+@pytest.mark.parametrize("harmed", ["a few nodes", "all nodes"])
+def test_a_parent_whose_damage_shows_late_leaves_nothing_out(tmp_path: Path, harmed: str) -> None:
+    """Chunks are read and claimed ahead of the map; and where one node is damaged, others may be too."""
+    make_repository(tmp_path / "r", encrypted=False)
+    image, state = tmp_path / "volume.img", str(tmp_path / "state")
+    image.write_bytes(random.Random(1).randbytes(CHUNK * 200))
+    volume = resolve_volume(str(image))
+    back_up(open_repository(tmp_path / "r"), [volume], state, BackupOptions(), Quiet())
+    nodes = min((p for p in (tmp_path / "r" / "packs").rglob("*-*")), key=lambda path: path.stat().st_size)
+    content = bytearray(nodes.read_bytes())
+    # The leaves come first, the root last.
+    for at in range(100, {"a few nodes": 5000, "all nodes": len(content) - 300}[harmed], 64):
+        content[at] ^= 1
+    nodes.write_bytes(content)
+    with image.open("r+b") as file:
+        file.write(random.Random(2).randbytes(CHUNK * 20))
+    (second,) = back_up(open_repository(tmp_path / "r"), [volume], state, BackupOptions(), Quiet())
+    assert (second.backup.kind, second.backup.reason) == ("full", "the parent backup is damaged")
+    assert second.backup.statistics.new_chunks == 20
+    assert list(verify_repository(open_repository(tmp_path / "r"), second.backup, Quiet())) == []

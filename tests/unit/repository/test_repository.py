@@ -133,6 +133,41 @@ def test_a_run_that_does_not_commit_leaves_no_backup(tmp_path: Path) -> None:
     assert not checked(again).result.damaged
 
 
+def test_a_claim_that_nobody_fulfilled_keeps_a_run_from_committing(tmp_path: Path) -> None:
+    def compose(_: RepositoryWriter) -> Manifest:
+        raise AssertionError
+
+    repository = make_repository(tmp_path / "repository")
+    with open_writer(repository) as writer:
+        stored, lost = writer.store_blob(FrameType.ATTACHMENT, b"stored"), bytes(32)
+        assert writer.claim(lost)
+        assert not writer.claim(lost)
+        with pytest.raises(ValueError, match="1 blobs were claimed and never stored"):
+            writer.commit(compose)
+        writer.start_over()
+        assert (writer.claim(stored), writer.claim(lost)) == (False, True)
+
+
+def test_a_second_try_reads_what_it_relies_on(tmp_path: Path) -> None:
+    place = tmp_path / "repository"
+    with open_writer(make_repository(place)) as writer:
+        ids = [writer.store_blob(FrameType.ATTACHMENT, name) for name in (b"whole", b"harmed")]
+        writer.flush()
+    location = open_repository(place).locate(FrameType.ATTACHMENT, ids[1])
+    content = bytearray((place / location.pack.name).read_bytes())
+    content[location.offset + location.length - 1] ^= 1
+    (place / location.pack.name).write_bytes(content)
+    repository = open_repository(place)
+    with open_writer(repository) as writer:
+        writer.start_over()
+        for _ in range(2):
+            assert [writer.store_blob(FrameType.ATTACHMENT, name) for name in (b"whole", b"harmed")] == ids
+            writer.flush()
+    packs = [path for path in (place / "packs").rglob("*-*") if writer.id.hex() in path.name]
+    assert len(packs) == 1
+    assert open_repository(place).load(FrameType.ATTACHMENT, ids[1]) == b"harmed"
+
+
 def test_long_runs_store_their_index_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blocksnap.repository.writer.SEGMENT_ROWS", 10)
     monkeypatch.setattr("blocksnap.repository.pack.MIN_TARGET", CHUNK * 4)
