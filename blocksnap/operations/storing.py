@@ -104,11 +104,15 @@ def plan_backup(
 
 
 def _with_lost(changes: Changes, lost: ExtentList) -> Changes:
-    """What the repository has lost of the parent is read, so that the new backup is whole."""
+    """What the repository has lost of the parent is read, so that the new backup is whole.
+
+    Also where it was discarded since: then it is read as zeros, and is no hole beside.
+    """
     if not lost:
         return changes
     reason = f"{changes.reason}; {lost.total} bytes of the parent are lost, and read again"
-    return replace(changes, reason=reason, changed=changes.changed.union(lost))
+    allocated, changed = changes.allocated.union(lost), changes.changed.union(lost)
+    return replace(changes, reason=reason, allocated=allocated, changed=changed)
 
 
 def store_volume(
