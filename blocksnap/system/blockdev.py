@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
@@ -242,8 +243,8 @@ def _clear_blocks(
 ) -> None:
     if discard and punch_hole(fd, offset, length):
         return
-    done = _unmap_thin(fd, offset, length) if discard else (offset, offset)
-    for begin, end in ((offset, done[0]), (done[1], offset + length)):
+    left = _unmap_thin(fd, offset, length) if discard else iter([(offset, offset + length)])
+    for begin, end in left:
         if begin >= end:
             continue
         step = end - begin if before_zeros is None else _COUNTED_ZEROS_BYTES
@@ -315,22 +316,34 @@ def preallocate(fd: int, offset: int, length: int) -> bool:
     return True
 
 
-def _unmap_thin(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """Discard the whole chunks of a range of a thin volume and return which part that was.
+def _unmap_thin(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Discard the whole chunks of a range of a thin volume, and yield the parts that may not be zeros then.
 
     BLKDISCARD promises nothing about what is read afterwards; dm-thin does: an unmapped chunk is zeros.
-    Parts of chunks it ignores, so only whole ones are asked for.
+    Parts of chunks it ignores, so only whole ones are asked for. Where their size is no power of two the
+    kernel cuts the range so that some of them become parts (docs/kernel-facts.md, dm-thin): then it is read.
     """
     from blocksnap.system.devmapper import is_plain_thin
 
-    number = device_number(fd)
-    if not is_plain_thin(number):
-        return offset, offset
+    number, end = device_number(fd), offset + length
     unit = int((sysfs_folder(number) / "queue/discard_granularity").read_text())
-    begin, end = -(-offset // unit) * unit if unit else 0, (offset + length) // unit * unit if unit else 0
-    if begin >= end or not _range_ioctl(fd, _BLKDISCARD, begin, end - begin):
-        return offset, offset
-    return begin, end
+    first, last = (-(-offset // unit) * unit, end // unit * unit) if unit else (end, end)
+    if first >= last or not is_plain_thin(number) or not _range_ioctl(fd, _BLKDISCARD, first, last - first):
+        yield offset, end
+        return
+    yield offset, first
+    if unit & (unit - 1):
+        yield from _not_zeros(fd, first, last, math.gcd(unit, _ZEROS_BYTES))
+    yield last, end
+
+
+def _not_zeros(fd: int, begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield which pieces of a range hold anything else; its length is a multiple of ``step``."""
+    found, zeros = bytearray(step), bytes(step)
+    for at in range(begin, end, step):
+        if os.preadv(fd, [found], at) != step or found != zeros:
+            yield at, at + step
+    os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _range_ioctl(fd: int, request: int, offset: int, length: int) -> bool:
