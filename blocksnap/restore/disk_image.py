@@ -2,7 +2,8 @@
 
 The raw image is complete before it is converted, and removed when the other one has its name; so there has
 to be room for both. An interrupted restore goes on as that of any file. A raw image that is complete has a
-hidden name that says so, and is only converted when the restore is run again, whatever interrupted it.
+hidden name that says so, and is only converted when the restore is run again, whatever interrupted it or
+made it fail.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ _CONVERT_SECONDS = 7 * 86400.0
 class ImageNotMadeError(TargetError):
     """qemu-img failed."""
 
-    def __init__(self, path: str, err: BlocksnapError) -> None:
-        self.path = path
+    def __init__(self, path: str, raw: str | None, err: BlocksnapError) -> None:
+        """``raw`` is where the complete raw image waits, if it does."""
+        self.path, self.raw = path, raw
         super().__init__(
             f"cannot make {path} with qemu-img: {err.brief}",
             details=err.details,
-            resolution="restore to a raw file without --format, and convert that",
+            resolution=f"mend that (make room), and run the same command again, or convert {raw} yourself"
+            if raw
+            else "restore to a raw file without --format, and convert that",
         )
 
 
@@ -44,6 +48,7 @@ class DiskImageTarget(FileTarget):
         whole = record.mode == "whole"
         self._raw = hidden_name(os.path.abspath(path), f"{record.backup}-raw") if whole else None
         self._is_raw_complete = False
+        self._is_to_be_converted = False
         super().__init__(path, size, record)
 
     @property
@@ -95,15 +100,20 @@ class DiskImageTarget(FileTarget):
         except BaseException as err:
             with contextlib.suppress(OSError):
                 os.unlink(made)
+            self._is_to_be_converted = self._raw is not None
             if isinstance(err, OSError):
                 raise self.failed(err) from err
             if isinstance(err, BlocksnapError):
-                raise ImageNotMadeError(self.name, err) from err
+                raise ImageNotMadeError(self.name, self._raw, err) from err
             raise
         if self._raw is None:
             with contextlib.suppress(OSError):
                 os.unlink(hidden)
         return made
+
+    def close(self, *, keep: bool = False) -> bool:
+        """Close; a raw image that is complete stays to be converted, whatever has failed."""
+        return super().close(keep=keep or self._is_to_be_converted)
 
     def _remove_raw(self) -> None:
         if self._raw is not None:

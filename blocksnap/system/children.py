@@ -1,7 +1,8 @@
-"""Processes forked from this one: they do their work and end, whatever happens, and never return here."""
+"""Processes forked from this one, which do their work and end, never to return; and what children inherit."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import traceback
@@ -28,6 +29,17 @@ def fork_child(work: Callable[[], bool]) -> int:
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:
         os._exit(status)
+
+
+def inheritable() -> list[int]:
+    """Return the descriptors beyond the standard three that a program would get; ours are none of them."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        # The one that the listing itself used is gone.
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append(int(name))
+    return found
 
 
 def wait_for_child(pid: int) -> int:

@@ -4,7 +4,7 @@ Arguments are separate words and no shell is involved; the child gets no termina
 of ours, the C locale, and a session of its own, so that Ctrl-C reaches us and not a half-done
 ``lvcreate``. A program is not killed: a storage command that dies between suspend and resume
 leaves a device that hangs everybody. When the time is up that is reported and the program left alone.
-Only one that is said to be ``killable`` is killed by an interrupt.
+Only one that is said to be ``killable`` is killed by an interrupt, and when we are killed.
 
 ``run`` is for the control plane, before threads start and never between freeze and thaw.
 ``run_observed`` watches something while a program runs, to measure how long it stands still.
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.system.children import inheritable
 
 if TYPE_CHECKING:
     import sh
@@ -122,6 +123,7 @@ def run(
     """Run a program to its end and return its standard output.
 
     A ``killable`` one changes nothing but a file that is thrown away when it is interrupted, and may be long.
+    It does not outlive us.
     Raises CommandError when it fails, MissingProgramError, CommandTimeoutError.
     """
     if threading.active_count() > 1 or not _is_text(arguments):
@@ -134,14 +136,15 @@ def run(
     # Importing sh costs more than a small backup may take, so those who need no program do not pay.
     import sh
 
-    command = sh.Command(_locate(program))
+    path, words = _start_of(program, arguments, killable=killable)
+    command = sh.Command(path)
     running: sh.RunningCommand | None = None
     try:
         # What a signal handler raises around a fork is swallowed by Python; between the start and the wait it
         # would leave a program running that nobody knows of.
         with interrupts_deferred():
             running = command(
-                *arguments,
+                *words,
                 _bg=True,
                 _bg_exc=False,
                 _tty_out=False,
@@ -192,7 +195,7 @@ def run_observed(
     import tempfile
 
     program = argv[0]
-    path = _locate(program)
+    path, words = _start_of(program, argv[1:], killable=killable)
     # Files rather than pipes: nobody reads while the program runs, and a full pipe would stop it. In memory,
     # because a file system may be frozen in this very moment.
     with (
@@ -203,7 +206,7 @@ def run_observed(
         try:
             # An interrupt between the start and the wait would leave a program running that nobody knows of.
             with interrupts_deferred():
-                child = _Child.start(path, argv, out.fileno(), err.fileno())
+                child = _Child.start(path, words, out.fileno(), err.fileno())
             _watch(child, observe, program, interval_seconds, timeout_seconds)
         except CommandTimeoutError:
             raise
@@ -251,18 +254,18 @@ class _Child:
         self.status: int | None = None
 
     @classmethod
-    def start(cls, path: str, argv: Sequence[str], out: int, err: int) -> _Child:
+    def start(cls, path: str, words: Sequence[str], out: int, err: int) -> _Child:
         """Start it in a session of its own, with no signal blocked and no descriptor but the three."""
         actions: list[tuple[int, int, str, int, int] | tuple[int, int, int] | tuple[int, int]] = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, out, 1),
             (os.POSIX_SPAWN_DUP2, err, 2),
-            *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()),
+            *((os.POSIX_SPAWN_CLOSE, fd) for fd in inheritable()),
         ]
         try:
             pid = os.posix_spawn(
                 path,
-                list(argv),
+                [os.path.basename(path), *words],
                 _environment(),
                 file_actions=actions,
                 setsid=True,
@@ -270,7 +273,7 @@ class _Child:
                 setsigdef=(signal.SIGPIPE,),
             )
         except OSError as error:
-            raise CommandError(argv[0], 127, f"cannot be started: {error.strerror}") from error
+            raise CommandError(os.path.basename(path), 127, f"cannot be started: {error.strerror}") from error
         return cls(pid)
 
     def is_alive(self) -> bool:
@@ -292,19 +295,6 @@ def _watch(
             raise CommandTimeoutError(program, child.pid, timeout_seconds)
         time.sleep(interval_seconds)
     observe()
-
-
-def _inheritable() -> list[int]:
-    """Return the descriptors beyond the standard three that a child would get; ours are none of them."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if int(name) > 2 and os.get_inheritable(int(name)):
-                found.append(int(name))
-        except OSError:
-            # The one that the listing itself used.
-            continue
-    return found
 
 
 def _ignore() -> None:
@@ -353,6 +343,14 @@ def _locate(program: str) -> str:
     if path is None:
         raise MissingProgramError(program)
     return path
+
+
+def _start_of(program: str, arguments: Sequence[str], *, killable: bool) -> tuple[str, list[str]]:
+    """Return what to start and its arguments: what is killable is killed with us, by setpriv(1)."""
+    path = _locate(program)
+    if killable:
+        return _locate("setpriv"), ["--pdeathsig", "KILL", path, *arguments]
+    return path, list(arguments)
 
 
 def _memory_folder() -> str | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from blocksnap.errors import QuiesceError
+from blocksnap.system.children import inheritable
 
 _ARM, _START, _DISARM, _KILL, _DISMISS, _ENDED, _EXPIRED = range(1, 8)
 _MESSAGE = struct.Struct("=IIi")
@@ -310,7 +311,7 @@ def _spawn(argv: list[str], descriptors: list[int], environment: Mapping[str, st
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
         # Onto itself: that leaves the number and takes the mark away that it is to be closed.
         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in sorted(inherited)),
-        *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in inherited),
+        *((os.POSIX_SPAWN_CLOSE, fd) for fd in inheritable() if fd not in inherited),
     ]
     try:
         return os.posix_spawn(
@@ -324,13 +325,3 @@ def _spawn(argv: list[str], descriptors: list[int], environment: Mapping[str, st
         )
     except OSError as err:
         raise WatchdogError(f"({path}) cannot be started: {os.strerror(err.errno or 0)}") from err
-
-
-def _inheritable() -> list[int]:
-    """Return the descriptors beyond the standard three that a child would get."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if int(name) > 2 and os.get_inheritable(int(name)):
-                found.append(int(name))
-    return found
