@@ -10,9 +10,10 @@ Sources: linux/nbd-netlink.h, linux/genetlink.h, drivers/block/nbd.c; the NBD pr
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
@@ -37,6 +38,8 @@ _FOREVER_SECONDS = 10 * 365 * 86400
 _LOOK_AGAIN_MS = 1000
 """How soon requests that a dead server had already taken are sent to the next one."""
 _SECTOR = 512
+_SILENCE_MS = 50
+"""After so much of it the server is looked at."""
 
 _MAGIC = b"NBDMAGICIHAVEOPT"
 _FIXED_NEWSTYLE, _NO_ZEROES, _OPT_EXPORT_NAME = 1, 2, 1
@@ -52,20 +55,23 @@ class NbdError(BlocksnapError):
         )
 
 
-def shake_hands(connection: socket.socket) -> tuple[int, int]:
-    """Open the default export of a server; return its size in bytes and its flags. Raises NbdError."""
+def shake_hands(connection: socket.socket, is_running: Callable[[], bool] = lambda: True) -> tuple[int, int]:
+    """Open the default export of a server; return its size in bytes and its flags.
+
+    Raises NbdError, also when the server says nothing and ``is_running`` tells that it has ended.
+    """
     try:
-        greeting = _receive(connection, len(_MAGIC) + 2)
+        greeting = _receive(connection, len(_MAGIC) + 2, is_running)
         if not greeting.startswith(_MAGIC):
             raise NbdError("open", "the server speaks another protocol")
         wanted = int.from_bytes(greeting[-2:], "big") & (_FIXED_NEWSTYLE | _NO_ZEROES)
         request = struct.pack(">I8sII", wanted, _MAGIC[8:], _OPT_EXPORT_NAME, 0)
         connection.sendall(request)
-        size, flags = struct.unpack(">QH", _receive(connection, 10))
+        size, flags = struct.unpack(">QH", _receive(connection, 10, is_running))
     except OSError as err:
         raise NbdError("open", os.strerror(err.errno or 0)) from err
     if not wanted & _NO_ZEROES:
-        _receive(connection, 124)
+        _receive(connection, 124, is_running)
     return size, flags
 
 
@@ -95,13 +101,24 @@ def connect(connection: socket.socket, size: int, flags: int, identifier: str) -
 
 
 def reconnect(index: int, connection: socket.socket, identifier: str) -> None:
-    """Hand a device whose server is gone to another one; what waits goes on. Raises NbdError."""
+    """Hand a device whose server is gone to another one; what waits goes on. Raises NbdError.
+
+    While the kernel does not know yet that the server before is gone it says that this was done as well, and
+    has not taken the connection (nbd.c, nbd_genl_reconfigure). So close it and ask ``is_taken``.
+    """
     _Netlink("hand over").ask(
         _RECONFIGURE,
         _attribute(_INDEX, struct.pack("=I", index)),
         _sockets(connection),
         _attribute(_BACKEND_IDENTIFIER, identifier.encode() + b"\0"),
     )
+
+
+def is_taken(server_end: socket.socket) -> bool:
+    """Tell by the server's end of a connection whether somebody has the other, which was closed here."""
+    poll = select.poll()
+    poll.register(server_end, select.POLLRDHUP)
+    return not poll.poll(0)
 
 
 def disconnect(index: int) -> None:
@@ -185,9 +202,15 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         data = data[-(-length // 4) * 4 :]
 
 
-def _receive(connection: socket.socket, count: int) -> bytes:
+def _receive(connection: socket.socket, count: int, is_running: Callable[[], bool]) -> bytes:
     data = b""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
     while len(data) < count:
+        if not poll.poll(_SILENCE_MS):
+            if is_running():
+                continue
+            raise NbdError("open", "the server has ended")
         part = connection.recv(count - len(data))
         if not part:
             raise NbdError("open", "the server has ended")

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.system.children import inheritable
 from blocksnap.system.command import path_of
 
 _START_SECONDS = 20.0
@@ -40,10 +41,11 @@ class Nbdkit:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         fd = connection.fileno() if connection is not None else -1
         plain = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0)
-        actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
+        actions: list[tuple[int, int, str, int, int] | tuple[int, int, int] | tuple[int, int]] = [
             plain if fd < 0 else (os.POSIX_SPAWN_DUP2, fd, 0),
             (os.POSIX_SPAWN_DUP2, 0, 1),
             (os.POSIX_SPAWN_DUP2, self._said.fileno(), 2),
+            *((os.POSIX_SPAWN_CLOSE, each) for each in inheritable()),
         ]
         argv = ["nbdkit", "--foreground", "--exit-with-parent", *words]
         environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TMPDIR": _roomy_folder()}
@@ -103,16 +105,18 @@ class Nbdkit:
         self._said.close()
 
 
-def serve_connection(path: str) -> tuple[Nbdkit, socket.socket]:
-    """Serve a file, read-only, on one connection; return the server and the client's end of it."""
+def serve_connection(path: str) -> tuple[Nbdkit, socket.socket, socket.socket]:
+    """Serve a file, read-only, on one connection; return the server, the client's end of it, and its own.
+
+    While its own is open here the client does not see that the server has ended.
+    """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        return Nbdkit(["--single", "--readonly", "file", path], its), ours
+        return Nbdkit(["--single", "--readonly", "file", path], its), ours, its
     except BaseException:
         ours.close()
-        raise
-    finally:
         its.close()
+        raise
 
 
 def serve_socket(path: str, where: list[str], mark: Path, *, writable: bool) -> Nbdkit:

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.restore.image_server import ImageServer
+from blocksnap.restore.keeper import Keeper
+from blocksnap.system import nbd
+from blocksnap.system.nbdkit import NbdkitError, serve_connection
 from support.commands import CommandLine
 from support.loops import call
 from support.repositories import harm_largest_pack
@@ -103,6 +107,30 @@ def test_read_only_by_a_socket_until_any_signal(
             assert fetched(url, tmp_path) == backed_up
     else:
         assert not path.exists()
+
+
+def test_a_server_inherits_nothing_and_says_why_it_does_not_serve(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    server, ours, its = serve_connection(str(tmp_path / "image"))
+    try:
+        with ours, its:
+            assert nbd.shake_hands(ours, server.is_running)[0] == 4096
+            links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{server.pid}/fd")]
+            assert [link for link in links if link == os.readlink(f"/proc/self/fd/{write}")] == []
+            assert nbd.is_taken(its)
+            ours.close()
+            assert not nbd.is_taken(its)
+    finally:
+        os.close(read)
+        os.close(write)
+        server.close()
+    with Keeper() as keeper:
+        none = ImageServer(str(tmp_path / "none"), "blocksnap-test-none", keeper, lambda _: None)
+        with pytest.raises(NbdkitError, match="No such file"):
+            none.start()
+        none.close()
 
 
 def test_an_aborted_connection_ends_it(blocksnap: CommandLine, backed_up: bytes, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network block device is taken over from a server that is dying still, as a killed process leaves it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from blocksnap.errors import BlocksnapError
+from blocksnap.restore.image_server import ImageServer
+from blocksnap.restore.keeper import Keeper
+from blocksnap.system import nbd
+from blocksnap.system.command import has_program, run
+from blocksnap.system.nbdkit import serve_connection
+from support.require import require
+
+IDENTIFIER = "blocksnap-test-image-server"
+
+
+@pytest.mark.usefixtures("_lab")
+def test_the_end_of_the_server_before_is_waited_for(tmp_path: Path) -> None:
+    """The kernel says that it has taken the new one also where it has not."""
+    require("nbdkit", has_program("nbdkit"), "needs nbdkit")
+    image, said = tmp_path / "image", list[BlocksnapError]()
+    image.write_bytes(os.urandom(1 << 20))
+    run("modprobe", "nbd", "nbds_max=1")
+    with Keeper() as keeper:
+        server = ImageServer(str(image), IDENTIFIER, keeper, said.append)
+        before, ours, its = serve_connection(str(image))
+        its.close()
+        with ours:
+            index = nbd.connect(ours, *nbd.shake_hands(ours), IDENTIFIER)
+        dying = threading.Timer(1.0, before.kill)
+        dying.start()
+        try:
+            server.start()
+            assert before.wait(0), "the kernel still has the connection of the one before"
+            assert Path(f"/dev/nbd{index}").read_bytes() == image.read_bytes()
+            # It was not that one which the kernel did not take.
+            assert said == []
+        finally:
+            dying.join()
+            before.close()
+            server.disconnect()
+    assert nbd.find(IDENTIFIER) is None
