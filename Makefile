@@ -110,7 +110,7 @@ soak-guest: ## a guest of libvirt with its agent, emulated, and backups whatever
 
 soak-instant: bootstrap ## instant restores: killed before every program, no repository, damage, in the lab: minutes
 	vagrant/lab --timeout 3600 --env BLOCKSNAP_SOAK=1 -- $(PYTEST) -s --timeout 3000 \
-		tests/lvm/test_instant.py tests/lvm/test_instant_failures.py tests/lvm/test_instant_targets.py
+		tests/lvm/test_instant.py tests/lvm/test_instant_endings.py tests/lvm/test_instant_failures.py tests/lvm/test_instant_targets.py
 
 soak-tamper: bootstrap ## change every byte of every object, and see that it is noticed, and repaired: minutes
 	BLOCKSNAP_SOAK=1 $(PYTEST) --timeout 3600 -n 2 tests/tampering tests/simulation/test_every_call_of_repair.py
@@ -172,7 +172,7 @@ LAB_SOAKED := tests/lvm/test_quiesce.py
 # Two labs at once, one for each core; the second one's output follows the first one's.
 LAB_SECOND := $(addprefix tests/lvm/test_,thin_bases.py thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
 	classic.py guard.py power_cut.py quiesce_commands.py quiesce_databases.py \
-	restore_failures.py restore_in_place.py instant.py instant_failures.py instant_targets.py)
+	restore_failures.py restore_in_place.py instant.py instant_endings.py instant_failures.py instant_targets.py)
 lab-test:
 	@mkdir -p build
 	@vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \

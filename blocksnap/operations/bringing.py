@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ from blocksnap.controller.pacing import TokenBucket
 from blocksnap.errors import BlocksnapError, StorageError, TargetError, VolumeError
 from blocksnap.operations.images import IMAGES_FOLDER, served_images
 from blocksnap.operations.label import tell_of_labels
-from blocksnap.operations.reporting import Reporter, phase
+from blocksnap.operations.reporting import Reporter, each_once, phase
 from blocksnap.operations.restore import LostRangeError
 from blocksnap.operations.targets import RestoreDiffersError, read_runs, verify_target
 from blocksnap.pipeline.flow import Geometry
@@ -28,13 +29,12 @@ from blocksnap.restore.arrival_devices import (
     ArrivalDevices,
     Names,
     PartGoneError,
-    StoreFullError,
     VolumeShrunkError,
-    WritesFailedError,
     below_table,
 )
 from blocksnap.restore.arriving_target import ArrivingTarget
 from blocksnap.restore.engine import UnreadableRangeError, head_bytes, restore_to_target
+from blocksnap.restore.exception_store import store_bytes
 from blocksnap.restore.image_server import ImageServer
 from blocksnap.restore.keeper import Keeper
 from blocksnap.restore.pool_watch import PoolFillingError, RestoreLimits
@@ -45,7 +45,9 @@ from blocksnap.system import nbd
 _AGAIN_SECONDS = 2.0
 _TARGET_AGAIN_SECONDS = 10.0
 _WRITES_SECONDS = 5.0
-"""How often it is asked whether what is written meanwhile still has room."""
+"""How often it is asked whether what is written meanwhile is still taken."""
+_ANSWER_SECONDS = 60.0
+"""How long those may take who are answered from the volume: it is local."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,10 @@ def is_all_there(arrival: Arrival) -> bool:
 
 def require_whole(arrival: Arrival) -> None:
     """Raise TargetError where something that had arrived, or what was written meanwhile, was taken away."""
+    devices = ArrivalDevices(_names_of(arrival))
+    if arrival.stage == "merged":
+        devices.require_result()
     if arrival.stage == "whole":
-        devices = ArrivalDevices(_names_of(arrival))
         devices.require_parts()
         devices.open_volumes(arrival.size)
         try:
@@ -102,6 +106,12 @@ def require_whole(arrival: Arrival) -> None:
         except VolumeShrunkError as err:
             # What was merged into it already could not be brought again.
             raise PartGoneError(arrival.volume, f"the end of {err.part}", None) from err
+
+
+def require_store(arrival: Arrival) -> None:
+    """Raise TargetError where what was written meanwhile cannot be merged, as far as that can be seen."""
+    if arrival.stage == "whole":
+        ArrivalDevices(_names_of(arrival)).require_store()
 
 
 def finish_alone(
@@ -112,7 +122,7 @@ def finish_alone(
         require_whole(arrival)
         if nbd.find(arrival.token) is not None:
             _answer_from_volume(arrival, keeper, report)
-        _finish(arrival, file, report)
+        _finish(arrival, file, report, keeper)
     except BaseException:
         _tell_unfinished(arrival, report)
         raise
@@ -122,28 +132,28 @@ def finish_alone(
 def _answer_from_volume(arrival: Arrival, keeper: Keeper, report: Reporter) -> None:
     """Answer with what has arrived who has waited for a server that is gone, and take its device away.
 
-    Nothing was merged yet: the volume holds just the backup.
+    Nothing was merged yet: the volume holds just the backup. Raises CommandTimeoutError when they get none.
     """
     devices = ArrivalDevices(_names_of(arrival))
     lv_bytes = devices.open_volumes(arrival.size)
-    server = ImageServer(devices.node, arrival.token, keeper, lambda err: report.warn(err.brief))
+    server = ImageServer(devices.node, arrival.token, keeper, each_once(report))
     try:
         server.start()
-        devices.set_below_local(lv_bytes)
+        devices.set_below_local(lv_bytes, _ANSWER_SECONDS)
         server.disconnect()
     finally:
         server.close()
 
 
-def _finish(arrival: Arrival, file: ArrivalFile, report: Reporter) -> None:
+def _finish(arrival: Arrival, file: ArrivalFile, report: Reporter, keeper: Keeper) -> None:
     """Bring what was written meanwhile to the volume, which has all else, and make it LVM's own."""
     devices = ArrivalDevices(_names_of(arrival))
     if arrival.stage != "merged":
         lv_bytes = devices.open_volumes(arrival.size)
-        devices.mend_store(lv_bytes)
+        devices.mend_store(0)
         devices.set_below_local(lv_bytes)
         report.event("arrived", volume=arrival.volume)
-        devices.merge(lv_bytes)
+        devices.merge(lv_bytes, keeper)
         file.write(arrival.model_copy(update={"stage": "merged"}))
     devices.hand_over()
     file.remove()
@@ -199,7 +209,7 @@ class Bringing:
         """Do what is left to be done."""
         try:
             self._serve_and_fill()
-            _finish(self._arrival, self._file, self._report)
+            _finish(self._arrival, self._file, self._report, self._keeper)
         except BaseException:
             if self._arrival.stage == "making":
                 discard(self._arrival, self._file)
@@ -212,6 +222,7 @@ class Bringing:
         """Serve what has not arrived, make the device usable, and bring the rest."""
         lv_bytes = self._devices.open_volumes(self._backup.size)
         image = f"{IMAGES_FOLDER}/{self._backup.id}"
+        server = ImageServer(image, self._arrival.token, self._keeper, self._tell)
         with (
             ExitStack() as users,
             served_images(
@@ -220,17 +231,27 @@ class Bringing:
                 self._report,
                 end_users=users.close,
                 tell=self._tell,
+                when_lost=partial(self._lose, server),
                 patient=True,
             ),
         ):
-            server = ImageServer(image, self._arrival.token, self._keeper, self._tell)
             users.callback(server.close)
             remote = server.start()
             self._open(lv_bytes, remote)
-            self._fill_or_go_on_serving(lv_bytes, remote)
+            with self._writes_watched():
+                self._fill_or_go_on_serving(lv_bytes, remote)
             self._reach("whole")
             self._devices.set_below_local(lv_bytes)
             server.disconnect()
+
+    def _lose(self, server: ImageServer, reason: str) -> None:
+        """Have those wait who read what has not arrived, and tell: the images are not served any more."""
+        server.close()
+        self._report.warn(
+            f"what has not arrived of {self._arrival.volume} is not served, and who reads it waits: {reason}",
+            resolution="end this command, and go on: "
+            f"blocksnap restore --instant --resume {self._arrival.volume}",
+        )
 
     def _open(self, lv_bytes: int, remote: int) -> None:
         """Make the device that is used, if it is not there."""
@@ -250,7 +271,7 @@ class Bringing:
         # What is written from the next step on is to be kept, whatever happens.
         if self._arrival.stage == "making":
             self._reach("arriving")
-        self._devices.mend_store(lv_bytes)
+        self._devices.mend_store(store_bytes(lv_bytes))
         device = self._devices.open_top(lv_bytes)
         self._usable_seconds = time.monotonic() - self._began
         tell_of_labels(self._backup, self._report)
@@ -291,7 +312,6 @@ class Bringing:
         self._report.event("serving-only", volume=self._arrival.volume)
         while True:
             time.sleep(_WRITES_SECONDS)
-            self._check_writes()
 
     def _verify(self, lv_bytes: int, remote: int) -> bool:
         """Read back what has arrived, to which nothing else is written yet.
@@ -353,17 +373,13 @@ class Bringing:
         return None
 
     def _target(self, lv_bytes: int, remote: int) -> ArrivingTarget:
-        moved = partial(self._moved, lv_bytes, remote)
+        moved = partial(self._move, lv_bytes, remote)
         hold_back = partial(self._hold_back, lv_bytes)
         node, size = self._devices.node, self._backup.size
         return ArrivingTarget(node, size, self._record, self._limits, moved, hold_back, self._first)
 
-    def _moved(self, lv_bytes: int, remote: int, reached: int) -> None:
-        """Have what has arrived read from the volume from now on."""
-        self._check_writes()
-        self._move(lv_bytes, remote, reached)
-
     def _move(self, lv_bytes: int, remote: int, reached: int) -> None:
+        """Have what has arrived read from the volume from now on."""
         self._devices.set_below(
             below_table(
                 lv_bytes=lv_bytes,
@@ -382,12 +398,25 @@ class Bringing:
             return self._backup.size
         return ArrivingTarget.reached_of(self._devices.node, self._record)
 
-    def _check_writes(self) -> None:
-        """Tell when no writes are taken any more: the data may arrive all the same."""
+    @contextmanager
+    def _writes_watched(self) -> Iterator[None]:
+        """Tell when no writes are taken any more, whatever else is done or waited for."""
+        is_over = threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(_WRITES_SECONDS):
+                try:
+                    self._devices.check_writes()
+                except BlocksnapError as err:
+                    self._tell(err)
+
+        thread = threading.Thread(target=watch, name="blocksnap-writes", daemon=True)
+        thread.start()
         try:
-            self._devices.check_writes()
-        except (StoreFullError, WritesFailedError) as err:
-            self._tell(err)
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def _hold_back(self, lv_bytes: int, length: int) -> None:
         now = time.monotonic()
@@ -397,7 +426,6 @@ class Bringing:
                 self._looked = now
             delay = self._bucket.take(length, now) if self._bucket is not None else 0.0
         if is_due:
-            self._check_writes()
             self._devices.require_capacity(lv_bytes)
         time.sleep(delay)
 
@@ -406,14 +434,16 @@ class Bringing:
         self._file.write(self._arrival)
 
     def _tell_of_target(self, err: TargetError) -> None:
-        """Tell once of each sort that the data cannot be written, and what to do."""
-        with self._lock:
-            if type(err).__name__ in self._told:
-                return
-            self._told.add(type(err).__name__)
+        """Tell that the data cannot be written, and what to do, once of each way to fail."""
         remedy = "see dmesg for why (a failing disk, a full pool), and mend that"
         if isinstance(err, (PoolFillingError, VolumeShrunkError)):
             remedy = err.remedy
+        # How full a pool is changes all the time.
+        failure = remedy if isinstance(err, PoolFillingError) else err.brief
+        with self._lock:
+            if failure in self._told:
+                return
+            self._told.add(failure)
         self._report.warn(
             f"{err.brief}; what has not arrived is read from the repository until it can be written",
             resolution=f"{remedy}; the restore goes on by itself then",

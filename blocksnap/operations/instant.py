@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from blocksnap.controller.arriving import Arrival, ArrivalFile, NothingArrivesError
-from blocksnap.errors import TargetError, UsageError
+from blocksnap.errors import TargetError, UsageError, VolumeError
 from blocksnap.operations.bringing import (
     Bringing,
     InstantResult,
     discard,
     finish_alone,
     is_all_there,
+    require_store,
     require_whole,
 )
 from blocksnap.operations.catalogue import find_backup, require_image
@@ -34,7 +35,7 @@ from blocksnap.restore.exception_store import empty_store, store_bytes
 from blocksnap.restore.keeper import Keeper
 from blocksnap.restore.new_volume import VolumeExistsError, choose_pool
 from blocksnap.system import dm_tables, lvm, namespace
-from blocksnap.system.command import MissingProgramError, has_program
+from blocksnap.system.command import CommandError, MissingProgramError, has_program
 from blocksnap.system.lvm_report import LvReport
 
 _VOLUME = re.compile(r"(?:/dev/)?([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)/([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)")
@@ -165,7 +166,8 @@ def abandon_instant(target: str, state_directory: str) -> None:
     """Give up a restore and remove the volume with all that was written to it.
 
     What waits for the repository fails first, so that whoever uses the volume can be ended. Raises
-    DeviceBusyError while it is used, and NothingArrivesError when it is whole or was never begun.
+    DeviceBusyError while it is used, PartStaysError, and NothingArrivesError when it was never begun, or is
+    whole and nothing that can be seen is in the way of its end.
     """
     group, volume = _parse(target)
     file = ArrivalFile(state_directory, group, volume)
@@ -173,15 +175,16 @@ def abandon_instant(target: str, state_directory: str) -> None:
         arrival = file.read()
         if arrival is None:
             raise NothingArrivesError(target)
-        if arrival.has_all and _has_everything(arrival):
+        if arrival.has_all and _can_be_finished(arrival):
             raise NothingArrivesError(target, "all of it has arrived: go on with --resume, then remove it")
         discard(arrival, file)
 
 
-def _has_everything(arrival: Arrival) -> bool:
+def _can_be_finished(arrival: Arrival) -> bool:
     try:
         require_whole(arrival)
-    except TargetError:
+        require_store(arrival)
+    except (TargetError, VolumeError, CommandError):
         return False
     return True
 

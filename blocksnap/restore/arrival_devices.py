@@ -15,11 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blocksnap.errors import BlocksnapError, TargetError
-from blocksnap.restore.exception_store import CHUNK_SECTORS, store_bytes, take_up_store
+from blocksnap.restore.exception_store import (
+    CHUNK_SECTORS,
+    StoreUnreadableError,
+    is_nearly_full,
+    take_up_store,
+)
+from blocksnap.restore.keeper import Keeper
 from blocksnap.system import devmapper, dm_tables, lvm
 from blocksnap.system.blockdev import DeviceBusyError, number_text, sysfs_folder
 from blocksnap.system.command import CommandError
 from blocksnap.system.dm_status import lvm_uuid
+from blocksnap.system.lvm_report import LvReport
 from blocksnap.system.mounts import users_of_device
 
 _SECTOR = 512
@@ -65,8 +72,34 @@ class PartGoneError(TargetError):
         )
         super().__init__(
             f"{volume} cannot be restored any further: {part} is gone",
-            resolution=f"{again}give up what was written to it: "
-            f"blocksnap restore --instant --abandon {volume}",
+            resolution=f"{again}{_giving_up(volume)}",
+        )
+
+
+class PartInactiveError(TargetError):
+    """A volume that the restore is made of cannot be activated, as when a disk is missing."""
+
+    def __init__(self, volume: str, part: str, err: CommandError) -> None:
+        self.volume, self.part = volume, part
+        super().__init__(
+            f"{part}, of which {volume} is made, cannot be activated: {err.brief}",
+            details=err.details,
+            resolution="bring its disks back (pvs, dmesg), then: blocksnap restore --instant --resume "
+            f"{volume}; or {_giving_up(volume)}",
+        )
+
+
+class PartStaysError(TargetError):
+    """What is given up cannot be removed."""
+
+    def __init__(self, volume: str, part: str, err: CommandError) -> None:
+        self.volume, self.part = volume, part
+        group = part.partition("/")[0]
+        super().__init__(
+            f"{part} cannot be removed: {err.brief}",
+            details=err.details,
+            resolution="where disks are gone for good take them, and all that was on them, out of the group: "
+            f"vgreduce --removemissing --force {group}; then: blocksnap restore --instant --abandon {volume}",
         )
 
 
@@ -109,6 +142,10 @@ class VolumeAppearedError(TargetError):
             resolution=f"give that one another name (lvrename {group} {name} OTHER) or remove it, then: "
             f"blocksnap restore --instant --resume {group}/{name}",
         )
+
+
+def _giving_up(volume: str) -> str:
+    return f"give up what was written to it: blocksnap restore --instant --abandon {volume}"
 
 
 _InUse = type[StoreFullError] | type[WritesFailedError] | type[MergeFailedError]
@@ -174,13 +211,16 @@ class ArrivalDevices:
     def open_volumes(self, size: int) -> int:
         """Activate both volumes and return the bytes of what is used, which are ``size`` at least.
 
-        Raises PartGoneError.
+        Raises PartGoneError, PartInactiveError.
         """
         names = self._names
         for volume in (names.arriving, names.meanwhile):
             if dm_tables.number_of(devmapper.encode_name(names.group, volume)) is None:
                 self._require_part(volume, size)
-                lvm.activate(names.group, volume)
+                try:
+                    lvm.activate(names.group, volume)
+                except CommandError as err:
+                    raise PartInactiveError(names.volume, f"{names.group}/{volume}", err) from err
         number = dm_tables.number_of(names.device)
         return _bytes_of(number) if number is not None else max(self.capacity(), size)
 
@@ -199,14 +239,37 @@ class ArrivalDevices:
         for volume in (self._names.arriving, self._names.meanwhile):
             self._require_part(volume, 0)
 
+    def require_result(self) -> None:
+        """Raise PartGoneError where the volume that everything was merged into is gone, by either name."""
+        names, report = self._names, self._report()
+        if report.find(names.group, names.arriving) is None and report.find(names.group, names.name) is None:
+            raise PartGoneError(names.volume, names.volume, None)
+
+    def require_store(self) -> None:
+        """Raise TargetError where what was written meanwhile cannot be read, or its merge has failed."""
+        names = self._names
+        number = dm_tables.number_of(names.device)
+        if number is not None and " snapshot" in dm_tables.read_table(names.device):
+            state = devmapper.snapshot_status(number).state
+            if state != "overflow":
+                self._require_sound(state)
+        is_nearly_full(self._store)
+
     def _require_part(self, part: str, size: int) -> None:
         """``size`` is that of another one that would do, 0 where none does."""
         names = self._names
-        if lvm.report(names.group).find(names.group, part) is not None:
+        if self._report().find(names.group, part) is not None:
             return
         words = f"lvcreate --size {size}b --name {part} --addtag {lvm.INSTANT_TAG} {names.group}"
         making = words if size and part == names.arriving else None
         raise PartGoneError(names.volume, f"{names.group}/{part}", making)
+
+    def _report(self) -> LvReport:
+        names = self._names
+        try:
+            return lvm.report(names.group)
+        except lvm.NoVolumeError as err:
+            raise PartGoneError(names.volume, f"the volume group {names.group}", None) from err
 
     def require_name(self) -> None:
         """Raise VolumeAppearedError where the device of the name is a volume of LVM's, which has a UUID.
@@ -218,6 +281,10 @@ class ArrivalDevices:
             raise VolumeAppearedError(self._names.group, self._names.name)
 
     @property
+    def _store(self) -> str:
+        return f"/dev/mapper/{devmapper.encode_name(self._names.group, self._names.meanwhile)}"
+
+    @property
     def node(self) -> str:
         """The node of the volume that the backup goes to."""
         return f"/dev/mapper/{devmapper.encode_name(self._names.group, self._names.arriving)}"
@@ -226,18 +293,21 @@ class ArrivalDevices:
         """Return the number of the device that the backup goes to."""
         return self._number(devmapper.encode_name(self._names.group, self._names.arriving))
 
-    def set_below(self, table: str) -> None:
-        """Make the device below, or give it this table."""
+    def set_below(self, table: str, limit_seconds: float = dm_tables.WAIT_SECONDS) -> None:
+        """Make the device below, or give it this table, when what is under way has been answered.
+
+        Raises CommandTimeoutError when that takes longer.
+        """
         if dm_tables.number_of(self._names.below) is None:
             dm_tables.create(self._names.below, table)
         else:
-            dm_tables.replace(self._names.below, table, flushing=False)
+            dm_tables.replace(self._names.below, table, flushing=False, limit_seconds=limit_seconds)
 
-    def set_below_local(self, lv_bytes: int) -> None:
-        """Have the device below need nothing but the volume."""
+    def set_below_local(self, lv_bytes: int, limit_seconds: float = dm_tables.WAIT_SECONDS) -> None:
+        """Have the device below need nothing but the volume; raises CommandTimeoutError."""
         local = self.local()
         table = below_table(lv_bytes=lv_bytes, size=0, head=0, reached=0, local=local, remote=local)
-        self.set_below(table)
+        self.set_below(table, limit_seconds)
 
     def open_top(self, lv_bytes: int) -> str:
         """Make the device that is used, if it is not there, and return its path."""
@@ -254,7 +324,7 @@ class ArrivalDevices:
         return path
 
     def check_writes(self) -> None:
-        """Raise WritesFailedError or StoreFullError unless what is written is taken."""
+        """Raise WritesFailedError, StoreFullError or MergeFailedError unless what is written is taken."""
         number = dm_tables.number_of(self._names.device)
         if number is not None:
             self._require_sound(devmapper.snapshot_status(number).state)
@@ -268,13 +338,14 @@ class ArrivalDevices:
         if state not in ("valid", "merging"):
             raise WritesFailedError(names.volume)
 
-    def mend_store(self, lv_bytes: int) -> None:
+    def mend_store(self, room: int) -> None:
         """Have a store that was full or has failed, also in a merge, be taken again: by a device made anew.
 
         A merge that has failed is not begun again by another table: the kernel would hand over what it has
         of the list in memory, where the end of it can be cleared though it was not written, and go on from
         there (dm-snap.c, __handover_exceptions; dm-snap-persistent.c, persistent_commit_merge).
 
+        One that was full gets as many bytes as ``room``, which is 0 where nothing is added to it any more.
         Raises StoreFullError, WritesFailedError or MergeFailedError while it is used, StoreUnreadableError.
         """
         names = self._names
@@ -287,10 +358,18 @@ class ArrivalDevices:
             if state in ("valid", "merging"):
                 return
             self._take_away(number, _IN_USE.get(state, WritesFailedError))
-        take_up_store(f"/dev/mapper/{devmapper.encode_name(names.group, names.meanwhile)}")
-        if state == "overflow":
+        try:
+            take_up_store(self._store)
+            is_full = state == "overflow" or is_nearly_full(self._store)
+        except StoreUnreadableError as err:
+            err.resolution = f"{err.resolution}; or {_giving_up(names.volume)}"
+            raise
+        if is_full and self._bytes_of_store() < room:
             # The kernel looks at the size of a store, and forgets that it was full, only when it is opened.
-            lvm.extend_volume(names.group, names.meanwhile, store_bytes(lv_bytes))
+            lvm.extend_volume(names.group, names.meanwhile, room)
+
+    def _bytes_of_store(self) -> int:
+        return _bytes_of(self._number(devmapper.encode_name(self._names.group, self._names.meanwhile)))
 
     def _take_away(self, number: int, in_use: _InUse) -> None:
         volume = self._names.volume
@@ -304,8 +383,11 @@ class ArrivalDevices:
             # A mount that is younger than this process's own view of them need not be seen here.
             raise in_use(volume, ["in use"]) from err
 
-    def merge(self, lv_bytes: int) -> None:
+    def merge(self, lv_bytes: int, keeper: Keeper) -> None:
         """Bring what was written meanwhile to the volume, while it is used; returns when all of it is there.
+
+        A device that merges answers with what lies below, and writes there, where its store has failed. So
+        whether it has is asked while nothing can be written any more, before it becomes such a device.
 
         Raises MergeFailedError, WritesFailedError, StoreFullError.
         """
@@ -320,9 +402,8 @@ class ArrivalDevices:
         else:
             # One that was loaded before an interruption would be in the way of another one.
             dm_tables.clear(name)
-            # A device that merges answers with what lies below where its store has failed.
-            self._require_sound(devmapper.snapshot_status(number).state)
-            dm_tables.replace(name, table, flushing=True)
+            with keeper.letting_go_on(name):
+                dm_tables.replace_if(name, table, self.check_writes)
         self.publish()
         while True:
             status = devmapper.snapshot_status(self._number(name))
@@ -359,7 +440,10 @@ class ArrivalDevices:
             lvm.delete_tag(names.group, names.name, lvm.INSTANT_TAG)
 
     def discard(self) -> None:
-        """Remove everything, with what was written; raises DeviceBusyError where it is in use."""
+        """Remove everything, with what was written.
+
+        Raises DeviceBusyError where it is in use, PartStaysError.
+        """
         names = self._names
         number = dm_tables.number_of(names.device)
         # A volume of LVM's, which somebody has made meanwhile, has a UUID; ours has none yet.
@@ -371,8 +455,18 @@ class ArrivalDevices:
         if os.path.islink(path) and not os.path.exists(path):
             os.unlink(path)
         dm_tables.remove(names.below)
+        try:
+            report = lvm.report(names.group)
+        except lvm.NoVolumeError:
+            # The whole group is gone.
+            return
         for volume in (names.arriving, names.meanwhile):
-            lvm.remove_volume(names.group, volume, tag=lvm.INSTANT_TAG)
+            if report.find(names.group, volume) is None:
+                continue
+            try:
+                lvm.remove_volume(names.group, volume, tag=lvm.INSTANT_TAG)
+            except CommandError as err:
+                raise PartStaysError(names.volume, f"{names.group}/{volume}", err) from err
 
     def _top_table(self, lv_bytes: int, target: str, kind: str) -> str:
         store = self._number(devmapper.encode_name(self._names.group, self._names.meanwhile))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from itertools import islice
 
 from blocksnap.errors import TargetError
 from blocksnap.system import blockdev
@@ -91,14 +93,40 @@ def take_up_store(node: str) -> bool:
     return True
 
 
-def _end_list(fd: int) -> None:
-    offset = _CHUNK
-    while len(area := os.pread(fd, _CHUNK, offset)) == _CHUNK:
-        exceptions = list(_EXCEPTION.iter_unpack(area))
-        end = next((n for n, (_, place) in enumerate(exceptions) if not place), _AREA_EXCEPTIONS)
-        if end < _AREA_EXCEPTIONS:
-            if any(area[end * _EXCEPTION.size :]):
-                os.pwrite(fd, area[: end * _EXCEPTION.size].ljust(_CHUNK, b"\0"), offset)
-                os.fsync(fd)
-            return
+def is_nearly_full(node: str) -> bool:
+    """Tell by its list whether a store has hardly any room left; raises StoreUnreadableError.
+
+    That it was full is forgotten with the device that said so. (dm-snap-persistent.c, read_exceptions: what
+    is added goes behind the last chunk that the list names.)
+    """
+    try:
+        fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            blockdev.drop_cache(fd)
+            if os.pread(fd, len(_MAGIC), 0) != _MAGIC:
+                return False
+            last = 1
+            for _, area, end in _areas(fd):
+                last = max([last, *(place for _, place in islice(_EXCEPTION.iter_unpack(area), end))])
+            return os.lseek(fd, 0, os.SEEK_END) - (last + 1) * _CHUNK < _SPARE_BYTES
+        finally:
+            os.close(fd)
+    except OSError as err:
+        raise StoreUnreadableError(node, err) from err
+
+
+def _areas(fd: int) -> Iterator[tuple[int, bytes, int]]:
+    """Yield the areas of the list: where each is, its bytes, and how many of its exceptions count."""
+    offset, end = _CHUNK, _AREA_EXCEPTIONS
+    while end == _AREA_EXCEPTIONS and len(area := os.pread(fd, _CHUNK, offset)) == _CHUNK:
+        places = (place for _, place in _EXCEPTION.iter_unpack(area))
+        end = next((n for n, place in enumerate(places) if not place), _AREA_EXCEPTIONS)
+        yield offset, area, end
         offset += (1 + _AREA_EXCEPTIONS) * _CHUNK
+
+
+def _end_list(fd: int) -> None:
+    for offset, area, end in _areas(fd):
+        if any(area[end * _EXCEPTION.size :]):
+            os.pwrite(fd, area[: end * _EXCEPTION.size].ljust(_CHUNK, b"\0"), offset)
+            os.fsync(fd)

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from blocksnap.system.command import CommandError, run
@@ -17,7 +18,7 @@ from blocksnap.system.devmapper import dm_name, is_suspended
 
 _SYS_BLOCK = Path("/sys/block")
 _REMOVE_ATTEMPTS = 20
-_WAIT_SECONDS = 30 * 86400.0
+WAIT_SECONDS = 30 * 86400.0
 """What is under way may wait for a repository that is away."""
 
 
@@ -49,19 +50,50 @@ def create(name: str, table: str, uuid: str | None = None) -> int:
     return number
 
 
-def replace(name: str, table: str, *, flushing: bool) -> None:
+def replace(name: str, table: str, *, flushing: bool, limit_seconds: float = WAIT_SECONDS) -> None:
     """Put another table in force, unless it is already.
 
     With ``flushing`` a filesystem on the device is frozen meanwhile, so that it stands still at one point.
+    Raises CommandTimeoutError when what is under way has not come to an end after ``limit_seconds``.
     """
     number = number_of(name)
     if read_table(name) != table:
         _with_table(table, "load", name)
         # The kernel suspends it for that itself: as two commands, a kill in between would leave it suspended.
         options = [] if flushing else ["--nolockfs"]
-        run("dmsetup", "resume", *options, name, timeout_seconds=_WAIT_SECONDS)
+        run("dmsetup", "resume", *options, name, timeout_seconds=limit_seconds)
     elif number is not None and is_suspended(number):
-        run("dmsetup", "resume", name, timeout_seconds=_WAIT_SECONDS)
+        run("dmsetup", "resume", name, timeout_seconds=limit_seconds)
+
+
+def replace_if(name: str, table: str, check: Callable[[], None]) -> None:
+    """Put another table in force, unless ``check`` raises something while the device stands still.
+
+    What it finds cannot change before the table does: nothing is under way, and a filesystem is frozen. Who
+    is killed in between leaves the device suspended, and needs somebody who calls ``go_on``.
+    """
+    check()
+    if read_table(name) == table:
+        go_on(name)
+        return
+    _with_table(table, "load", name)
+    try:
+        run("dmsetup", "suspend", name, timeout_seconds=WAIT_SECONDS)
+        check()
+        run("dmsetup", "resume", name, timeout_seconds=WAIT_SECONDS)
+    except BaseException:
+        go_on(name)
+        raise
+
+
+def go_on(name: str) -> None:
+    """Let a device that may have been left suspended go on by the table that is in force."""
+    if number_of(name) is None:
+        return
+    try:
+        clear(name)
+    finally:
+        run("dmsetup", "resume", name, timeout_seconds=WAIT_SECONDS)
 
 
 def clear(name: str) -> None:

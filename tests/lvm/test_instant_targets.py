@@ -7,9 +7,7 @@ target is mended.
 
 from __future__ import annotations
 
-import mmap
 import os
-import random
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from blocksnap.system import lvm
-from blocksnap.system.devmapper import encode_name
 from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
@@ -27,154 +24,52 @@ from support.instant_restore import (
     Restoring,
     clean_up,
     device_name,
-    disconnect_all,
     nothing_is_left,
     restoring,
 )
 from support.lvm_lab import ThinPool, switch, tool
-from support.require import require
+from support.used_volume import (
+    BLOCK,
+    KILLED_WHEN_WHOLE,
+    QUICK,
+    SIZE,
+    Application,
+    Expected,
+    backed_up,
+    failing_from,
+    part,
+    take_devices_away,
+    using,
+    warned_of,
+)
 
 soak = pytest.mark.skipif(not os.environ.get("BLOCKSNAP_SOAK"), reason="make soak-instant")
-SIZE = 24 * MIB
-BLOCK = 4096
-QUICK = """
-from blocksnap.operations import bringing
-from blocksnap.restore import place, plan
-place._RECORD_SECONDS = 0.2
-plan._FIRST_CHUNKS = 8
-bringing._TARGET_AGAIN_SECONDS = 0.5
-bringing._WRITES_SECONDS = 0.5
-"""
-KILLED_WHEN_WHOLE = """
-import os
-reach = bringing.Bringing._reach
-def reached(self, stage):
-    reach(self, stage)
-    if stage == "whole":
-        os.kill(os.getpid(), 9)
-bringing.Bringing._reach = reached
-"""
 BEFORE_THE_MERGE = """
 import os
 import subprocess
 from blocksnap.restore.arrival_devices import ArrivalDevices
 merge = ArrivalDevices.merge
-def merged(self, lv_bytes):
+def merged(self, *words):
     subprocess.run(os.environ["BEFORE_THE_MERGE"], shell=True, check=True)
-    merge(self, lv_bytes)
+    merge(self, *words)
 ArrivalDevices.merge = merged
 """
-
-
-class Expected:
-    """What has to be in a volume: blocks whose writing failed have what was there, or what was written."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = bytearray(content)
-        self._either: dict[int, bytes] = {}
-
-    def wrote(self, offset: int, data: bytes, *, surely: bool) -> None:
-        for at in range(offset, offset + len(data), BLOCK):
-            block = data[at - offset : at - offset + BLOCK]
-            if surely:
-                self._either.pop(at, None)
-                self._content[at : at + BLOCK] = block
-            else:
-                self._either[at] = block
-
-    def differing(self, offset: int, found: bytes) -> list[int]:
-        """Return where the blocks begin that differ."""
-        return [
-            at
-            for at in range(offset, offset + len(found), BLOCK)
-            if (block := found[at - offset : at - offset + BLOCK]) != self._content[at : at + BLOCK]
-            and block != self._either.get(at)
-        ]
-
-
-class Application:
-    """Uses a volume past the page cache, and knows what has to be in it."""
-
-    def __init__(self, device: str, expected: Expected) -> None:
-        self._fd = os.open(device, os.O_RDWR | os.O_DIRECT)
-        self._buffer = mmap.mmap(-1, 1 << 16)
-        self._expected = expected
-        self._dice = random.Random(8)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def write(self, offset: int, length: int = BLOCK) -> None:
-        """Write something else; raises OSError."""
-        data = self._dice.randbytes(length)
-        self._buffer[:length] = data
-        self._expected.wrote(offset, data, surely=False)
-        assert os.pwrite(self._fd, memoryview(self._buffer)[:length], offset) == length
-        self._expected.wrote(offset, data, surely=True)
-
-    def write_here_and_there(self, count: int) -> None:
-        for _ in range(count):
-            self.write(self._dice.randrange(SIZE // BLOCK) * BLOCK)
-
-    def write_everywhere(self) -> None:
-        for offset in range(0, SIZE, 1 << 16):
-            self.write(offset, 1 << 16)
-
-    def failing(self) -> int:
-        """Read everything: what can be read is right; return how many 64 KiB cannot."""
-        failed = 0
-        for offset in range(0, SIZE, len(self._buffer)):
-            try:
-                assert os.preadv(self._fd, [self._buffer], offset) == len(self._buffer)
-            except OSError:
-                failed += 1
-            else:
-                assert self._expected.differing(offset, self._buffer[:]) == []
-        return failed
+SERVED_BY_ONE_THAT_STANDS_STILL = """
+import os
+bringing._ANSWER_SECONDS = 2
+start = bringing.ImageServer.start
+def started(self):
+    number = start(self)
+    os.kill(self._server.pid, 19)
+    return number
+bringing.ImageServer.start = started
+"""
 
 
 @pytest.fixture
 def content(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> Iterator[Expected]:
-    """What was backed up."""
-    programs = Path("/usr/sbin/nbdkit"), Path("/usr/bin/nbdkit")
-    require("nbdkit", any(path.exists() for path in programs), "needs nbdkit")
-    source = tmp_path / "source.img"
-    source.write_bytes(random.Random(3).randbytes(SIZE))
-    blocksnap.done("backup", str(source), "-q")
-    try:
-        yield Expected(source.read_bytes())
-    finally:
-        clean_up(pool)
-
-
-@contextmanager
-def using(device: str, content: Expected) -> Iterator[Application]:
-    application = Application(device, content)
-    try:
-        yield application
-    finally:
-        application.close()
-
-
-def part(pool: ThinPool, name: str) -> str:
-    return f"/dev/mapper/{encode_name(pool.group, f'{NAME}-{name}')}"
-
-
-def failing_from(table: str, begin: int, kind: str = "error") -> str:
-    """Change the table of one segment so that from a byte on everything, or every write, fails."""
-    _, sectors, target, *words = table.split()
-    begin //= 512
-    first = f"0 {begin} {target} {' '.join(words)}\n" if begin else ""
-    device, offset = words
-    rest = f"flakey {device} {int(offset) + begin} 0 600 1 error_writes" if kind == "flakey" else "error"
-    return f"{first}{begin} {int(sectors) - begin} {rest}\n"
-
-
-def warned_of(run: Restoring, words: str) -> str:
-    """Wait for a warning, and return what is to be done."""
-    while words not in (told := run.until("warning"))["message"]:
-        pass
-    return str(told["resolution"])
+    with backed_up(pool, blocksnap, tmp_path) as expected:
+        yield expected
 
 
 @pytest.mark.parametrize(
@@ -265,8 +160,12 @@ def test_what_is_whole_needs_no_repository_though_somebody_waits(
             reader.join(1)
             assert reader.is_alive()
             (tmp_path / "repository").rename(tmp_path / "forgotten")
-            with restoring("--resume", volume, prelude=QUICK) as second:
-                assert second.done() == 0
+            with restoring("--resume", volume, prelude=QUICK + SERVED_BY_ONE_THAT_STANDS_STILL) as second:
+                # It does not wait for ever.
+                assert second.ended() == 1
+                assert second.events[-1]["error"] == "CommandTimeoutError", second.events
+            with restoring("--resume", volume, prelude=QUICK) as third:
+                assert third.done() == 0
             reader.join(60)
             assert failing == [0]
             application.write_here_and_there(20)
@@ -280,11 +179,11 @@ def test_a_target_that_was_made_smaller_is_brought_again(
     pool: ThinPool, content: Expected, is_ended: bool
 ) -> None:
     volume = f"{pool.group}/{NAME}"
-    with restoring("latest", volume, "--classic", "--rate", "6M", prelude=QUICK) as run:
+    with restoring("latest", volume, "--classic", "--rate", "3M", prelude=QUICK) as run:
         device = run.until("usable")["device"]
         with using(device, content) as application:
             application.write_here_and_there(50)
-            while reached(pool) < 14 * MIB:
+            while reached(pool) < 10 * MIB:
                 run.until("progress")
             if is_ended:
                 run.end(signal.SIGKILL)
@@ -297,6 +196,9 @@ def test_a_target_that_was_made_smaller_is_brought_again(
                 command = f"lvextend --size {SIZE}b {volume}-arriving"
                 assert command in remedy
                 second_look(application)
+                # Another failure of the same sort is told as well.
+                tool("lvreduce", *lvm._config(), "-f", "-y", "-qq", "-L", "4M", f"{volume}-arriving")
+                warned_of(second, f"it has {4 * MIB} bytes")
                 # What it gets back is what others have left there.
                 tool(*command.split(), *lvm._config())
                 assert second.done() == 3
@@ -415,14 +317,3 @@ def test_parts_that_somebody_removes_after_a_crash(
     assert (code, f"{volume}-meanwhile is gone" in err, "--abandon" in err) == (1, True, True), err
     blocksnap.done("restore", "--instant", "--abandon", volume)
     assert [name for name in pool.names() if name.startswith(NAME)] == []
-
-
-def take_devices_away(pool: ThinPool) -> None:
-    """As a crash does, and nothing is active after it."""
-    disconnect_all()
-    name = device_name(pool)
-    for device in (name, f"{name}-blocksnap"):
-        tool("dmsetup", "remove", "--retry", device)
-    for each in pool.names():
-        if each.startswith(f"{NAME}-"):
-            tool("lvchange", "-an", f"{pool.group}/{each}")

@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blocksnap.restore.arrival_devices import below_table
-from blocksnap.restore.exception_store import StoreUnreadableError, store_bytes, take_up_store
+from blocksnap.restore.exception_store import (
+    StoreUnreadableError,
+    is_nearly_full,
+    store_bytes,
+    take_up_store,
+)
 
 LOCAL, REMOTE = os.makedev(253, 7), os.makedev(43, 0)
 SECTORS = st.integers(0, 1 << 30)
@@ -83,10 +88,23 @@ def test_a_store_that_was_given_up_is_taken_up_with_what_its_list_says(tmp_path:
     assert store.read_bytes() == found
 
 
+@pytest.mark.parametrize(("count", "is_full"), [(0, False), (255, False), (700, False), (769, True)])
+def test_a_store_that_was_full_tells_it_by_its_list(tmp_path: Path, count: int, is_full: bool) -> None:
+    """Of 1,024 chunks: 256 are room enough."""
+    areas = bytearray(1023 * 4096)
+    for number in range(count):
+        place = number + 2 + number // 256
+        struct.pack_into("<QQ", areas, number // 256 * 257 * 4096 + number % 256 * 16, 5 * number, place)
+    store = tmp_path / "store"
+    store.write_bytes(struct.pack("<4sIII", b"SnAp", 1, 1, 8).ljust(4096, b"\0") + areas)
+    assert is_nearly_full(str(store)) == is_full
+
+
 def test_what_is_no_store_is_left_alone(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.write_bytes(bytes(8192))
     assert not take_up_store(str(store))
+    assert not is_nearly_full(str(store))
     assert store.read_bytes() == bytes(8192)
     with pytest.raises(StoreUnreadableError, match="No such file"):
         take_up_store(str(tmp_path / "none"))
