@@ -40,6 +40,8 @@ _Result = TypeVar("_Result")
 WORKERS = 4
 """More than a small machine has processors: each waits for the storage about as long as it computes."""
 _PENDING = WORKERS * 2
+_WINDOWS = 9
+"""How many may be on their way: none goes further ahead of one that is slow."""
 _STREAM_BYTES = 4 << 20
 """What a stream's window holds at most, or one chunk; ``_PENDING`` windows are fetched ahead."""
 
@@ -249,6 +251,8 @@ class _Restoring:
                     for number, fetch in enumerate(window.ranges):
                         self._await(_PENDING - 1)
                         self._pending[pool.submit(self._bring, fetch)] = outstanding, number
+                    while self._pending and len(self._windows) >= _WINDOWS:
+                        self._await(len(self._pending) - 1)
                 self._await(0)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)

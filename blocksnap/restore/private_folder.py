@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ def private_folder(above: str) -> Iterator[tuple[str, int]]:
         try:
             yield private, fd
         finally:
-            with contextlib.suppress(OSError, shutil.Error):
+            with contextlib.suppress(OSError):
                 remove_tree(parent, os.path.basename(private))
             os.close(fd)
     finally:

@@ -23,6 +23,7 @@ from blocksnap.repository.inodes import InodeRecord, levels_of
 from blocksnap.repository.listings import SUBVOLUME, DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import inode_attributes
+from blocksnap.restore.descent import Descent
 from blocksnap.restore.engine import Losses, Progress, UnreadableRangeError, restore_runs
 from blocksnap.restore.inode_values import LARGEST_VALUE, link_target, state_of, xattrs_of
 from blocksnap.restore.naming import printable
@@ -33,7 +34,7 @@ from blocksnap.restore.unkept import Unkept
 TOP = 256
 """Inode number of the top directory of every subvolume."""
 _WINDOW_CHUNKS = 64
-"""Windows are small, because each of their files is open: some ten are on their way at a time."""
+"""Windows are small, because each of their files is open: up to ten are on their way at a time."""
 _NODATACOW = 2
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -91,11 +92,8 @@ class Part:
     names: tuple[DirectoryEntry, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Folder:
-    fd: int
-    path: bytes
-    name: bytes
     record: InodeRecord
     entries: Iterator[DirectoryEntry]
 
@@ -191,46 +189,44 @@ class TreeRestore:
 
     def _walk(self) -> Iterator[tuple[int, int, Entry]]:
         """Make everything; yield the chunks that are to be fetched."""
-        stack = [self._begin()]
+        stack, path = [self._begin()], b""
+        descent = Descent(os.dup(self._top_fd))
         try:
-            while stack:
-                folder = stack[-1]
-                entry = next(folder.entries, None)
-                if entry is None:
-                    if folder.path:
-                        self._finish_folder(folder.fd, folder.record, folder.path)
-                    os.close(folder.fd)
-                    stack.pop()
+            while True:
+                entry = next(stack[-1].entries, None)
+                if entry is not None:
+                    here = path + b"/" + entry.name if path else entry.name
+                    below = yield from self._make(descent, entry, here)
+                    if below is not None:
+                        stack.append(below)
+                        path = here
                     continue
-                below = yield from self._make(folder, entry)
-                if below is not None:
-                    stack.append(below)
+                done = stack.pop()
+                if not stack:
+                    return
+                self._finish_folder(descent.fd, done.record, path)
+                descent.leave()
+                path = path.rpartition(b"/")[0]
         finally:
-            for folder in stack:
-                os.close(folder.fd)
+            descent.close()
 
     def _begin(self) -> _Folder:
-        fd = os.dup(self._top_fd)
         if self._part is not None:
             self._entered.add(self._part.folder.number)
-            return _Folder(fd, b"", b"", self._part.folder, iter(self._part.names))
-        try:
-            self._top = self._find(TOP, b"")
-            if not self._top.is_directory:
-                raise DamagedObjectError("the top directory", "it is no directory")
-        except DamageError:
-            os.close(fd)
-            raise
-        return self._enter(fd, b"", b"", self._top)
+            return _Folder(self._part.folder, iter(self._part.names))
+        self._top = self._find(TOP, b"")
+        if not self._top.is_directory:
+            raise DamagedObjectError("the top directory", "it is no directory")
+        return self._enter(self._top, b"")
 
     def _make(
-        self, folder: _Folder, entry: DirectoryEntry
+        self, descent: Descent, entry: DirectoryEntry, path: bytes
     ) -> Generator[tuple[int, int, Entry], None, _Folder | None]:
-        """Make what a name leads to; return the directory to go on with, if it is one."""
-        path = folder.path + b"/" + entry.name if folder.path else entry.name
+        """Make what a name leads to; enter it and return it, if it is a directory."""
+        folder = descent.fd
         try:
             if entry.kind == SUBVOLUME:
-                os.mkdir(entry.name, _STUB, dir_fd=folder.fd)
+                os.mkdir(entry.name, _STUB, dir_fd=folder)
                 self.nested.append(path)
                 return None
             record = self._find(entry.inode, path)
@@ -241,13 +237,14 @@ class TreeRestore:
                 return None
             self._inodes += 1
             if kind == stat.S_IFDIR:
-                os.mkdir(entry.name, _PRIVATE, dir_fd=folder.fd)
-                fd = os.open(entry.name, _FOLDER, dir_fd=folder.fd)
-                return self._enter(fd, path, entry.name, record)
+                below = self._enter(record, path)
+                os.mkdir(entry.name, _PRIVATE, dir_fd=folder)
+                descent.enter(os.open(entry.name, _FOLDER, dir_fd=folder))
+                return below
             if kind == stat.S_IFREG:
                 yield from self._make_file(folder, entry, path, record)
             else:
-                self._make_node(folder.fd, entry.name, kind, path, record)
+                self._make_node(folder, entry.name, kind, path, record)
         except OSError as err:
             raise TargetFailedError(os.path.join(self._name, printable(path)), err) from err
         return None
@@ -258,24 +255,15 @@ class TreeRestore:
             raise DamagedObjectError(printable(path), f"there is no inode {number}")
         return record
 
-    def _enter(self, fd: int, path: bytes, name: bytes, record: InodeRecord) -> _Folder:
+    def _enter(self, record: InodeRecord, path: bytes) -> _Folder:
         if record.number in self._entered:
-            os.close(fd)
             raise DamagedObjectError(printable(path), f"directory {record.number} is in two places")
         self._entered.add(record.number)
-        try:
-            return _Folder(fd, path, name, record, iter(self._reader.listing(record)))
-        except DamageError:
-            os.close(fd)
-            raise
+        return _Folder(record, iter(self._reader.listing(record)))
 
-    def _link(self, folder: _Folder, entry: DirectoryEntry, path: bytes, record: InodeRecord) -> bool:
+    def _link(self, folder: int, entry: DirectoryEntry, path: bytes, record: InodeRecord) -> bool:
         """Give an inode that is there a further name."""
         if record.nlink < 2:
-            if record.number in self._linked:
-                raise DamagedObjectError(
-                    printable(path), f"inode {record.number} has more names than it says"
-                )
             return False
         known = self._linked.get(record.number)
         if known is None:
@@ -284,7 +272,7 @@ class TreeRestore:
         parent, _, name = known.rpartition(b"/")
         source = self.open_path(parent, _FOLDER) if parent else os.dup(self._top_fd)
         try:
-            os.link(name, entry.name, src_dir_fd=source, dst_dir_fd=folder.fd, follow_symlinks=False)
+            os.link(name, entry.name, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             # It could not be made, which was noted.
             self.unkept.note("hard link", path)
@@ -293,7 +281,7 @@ class TreeRestore:
         return True
 
     def _make_file(
-        self, folder: _Folder, entry: DirectoryEntry, path: bytes, record: InodeRecord
+        self, folder: int, entry: DirectoryEntry, path: bytes, record: InodeRecord
     ) -> Iterator[tuple[int, int, Entry]]:
         places = -(-record.size // self._chunk_size)
         if record.content.levels != levels_of(places):
@@ -303,7 +291,7 @@ class TreeRestore:
             state = state_of(self._reader, record)
         else:
             self.unkept.note("holes and shared extents, of which there are too many", path)
-        fd = os.open(entry.name, _NEW_FILE, 0o600, dir_fd=folder.fd)
+        fd = os.open(entry.name, _NEW_FILE, 0o600, dir_fd=folder)
         file = OpenFile(record, path, fd, state, 0, places)
         try:
             inode_attributes.prepare_file(fd, record, self._xattrs(record), path, self.unkept)

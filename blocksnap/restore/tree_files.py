@@ -2,7 +2,8 @@
 
 So chunks of many files are fetched, proven and written by the engine that restores volumes. A file is
 complete when all numbers up to its own are; then it gets its holes, what it shares with others, and its
-attributes. How many are open at a time is bounded by the windows that are on their way.
+attributes. How many are open at a time is bounded by the windows that are on their way: only those of which
+something is fetched are, however many others lie between them.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class OpenFile:
     record: InodeRecord
     path: bytes
     fd: int
+    """Negative where nothing is fetched for it, until it is finished."""
     state: bytes
     first: int
     count: int
@@ -141,13 +143,25 @@ class TreeFiles:
         with self._lock:
             self._files.append(file)
             self._firsts.append(file.first)
+        is_fetched = False
         for number, _, entry in runs:
             if len(entry) != _ID:
                 # Zeros that were written become holes too: compressed, they had no room either.
                 continue
             if may_share and self.can_share and self._share(file, number, entry):
                 continue
+            is_fetched = True
             yield file.first + number, 1, entry
+        if is_fetched:
+            return
+        if file.clones:
+            # What it shares may not be there yet.
+            os.close(file.fd)
+            file.fd = -1
+            return
+        self._complete(file)
+        with self._lock:
+            del self._files[-1], self._firsts[-1]
 
     def begin(self) -> int:
         """Nothing is gone on with."""
@@ -193,7 +207,8 @@ class TreeFiles:
     def close(self, *, keep: bool = False) -> bool:  # noqa: ARG002 - protocol
         """Let go of all files."""
         for file in self._files:
-            os.close(file.fd)
+            if file.fd >= 0:
+                os.close(file.fd)
         self._files, self._firsts = [], []
         return False
 
@@ -207,18 +222,23 @@ class TreeFiles:
     def _finish(self, number: int) -> None:
         done = 0
         while done < len(self._files) and self._files[done].first + max(self._files[done].count, 1) <= number:
-            file = self._files[done]
-            try:
-                self._share_all(file)
-                self._make_holes(file)
-            except OSError as err:
-                raise TargetFailedError(self._path_of(file), err) from err
-            self._finish_file(file)
-            os.close(file.fd)
-            file.fd = -1
+            self._complete(self._files[done])
             done += 1
         with self._lock:
             del self._files[:done], self._firsts[:done]
+
+    def _complete(self, file: OpenFile) -> None:
+        """Give a file of which all is fetched the rest, and close it."""
+        try:
+            if file.fd < 0:
+                file.fd = self._open_path(file.path, os.O_RDWR)
+            self._share_all(file)
+            self._make_holes(file)
+        except OSError as err:
+            raise TargetFailedError(self._path_of(file), err) from err
+        self._finish_file(file)
+        os.close(file.fd)
+        file.fd = -1
 
     def _share(self, file: OpenFile, number: int, entry: Entry) -> bool:
         """Remember where a chunk goes, or where it was; tell whether it need not be fetched again."""

@@ -10,12 +10,12 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 from types import TracebackType
 from typing import Self
 
 from blocksnap.errors import TargetError
+from blocksnap.restore.descent import Descent
 from blocksnap.restore.naming import flush_folder, give_name, hidden_name
 from blocksnap.restore.targets import NameFailedError, NameTakenError, TargetBusyError, TargetFailedError
 from blocksnap.system import btrfs
@@ -147,21 +147,49 @@ def remove_tree(parent: int, name: str) -> None:
                 pass
             else:
                 return
-        for folder, folders, files, inner in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
-            del folder
-            clear_flags_of(inner)
-            for each in (*folders, *files):
-                _allow_removal(inner, each)
+        _empty(fd)
     finally:
         os.close(fd)
-    shutil.rmtree(name, dir_fd=parent)
+    os.rmdir(name, dir_fd=parent)
 
 
-def _allow_removal(folder: int, name: str) -> None:
+def _empty(top_fd: int) -> None:
+    """Remove all that is in a directory, however deep that is, and follow no link."""
+    descent, entered = Descent(os.dup(top_fd)), list[str]()
+    left = [_remove_files(descent.fd)]
+    try:
+        while True:
+            if left[-1]:
+                entered.append(left[-1].pop())
+                descent.enter(os.open(entered[-1], _FOLDER, dir_fd=descent.fd))
+                left.append(_remove_files(descent.fd))
+                continue
+            left.pop()
+            if not left:
+                return
+            descent.leave()
+            os.rmdir(entered.pop(), dir_fd=descent.fd)
+    finally:
+        descent.close()
+
+
+def _remove_files(folder: int) -> list[str]:
+    """Remove what is in a directory but other directories; return their names, ready to be entered."""
+    clear_flags_of(folder)
+    folders = []
+    for name in os.listdir(folder):
+        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            _allow_removal(folder, name, mode)
+        if stat.S_ISDIR(mode):
+            folders.append(name)
+        else:
+            os.unlink(name, dir_fd=folder)
+    return folders
+
+
+def _allow_removal(folder: int, name: str, mode: int) -> None:
     """Take from a file or directory what forbids its removal."""
-    mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        return
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except PermissionError:

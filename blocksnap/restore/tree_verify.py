@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from blocksnap.errors import TargetError
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.inodes import InodeRecord
 from blocksnap.repository.keys import KeyRing
-from blocksnap.repository.listings import SUBVOLUME
+from blocksnap.repository.listings import SUBVOLUME, DirectoryEntry
+from blocksnap.restore.descent import Descent
 from blocksnap.restore.naming import printable
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -36,29 +37,35 @@ def verify_tree(
     reader: InodeReader, keys: KeyRing, top_fd: int, chunk_size: int, progress: Callable[[int], None]
 ) -> None:
     """Compare the content of every file; raises FileDiffersError, DamageError, OSError."""
-    stack = [(os.dup(top_fd), "", _TOP)]
+    descent, stack, path = Descent(os.dup(top_fd)), [_names(reader, reader.find(_TOP))], b""
     try:
-        while stack:
-            folder, path, number = stack.pop()
-            try:
-                record = reader.find(number)
-                for entry in reader.listing(record) if record is not None else ():
-                    found = reader.find(entry.inode) if entry.kind != SUBVOLUME else None
-                    name = printable(entry.name)
-                    below = f"{path}/{name}" if path else name
-                    if found is not None and found.is_directory:
-                        stack.append((os.open(entry.name, _FOLDER, dir_fd=folder), below, entry.inode))
-                    elif found is not None and found.is_file:
-                        fd = os.open(entry.name, _FILE, dir_fd=folder)
-                        try:
-                            _verify_file(fd, below, found, reader, keys, chunk_size, progress)
-                        finally:
-                            os.close(fd)
-            finally:
-                os.close(folder)
+        while True:
+            entry = next(stack[-1], None)
+            if entry is None:
+                stack.pop()
+                if not stack:
+                    return
+                descent.leave()
+                path = path.rpartition(b"/")[0]
+                continue
+            found = reader.find(entry.inode) if entry.kind != SUBVOLUME else None
+            here = path + b"/" + entry.name if path else entry.name
+            if found is not None and found.is_directory:
+                descent.enter(os.open(entry.name, _FOLDER, dir_fd=descent.fd))
+                stack.append(_names(reader, found))
+                path = here
+            elif found is not None and found.is_file:
+                fd = os.open(entry.name, _FILE, dir_fd=descent.fd)
+                try:
+                    _verify_file(fd, printable(here), found, reader, keys, chunk_size, progress)
+                finally:
+                    os.close(fd)
     finally:
-        for fd, _, _ in stack:
-            os.close(fd)
+        descent.close()
+
+
+def _names(reader: InodeReader, folder: InodeRecord | None) -> Iterator[DirectoryEntry]:
+    return iter(reader.listing(folder) if folder is not None else ())
 
 
 def _verify_file(

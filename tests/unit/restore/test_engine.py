@@ -7,7 +7,7 @@ import io
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from blocksnap.repository.lookup import Location
 from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import engine, naming
-from blocksnap.restore.engine import UnreadableChunkError, restore_to_stream, restore_to_target, verify_chunks
+from blocksnap.restore.engine import (
+    UnreadableChunkError,
+    restore_runs,
+    restore_to_stream,
+    restore_to_target,
+    verify_chunks,
+)
 from blocksnap.restore.file_target import FileTarget
 from blocksnap.restore.plan import Window, plan_windows, planned_ahead
 from blocksnap.restore.record import RestoreRecord
@@ -210,6 +216,51 @@ def test_streaming_holds_bytes_and_not_chunks(tmp_path: Path, monkeypatch: pytes
     assert stream.getvalue() == content
     restore_to_stream(repository, Geometry(0, 8 << 20), iter([]), stream, Counter())
     assert asked == [4, 1]
+
+
+class Waiting(FileTarget):
+    """Its writes wait, as for room in a pool, until it is given up; with ``windows`` only the first does."""
+
+    def __init__(self, path: Path, windows: int) -> None:
+        super().__init__(str(path), GEOMETRY.size, RECORD)
+        self._windows = windows
+        self._first = -1
+        self._given_up = threading.Event()
+        self.is_waiting, self.is_ahead = threading.Event(), threading.Event()
+        self.begun = self.vain = 0
+        self.was_ahead: bool | None = None
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        ranges = list(ranges)
+        super().expect(ranges)
+        self._first = ranges[0][0] if self._first < 0 else self._first
+        self.begun += 1
+        if self.begun > self._windows:
+            self.is_ahead.set()
+
+    def give_up(self) -> None:
+        self._given_up.set()
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        self.is_waiting.set()
+        if not self._windows and not self._given_up.wait(20):
+            self.vain += 1
+        elif self._windows and offset == self._first:
+            self.was_ahead = self.is_ahead.wait(1)
+        super().write(offset, data)
+
+
+def test_no_window_goes_far_ahead_of_one_that_is_slow(
+    stored: tuple[Path, MapRoot, bytes], tmp_path: Path
+) -> None:
+    """Each of a tree's has its files open."""
+    place, root, content = stored
+    repository, target = open_repository(place), Waiting(tmp_path / "out", 9)
+    restore_runs(repository, GEOMETRY, runs(repository, root), target, Counter(), window_chunks=8)
+    assert target.was_ahead is False
+    target.finish()
+    target.close()
+    assert (tmp_path / "out").read_bytes() == content
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, module: object, name: str, code: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import resource
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from blocksnap.repository.listings import DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import inode_values
 from blocksnap.restore.tree_layout import is_layout, read_layout
+from blocksnap.restore.tree_place import remove_tree
 from blocksnap.restore.unkept import Unkept
 from support.inode_trees import Node, chunk, inode_map, store_tree
 from support.repositories import CHUNK, make_repository, open_repository, open_writer
@@ -67,6 +71,65 @@ def test_a_tree_comes_back(place: Path) -> None:
     assert os.readlink(out / "link") == "folder/inner"
     assert (done.nested, done.result.inodes, done.verified) == (("sub",), 4, True)
     assert os.listdir(place / "targets") == ["out"]
+
+
+@contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """Have no room for more than so many beside those that are open; usually a process may have 1,024."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    limit = next(each for each in itertools.count() if each - sum(fd < each for fd in used) == count)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def deep(depth: int, last: Node) -> dict[int, Node]:
+    folders = {300 + at: names((b"d", 301 + at, FOLDER)) for at in range(depth - 1)}
+    top = {256: names((b"d", 300, FOLDER), (b"z", 257, FILE)), 257: GOOD}
+    return top | folders | {299 + depth: last}
+
+
+def test_a_deep_tree_needs_few_descriptors(place: Path) -> None:
+    """Also to be read back, and to be removed: each level of it once was one more."""
+    depth, targets = 400, os.open(place / "targets", os.O_RDONLY)
+    try:
+        with few_descriptors(100):
+            done = restored(place, deep(depth, names((b"last", 258, FILE))) | {258: GOOD})
+            assert (done.result.inodes, done.verified) == (depth + 2, True)
+            fd = os.dup(targets)
+            for name in (b"out", *[b"d"] * depth):
+                below = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            assert os.listdir(fd) == ["last"]
+            assert os.fstat(fd).st_mtime_ns == 0
+            os.close(fd)
+    finally:
+        remove_tree(targets, "out")
+        os.close(targets)
+    assert os.listdir(place / "targets") == []
+
+
+def test_a_deep_tree_that_fails_leaves_nothing(place: Path) -> None:
+    with few_descriptors(100), pytest.raises(DamageError, match="there is no inode 99"):
+        restored(place, deep(1100, names((b"last", 99, FILE))))
+    assert os.listdir(place / "targets") == []
+
+
+def test_many_files_and_directories_need_few_descriptors(place: Path) -> None:
+    """Files without content, and those that share all they have with another; directories, read back."""
+    many = range(1000, 1300)
+    entries = [(b"%d" % number, number, FOLDER if number % 3 == 2 else FILE) for number in many]
+    kinds = (Node(), GOOD, names())
+    with few_descriptors(100):
+        done = restored(place, {256: names(*entries)} | {number: kinds[number % 3] for number in many})
+    assert (done.result.inodes, done.verified) == (len(many), True)
+    out = place / "targets" / "out"
+    assert {(out / str(number)).read_bytes() for number in many if number % 3 == 1} == {chunk(1)}
+    assert all((out / str(number)).stat().st_size == 0 for number in many if number % 3 == 0)
 
 
 GOOD = Node({0: 1}, 1)
