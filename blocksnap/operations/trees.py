@@ -17,7 +17,6 @@ from blocksnap.errors import BlocksnapError
 from blocksnap.operations.reporting import Reporter, each_once, phase
 from blocksnap.operations.tree_storing import inode_map
 from blocksnap.repository.documents import Backup
-from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.inodes import InodeRecord
 from blocksnap.repository.keys import Right
@@ -30,7 +29,8 @@ from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree import Part, TreeRestore
 from blocksnap.restore.tree_mount import TreeEnd, take_connection
 from blocksnap.restore.tree_names import Name
-from blocksnap.restore.tree_view import STUB, TreeView
+from blocksnap.restore.tree_places import Places
+from blocksnap.restore.tree_view import TreeView
 from blocksnap.system.files import flush_filesystem_of
 
 _MODE = 0o7777
@@ -97,7 +97,7 @@ class FilesOfTree:
         self._repository = repository
         self._report = report
         taken_ns = int(backup.time.timestamp() * 1e9)
-        self._view = TreeView(repository, inode_map(backup), backup.chunk_size, taken_ns)
+        self._view = TreeView(repository, inode_map(backup), backup.chunk_size, taken_ns, Places())
 
     def entries(self, path: str, *, recursive: bool, find: str | None) -> Iterator[dict[str, Any]]:
         """Yield what is in a directory, or the entry that a path names; all below it if asked, by names.
@@ -108,7 +108,7 @@ class FilesOfTree:
         if not record.is_directory:
             yield self._entry(name, record)
             return
-        waiting, entered = [(name, record)], {record.number}
+        waiting = [(name, record)]
         while waiting:
             above, folder = waiting.pop()
             below = []
@@ -117,12 +117,7 @@ class FilesOfTree:
                 found = self._view.child(each, here)
                 if not find or fnmatch.fnmatchcase(os.fsdecode(each.name), find):
                     yield self._entry(here, found)
-                if (recursive or find) and found.is_directory and found.number != STUB:
-                    if found.number in entered:
-                        raise DamagedObjectError(
-                            printable(here), f"directory {found.number} is in two places"
-                        )
-                    entered.add(found.number)
+                if (recursive or find) and found.is_directory:
                     below.append((here, found))
             waiting += reversed(below)
 

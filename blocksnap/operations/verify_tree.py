@@ -14,7 +14,7 @@ from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.inode_map import InodeReader
-from blocksnap.repository.inodes import InodeRecord, levels_of
+from blocksnap.repository.inodes import PAGE_INODES, InodeRecord, levels_of
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import verify_chunks
@@ -61,9 +61,16 @@ def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter)
     geometry = _Numbered(1 << 62, backup.chunk_size)
 
     def runs() -> Iterator[tuple[int, int, Entry]]:
-        first = 0
-        for page in range(found.pages):
-            for record in _page(reader, page, problems):
+        first, left = 0, found.count
+        for page in _pages(reader, problems):
+            records = _page(reader, page, problems)
+            left -= len(records)
+            if left < 0:
+                problems.append(
+                    DamageError(f"there are more inodes than {found.count}, as the manifest says")
+                )
+                return
+            for record in records:
                 _look_at(reader, record, backup.chunk_size, problems)
                 if not record.is_file or not record.size:
                     continue
@@ -83,11 +90,21 @@ def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter)
     return problems
 
 
+def _pages(reader: InodeReader, problems: list[DamageError]) -> Iterator[int]:
+    def lose(begin: int, _: int, err: DamageError) -> None:
+        problems.append(UnreadableInodeError(begin * PAGE_INODES, "records from that", err))
+
+    try:
+        yield from reader.pages(lose)
+    except DamageError as err:
+        problems.append(err)
+
+
 def _page(reader: InodeReader, number: int, problems: list[DamageError]) -> list[InodeRecord]:
     try:
         return list(reader.page(number).values())
     except DamageError as err:
-        problems.append(UnreadableInodeError(number * 16, "records from that", err))
+        problems.append(UnreadableInodeError(number * PAGE_INODES, "records from that", err))
         return []
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
+from blocksnap.errors import DamageError
 from blocksnap.repository.blockmap import FANOUT, HOLE, Entry, MapReader, MapRoot, MapWriter
 from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.frame import FrameType
@@ -31,6 +32,9 @@ from blocksnap.repository.listings import DirectoryEntry, decode_listing, encode
 
 _ID = 32
 _CACHED_PAGES = 512
+_INODES = "the map of inodes"
+_MOST_HOLES = 2 * (FANOUT - 1)
+"""In a row, for each level of a map of which every node leads to something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +88,20 @@ class InodeReader:
             self._pages.move_to_end(number)
         return found
 
+    def pages(self, on_damage: Callable[[int, int, DamageError], None]) -> Iterator[int]:
+        """Yield the numbers of the pages there are, ascending; what is lost is told as ranges of them."""
+        for number, _ in _ids(self.maps, self._map.root, self._map.pages, _INODES, on_damage):
+            yield number
+
     def records(self) -> Iterator[InodeRecord]:
-        """Yield all records in ascending order."""
-        for number, _, entry in self.maps.runs(self._map.root, 0, self._map.pages):
-            yield from self._decode(number, entry)
+        """Yield all records in ascending order, and no more than the manifest says there are."""
+        left = self._map.count
+        for number, entry in _ids(self.maps, self._map.root, self._map.pages, _INODES):
+            records = self._decode(number, entry)
+            left -= len(records)
+            if left < 0:
+                raise DamagedObjectError(_INODES, f"it has more than {self._map.count}")
+            yield from records
 
     def value(self, value: Value) -> bytes:
         """Return the bytes of a value that is no listing."""
@@ -122,19 +136,52 @@ class InodeReader:
             if value.length:
                 yield from decode_listing(value.inline, where)
             return
-        for number, _, entry in self.maps.runs(value.root, 0, value.places):
-            if len(entry) != _ID:
-                continue
+        for number, entry in _ids(self.maps, value.root, value.places, where):
+            at = -1
             for found in decode_listing(self._source.load(FrameType.ATTACHMENT, entry), where):
-                if found.index // LISTING_SPAN != number:
+                at = found.index // LISTING_SPAN
+                if at != number:
                     raise DamagedObjectError(where, f"{found.name!r} is in the wrong place")
                 yield found
+            if at < 0:
+                raise DamagedObjectError(where, "its listing has a block without names")
 
     def _decode(self, number: int, entry: Entry) -> list[InodeRecord]:
         if len(entry) != _ID:
             return []
         plain = self._source.load(FrameType.INODES, entry)
         return decode_page(plain, number, f"inode records {entry.hex()[:16]}")
+
+
+def _ids(
+    maps: MapReader,
+    root: MapRoot,
+    places: int,
+    where: str,
+    on_damage: Callable[[int, int, DamageError], None] | None = None,
+) -> Iterator[tuple[int, bytes]]:
+    """Yield what a map without zeros leads to, ascending.
+
+    A node that leads to nothing, which is never stored, could stand in the place of any number of others.
+    Raises DamagedObjectError where there is one, and, without ``on_damage``, what loading nodes raises.
+    """
+    empty, most = 0, _MOST_HOLES * root.levels + 1
+
+    def lose(begin: int, end: int, err: DamageError) -> None:
+        nonlocal empty
+        if on_damage is None:
+            raise err
+        empty = 0
+        on_damage(begin, end, err)
+
+    for number, _, entry in maps.runs(root, 0, places, lose):
+        if len(entry) == _ID:
+            empty = 0
+            yield number, entry
+            continue
+        empty += 1
+        if empty > most:
+            raise DamagedObjectError(where, "it has nodes that lead to nothing")
 
 
 def store_value(store: BlobStore, data: bytes) -> Value:

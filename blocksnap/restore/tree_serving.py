@@ -29,6 +29,7 @@ from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.naming import printable
 from blocksnap.restore.tree import ENTRY_KINDS, TOP, UnreadableFileError
 from blocksnap.restore.tree_names import Name, Names
+from blocksnap.restore.tree_places import Places
 from blocksnap.restore.tree_view import STUB, TreeView, blocks_of
 
 LATEST = "latest"
@@ -131,6 +132,8 @@ class Trees(Operations):  # type: ignore[misc] # mfusepy has no types
         self._newest = max(shown, key=lambda each: each.taken_ns)
         self._tell = tell
         self._views: OrderedDict[str, TreeView] = OrderedDict()
+        # Of all backups, and for as long as they are shown: views come and go.
+        self._places = Places()
         self._lock = threading.Lock()
         self._handles: dict[int, Image] = {}
         self._listings: dict[int, _Listing] = {}
@@ -312,7 +315,10 @@ class Trees(Operations):  # type: ignore[misc] # mfusepy has no types
         with self._lock:
             found = self._views.get(shown.folder)
             if found is None:
-                found = TreeView(self._repository, shown.inodes, shown.chunk_size, shown.taken_ns)
+                ordinal = self._ordinals[shown.folder]
+                found = TreeView(
+                    self._repository, shown.inodes, shown.chunk_size, shown.taken_ns, self._places, ordinal
+                )
                 self._views[shown.folder] = found
                 if len(self._views) > _VIEWS:
                     self._views.popitem(last=False)

@@ -1,8 +1,8 @@
 """Look into the backup of a subvolume: records found by paths, from the map of inodes, as they are asked for.
 
 What is kept is bounded, however many inodes there are: pages of records, nodes of maps, names of directories.
-What the records say is believed no more than by a restore (``restore.tree``): no name leads outside, no
-directory is found below itself or in two places: a walk would have no end that anybody lives to see.
+What the records say is believed no more than by a restore (``restore.tree``): no name leads outside, and no
+directory is found in two places (``restore.tree_places``), so not below itself either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
 from blocksnap.pipeline.flow import Geometry
@@ -25,6 +24,7 @@ from blocksnap.restore.naming import printable
 from blocksnap.restore.tree import ENTRY_KINDS, TOP
 from blocksnap.restore.tree_layout import room_of
 from blocksnap.restore.tree_names import Name, Names
+from blocksnap.restore.tree_places import Places
 
 STUB = 2
 """Inode number of the empty directory in the place of a nested subvolume, as the kernel shows one in a
@@ -32,41 +32,33 @@ snapshot (BTRFS_EMPTY_SUBVOL_DIR_OBJECTID)."""
 _KEPT_FOLDERS = 4096
 _KEPT_PATHS_BYTES = 8 << 20
 """Of their paths, which are long where directories are deep."""
-_KEPT_PLACES = 1 << 16
-"""Directories of which the path is remembered by which they were found, those that were looked at last."""
 _KEPT_NAMES_BYTES = 8 << 20
 _KEPT_ROOMS = 8192
 _BLOCK, _SECTOR = 4096, 512
 
 
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """A directory, and that above it: what it has in common with others is not held twice."""
-
-    record: InodeRecord
-    above: _Folder | None
-
-    def is_below(self, number: int) -> bool:
-        """Tell whether it, or a directory above it, has a number."""
-        at: _Folder | None = self
-        while at is not None:
-            if at.record.number == number:
-                return True
-            at = at.above
-        return False
-
-
 class TreeView:
-    """One backup, for several threads. Raises DamageError, and what finding a path raises."""
+    """One backup, for several threads. Raises DamageError, PlacesFailedError, and what finding a path raises.
 
-    def __init__(self, source: BlobSource, inodes: InodeMap, chunk_size: int, taken_ns: int) -> None:
+    ``places`` is for all backups that are looked at together, of which this is number ``ordinal``.
+    """
+
+    def __init__(
+        self,
+        source: BlobSource,
+        inodes: InodeMap,
+        chunk_size: int,
+        taken_ns: int,
+        places: Places,
+        ordinal: int = 0,
+    ) -> None:
         self._reader = InodeReader(source, inodes)
+        self._places, self._ordinal = places, ordinal
         self._chunk_size = chunk_size
         self._taken = taken_ns
         self._lock = threading.RLock()
-        self._folders: OrderedDict[bytes, _Folder] = OrderedDict()
+        self._folders: OrderedDict[bytes, InodeRecord] = OrderedDict()
         self._paths_bytes = 0
-        self._places: dict[int, int] = {}
         self._names: OrderedDict[int, Names] = OrderedDict()
         self._names_bytes = 0
         self._rooms: OrderedDict[int, int] = OrderedDict()
@@ -79,13 +71,17 @@ class TreeView:
         with self._lock:
             above, _, name = path.rpartition(b"/")
             if not name:
-                return self._folder(b"").record
+                return self._folder(b"")
             return self._below(self._folder(above), name, path)
 
     def child(self, found: Name, path: bytes) -> InodeRecord:
-        """Return the inode of a name, whose path is for what there is to say of damage."""
+        """Return the inode of a name in a directory that was found, by its path: a directory has one."""
         with self._lock:
-            return self._record(found, path)
+            record = self._record(found, path)
+            is_folder = record.is_directory and found.kind != SUBVOLUME
+            if is_folder and not self._places.is_its_own(self._ordinal, record.number, path):
+                raise DamagedObjectError(printable(path), f"directory {record.number} is in two places")
+            return record
 
     def names(self, folder: InodeRecord) -> Names:
         """Return the names in a directory; there are none in the place of a nested subvolume."""
@@ -145,8 +141,8 @@ class TreeView:
             raise DamagedObjectError(f"inode {file.number}", "its content does not fit its size")
         return geometry
 
-    def _folder(self, path: bytes) -> _Folder:
-        """Return a directory, with all above it."""
+    def _folder(self, path: bytes) -> InodeRecord:
+        """Return a directory, found through all above it."""
         ends = [len(path)]
         while (above := self._folders.get(path[: ends[-1]])) is None and ends[-1]:
             ends.append(max(path.rfind(b"/", 0, ends[-1]), 0))
@@ -158,38 +154,29 @@ class TreeView:
             record = self._below(above, at.rpartition(b"/")[2], at)
             if not record.is_directory:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), printable(at))
-            above = self._keep(at, _Folder(record, above))
+            above = self._keep(at, record)
         return above
 
-    def _top(self) -> _Folder:
+    def _top(self) -> InodeRecord:
         top = self._reader.find(TOP)
         if top is None or not top.is_directory:
             raise DamagedObjectError("the top directory", "it is no directory")
-        return self._keep(b"", _Folder(top, None))
+        self._places.is_its_own(self._ordinal, TOP, b"")
+        return self._keep(b"", top)
 
-    def _keep(self, path: bytes, found: _Folder) -> _Folder:
+    def _keep(self, path: bytes, found: InodeRecord) -> InodeRecord:
         self._folders[path] = found
         self._paths_bytes += len(path)
         while len(self._folders) > _KEPT_FOLDERS or self._paths_bytes > _KEPT_PATHS_BYTES:
             self._paths_bytes -= len(self._folders.popitem(last=False)[0])
         return found
 
-    def _below(self, folder: _Folder, name: bytes, path: bytes) -> InodeRecord:
-        """Return what a name in a directory leads to, and the path: a directory has one place."""
-        found = self.names(folder.record).find(name)
+    def _below(self, folder: InodeRecord, name: bytes, path: bytes) -> InodeRecord:
+        """Return what a name in a directory leads to, and the path."""
+        found = self.names(folder).find(name)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), printable(path))
-        record = self._record(found, path)
-        if record.is_directory and found.kind != SUBVOLUME:
-            place = hash(path)
-            if folder.is_below(record.number) or self._places.get(record.number, place) != place:
-                raise DamagedObjectError(printable(path), f"directory {record.number} is in two places")
-            # The last that was looked at is the last to be forgotten.
-            self._places.pop(record.number, None)
-            self._places[record.number] = place
-            if len(self._places) > _KEPT_PLACES:
-                del self._places[next(iter(self._places))]
-        return record
+        return self.child(found, path)
 
     def _record(self, found: Name, path: bytes) -> InodeRecord:
         if found.kind == SUBVOLUME:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blocksnap.repository.blockmap import MapRoot
+from blocksnap.repository.blockmap import HOLE, ZERO, MapRoot, encode_node
 from blocksnap.repository.compact import fold, read_number, unfold, write_number
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
 from blocksnap.repository.frame import FrameType
@@ -248,3 +248,43 @@ def test_whatever_a_record_refers_to_is_named(
     found = page_references(encode_page([record]), "here")
     assert [each.leaf for each in found] == expected
     assert all(each.root in (ROOT, record.content) for each in found)
+
+
+@pytest.mark.parametrize("what", ["holes", "holes and zeros", "empty blocks"])
+def test_a_listing_that_leads_to_nothing_has_an_end(what: str) -> None:
+    """One node of each level stands in the place of all: 64^9 blocks, and not a name in them."""
+    blobs = Blobs()
+    empty = blobs.store_blob(FrameType.ATTACHMENT, encode_listing([]))
+    leaves = {"holes": [HOLE] * 64, "holes and zeros": [HOLE, ZERO] * 32, "empty blocks": [empty] * 64}
+    entry = blobs.store_blob(FrameType.NODE, encode_node(0, leaves[what]))
+    for level in range(1, 9):
+        entry = blobs.store_blob(FrameType.NODE, encode_node(level, [entry] * 64))
+    value = Value(1 << 40, b"", 64**9, MapRoot(9, entry))
+    reader = InodeReader(blobs, InodeMap(MapRoot(9, entry), 64**9, 1, 0))
+    with pytest.raises(DamagedObjectError, match=r"nodes that lead to nothing|block without names"):
+        reader.listing(inode(256, mode=stat.S_IFDIR, detail=value))
+    if what != "empty blocks":
+        with pytest.raises(DamagedObjectError, match="nodes that lead to nothing"):
+            list(reader.pages(lambda *_: None))
+        with pytest.raises(DamagedObjectError, match="nodes that lead to nothing"):
+            list(reader.records())
+
+
+def test_no_more_inodes_are_read_than_there_are_said_to_be() -> None:
+    blobs = Blobs()
+    entry = blobs.store_blob(FrameType.INODES, encode_page([inode(1)]))
+    for level in range(9):
+        entry = blobs.store_blob(FrameType.NODE, encode_node(level, [entry] * 64))
+    reader = InodeReader(blobs, InodeMap(MapRoot(9, entry), 64**9, 100, 0))
+    with pytest.raises(DamagedObjectError, match="more than 100"):
+        list(reader.records())
+
+
+def test_names_far_apart_are_listed() -> None:
+    """Between them are as many holes as there can be: at the end of each node, and at the beginning."""
+    blobs, at = Blobs(), [2, *(256 * 64**level for level in range(5)), 256 * 64**5 - 1, 256 * 64**9 + 1]
+    entries = [DirectoryEntry(b"n" * 200 + b"%d" % index, 257, 1, index) for index in sorted(at)]
+    value = store_listing(blobs, entries)
+    assert not value.is_inline
+    reader = InodeReader(blobs, InodeMap(MapRoot(1, HOLE), 1, 0, 0))
+    assert reader.listing(inode(256, mode=stat.S_IFDIR, detail=value)) == entries

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import itertools
 import os
 import random
 import stat
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,18 @@ from blocksnap.operations.catalogue import find_backup
 from blocksnap.operations.reporting import Quiet
 from blocksnap.operations.trees import FilesOfTree, NoSuchPathError
 from blocksnap.pipeline.flow import Geometry
+from blocksnap.repository import inode_map as inode_maps
 from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.frame import FrameType
+from blocksnap.repository.inodes import InodeRecord
 from blocksnap.repository.listings import DirectoryEntry
-from blocksnap.restore import inode_values, tree_names, tree_view
+from blocksnap.restore import inode_values, tree_names, tree_places, tree_view
 from blocksnap.restore.images import Image, ImageReader
 from blocksnap.restore.private_folder import private_folder
 from blocksnap.restore.tree_names import Names
+from blocksnap.restore.tree_places import Places, PlacesFailedError
+from blocksnap.restore.tree_serving import ShownTree, Trees
 from blocksnap.restore.tree_view import STUB, TreeView
 from support.inode_trees import Node, chunk, inode_map, store_tree
 from support.repositories import CHUNK, make_repository, open_repository, open_writer
@@ -53,8 +59,9 @@ def files_of(place: Path, tree: Mapping[int, Node]) -> FilesOfTree:
     return FilesOfTree(repository, find_backup(repository, "latest").backup, Quiet())
 
 
-def view_of(files: FilesOfTree, place: Path) -> TreeView:
-    return TreeView(open_repository(place / "repository"), inode_map(files.backup), CHUNK, 5)
+def view_of(files: FilesOfTree, place: Path, places: Places | None = None, ordinal: int = 0) -> TreeView:
+    source = open_repository(place / "repository")
+    return TreeView(source, inode_map(files.backup), CHUNK, 5, places or Places(), ordinal)
 
 
 def small_tree() -> dict[int, Node]:
@@ -130,8 +137,15 @@ def test_hostile_trees(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_a_directory_in_two_places_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of 60 directories holds the next one twice: 2^60 paths, and the number of a stub among them."""
+@pytest.mark.parametrize("recent", [1 << 16, 2])
+def test_a_directory_in_two_places_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recent: int
+) -> None:
+    """Each of 60 directories holds the next one twice: 2^60 paths, and the number of a stub among them.
+
+    However many were looked at meanwhile: what is not in memory any more is not forgotten.
+    """
+    monkeypatch.setattr(tree_places, "_RECENT", recent)
     numbers = [256, 299, 2, *range(300, 357)]
     tree = {
         number: names((b"a", below, FOLDER), (b"b", below, FOLDER))
@@ -147,19 +161,67 @@ def test_a_directory_in_two_places_has_one(tmp_path: Path, monkeypatch: pytest.M
             assert "is in two places" in err.brief
             continue
         found.append(folder.number)
+        assert len(found) <= len(numbers), "a directory is found again and again"
         waiting += [path + b"/" + each.name if path else each.name for each in view.names(folder)]
     assert sorted(found) == sorted(numbers)
-    # Which place it is does not change while it is remembered.
+    # Which place it is does not change.
     assert view.find(b"b").number == 299
     for _ in range(2):
         with pytest.raises(DamageError, match="in two places"):
             view.find(b"a")
     with pytest.raises(DamageError, match="in two places"):
         list(files.entries("", recursive=True, find=None))
-    # What is forgotten is not what is above.
-    monkeypatch.setattr(tree_view, "_KEPT_PLACES", 1)
-    with pytest.raises(DamageError, match="in two places"):
-        view.find(b"/".join([b"b"] * 59 + [b"again"]))
+
+
+def test_places_are_kept_when_a_view_is_not(tmp_path: Path) -> None:
+    """Several backups are shown at once, of which a few are in memory; each has places of its own."""
+    tree = {256: names((b"a", 300, FOLDER), (b"b", 300, FOLDER)), 300: names()}
+    files, places = files_of(tmp_path, tree), Places()
+    assert view_of(files, tmp_path, places, 1).find(b"a").number == 300
+    assert view_of(files, tmp_path, places, 2).find(b"b").number == 300
+    for ordinal, wrong in ((1, b"b"), (2, b"a")):
+        with pytest.raises(DamageError, match="in two places"):
+            view_of(files, tmp_path, places, ordinal).find(wrong)
+
+
+def test_places_of_backups_that_are_shown_together(tmp_path: Path) -> None:
+    """Each has its own, also while so many others are looked at that little of it is in memory."""
+    tree = {256: names((b"a", 300, FOLDER), (b"b", 300, FOLDER)), 300: names()}
+    files, told = files_of(tmp_path, tree), list[str]()
+    repository = open_repository(tmp_path / "repository")
+    shown = [ShownTree(str(at), inode_map(files.backup), CHUNK, at) for at in range(9)]
+    reader = ImageReader(repository)
+    try:
+        trees = Trees(repository, reader, shown, lambda err: told.append(err.brief))
+        for at in range(9):
+            assert stat.S_ISDIR(trees.getattr(f"/{at}/{'ab'[at % 2]}")["st_mode"])
+        for at in range(9):
+            with pytest.raises(OSError, match="Input/output error"):
+                trees.getattr(f"/{at}/{'ba'[at % 2]}")
+    finally:
+        reader.close()
+    assert len(told) == 9
+    assert all("in two places" in each for each in told)
+
+
+def test_places_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_places, "_RECENT", 64)
+    places, model, dice = Places(), dict[tuple[int, int], bytes](), random.Random(5)
+    numbers = [0, 256, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, *range(1000, 1400)]
+    for _ in range(8000):
+        key, path = (dice.randrange(3), dice.choice(numbers)), dice.choice([b"one", b"other"])
+        assert places.is_its_own(*key, path) == (model.setdefault(key, path) == path)
+        assert len(places._recent) <= 64
+
+
+def test_a_place_that_cannot_be_kept_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_places, "_RECENT", 1)
+    monkeypatch.setattr(tree_places, "_TABLE", "CREATE TABLE others (tree INTEGER)")
+    places = Places()
+    assert places.is_its_own(0, 256, b"")
+    for _ in range(3):
+        with pytest.raises(PlacesFailedError, match="cannot remember"):
+            places.is_its_own(0, 257, b"a")
 
 
 def test_deep_directories_take_little_memory(tmp_path: Path) -> None:
@@ -177,6 +239,21 @@ def test_deep_directories_take_little_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[0] < 30 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_records_above_a_directory_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, large = 300, ((b"user.x", b"x" * 900),)
+    tree = {256: names((b"d", 300, FOLDER))} | {
+        300 + at: replace(names((b"d", 301 + at, FOLDER)), xattrs=large) for at in range(depth)
+    }
+    files = files_of(tmp_path, tree | {300 + depth: names()})
+    monkeypatch.setattr(inode_maps, "_CACHED_PAGES", 2)
+    monkeypatch.setattr(tree_view, "_KEPT_FOLDERS", 16)
+    view = view_of(files, tmp_path)
+    assert view.find(b"/".join([b"d"] * depth)).number == 299 + depth
+    gc.collect()
+    assert sum(isinstance(each, InodeRecord) for each in gc.get_objects()) < 100
+    assert view.find(b"d").number == 300
 
 
 def test_the_place_of_a_nested_subvolume_is_empty(tmp_path: Path) -> None:
