@@ -61,7 +61,7 @@ def show_backups(
         source = own_mount.new_source()
         control, pid = _fork_tree(folder, source)
         here = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(_end_tree, control, pid, folder, source, here)
+        stack.callback(_end_tree, control, pid, source, here)
         end = TreeEnd(control, folder)
         namespace.leave_mounts()
         inner = fork_inner(answers(), namespace.PRIVATE_FOLDER, control)
@@ -281,13 +281,13 @@ def _show_tree(folder: str, source: str, control: socket.socket) -> bool:
     return serve_tree(folder, source, control, shown, root, socket.socket(fileno=inner))
 
 
-def _end_tree(control: socket.socket, pid: int, folder: str, source: str, namespace_fd: int) -> None:
+def _end_tree(control: socket.socket, pid: int, source: str, namespace_fd: int) -> None:
     """End the process that shows the tree, and unmount that, and nothing else, where it could not."""
     with suppress(OSError):
         control.shutdown(socket.SHUT_RDWR)
     control.close()
     if wait_for_child(pid):
-        own_mount.unmount_in(namespace_fd, folder, source)
+        own_mount.unmount_in(namespace_fd, source)
     os.close(namespace_fd)
 
 

@@ -238,24 +238,24 @@ def serve_tree(
         # it to us to unmount it.
         FuseThread(lambda: serve(tree, f"/dev/fd/{connection}"), ready, end).start()
     except NoFuseError as err:
-        own_mount.unmount(folder, source)
+        own_mount.unmount(source)
         tell_failure(control, err.reason)
         return False
     with suppress(OSError):
         control.sendall(MOUNTED)
-    threading.Thread(target=_end_with, args=(control, folder, source, ended, end), daemon=True).start()
+    threading.Thread(target=_end_with, args=(control, source, ended, end), daemon=True).start()
     ended.wait()
-    tell_end(control, folder, source, reasons[0] if reasons[0] != ENDED else "")
+    tell_end(control, source, reasons[0] if reasons[0] != ENDED else "")
     return True
 
 
 def _end_with(
-    control: socket.socket, folder: str, source: str, ended: threading.Event, end: Callable[[str], None]
+    control: socket.socket, source: str, ended: threading.Event, end: Callable[[str], None]
 ) -> None:
     # It is an error when the other one has ended before it was told that this is mounted.
     with suppress(OSError):
         control.recv(1)
-    own_mount.unmount(folder, source)
+    own_mount.unmount(source)
     if not ended.wait(_END_SECONDS):
         # Whoever still has a file open there, or is in it, keeps the connection: it ends with this process.
         end(ENDED)

@@ -87,10 +87,10 @@ def read_further_ahead(mounts: str, source: str) -> None:
                 Path(bdi).write_text(f"{_READ_AHEAD_KIB}\n")
 
 
-def tell_end(control: socket.socket, folder: str, source: str, failure: str = "") -> None:
+def tell_end(control: socket.socket, source: str, failure: str = "") -> None:
     """Unmount the tree if it is still mounted, and say why it ended: that, or ``failure``."""
     is_there = own_mount.is_there(source)
-    own_mount.unmount(folder, source)
+    own_mount.unmount(source)
     # It is an error when the other one has ended.
     with suppress(OSError):
         if failure:
@@ -125,9 +125,9 @@ def hold_tree(folder: str, source: str, control: socket.socket) -> bool:
         if connection >= 0:
             os.close(connection)
     if said == GONE:
-        tell_end(control, folder, source)
+        tell_end(control, source)
     else:
-        own_mount.unmount(folder, source)
+        own_mount.unmount(source)
     return True
 
 

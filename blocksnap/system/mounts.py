@@ -44,10 +44,10 @@ def parse_mountinfo(text: str) -> list[Mount]:
         mounts.append(
             Mount(
                 device=os.makedev(int(major), int(minor)),
-                root=_unescape(fields[3]),
-                point=_unescape(fields[4]),
+                root=unescape(fields[3]),
+                point=unescape(fields[4]),
                 filesystem=tail[0],
-                source=_unescape(tail[1]),
+                source=unescape(tail[1]),
                 read_only="ro" in tail[2].split(","),
             )
         )
@@ -96,6 +96,11 @@ def filesystem_of(fd: int) -> int | None:
     return None
 
 
+def unescape(text: str) -> str:
+    """Return a name that the kernel has escaped (proc(5): space, tab, line feed, backslash, ``#``)."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
 def device_of(mount: Mount) -> int | None:
     """Return the number of the block device that a filesystem is mounted from, None where there is none."""
     return mount.device if os.major(mount.device) else _source_number(mount)
@@ -107,7 +112,7 @@ def swap_files() -> list[str]:
         lines = _SWAPS.read_text().splitlines()[1:]
     except OSError:
         return []
-    return [_unescape(line.split()[0]) for line in lines]
+    return [unescape(line.split()[0]) for line in lines]
 
 
 def users_of_device(number: int) -> list[str]:
@@ -192,7 +197,3 @@ def _node_number(path: str) -> int | None:
 
 def _contains(point: str, path: str) -> bool:
     return path == point or path.startswith(point.rstrip("/") + "/")
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

@@ -1,7 +1,8 @@
 """A mount of ours where others see it, told from any other by its source: only it is ever unmounted.
 
-By its name alone somebody else's could be: ours was unmounted, and another one is there now, or was put over
-it. Numbers do not tell either, since the kernel gives those of mounts and their devices out again at once.
+By its name somebody else's could be: ours was unmounted, and another one is there now, or was put over it; or
+a directory above it was renamed, and it is elsewhere. Numbers do not tell either, since the kernel gives
+those of mounts and their devices out again at once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import threading
 from pathlib import Path
 
 from blocksnap.system import namespace
+from blocksnap.system.mounts import unescape
 
 _THREAD = Path("/proc/thread-self")
 """Not /proc/self: a thread can have mounts of its own."""
+_ATTEMPTS = 3
 
 
 def new_source() -> str:
@@ -25,34 +28,45 @@ def new_source() -> str:
 
 def is_there(source: str) -> bool:
     """Tell whether it is mounted anywhere that this thread sees."""
-    return bool(_numbers(source))
+    return bool(_mounted(source))
 
 
-def unmount(folder: str, source: str) -> None:
-    """Take it away from a folder, at once for whoever looks; where it is not what is seen there, do nothing.
+def unmount(source: str) -> None:
+    """Take it away from wherever it is by now, at once for whoever looks.
 
-    What is unmounted is what was looked at: gone meanwhile, it is not mistaken for what came after it.
+    The kernel says where that is, under new names of directories above too. What is unmounted is what was
+    looked at: gone meanwhile, it is not mistaken for what came after it. What lies under another mount stays.
     """
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if _number_of(fd) in _numbers(source):
-                namespace.unmount(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
+    for _ in range(_ATTEMPTS):
+        mounted = _mounted(source)
+        if not mounted:
+            return
+        for number, point in mounted.items():
+            _unmount_at(point, number)
 
 
-def unmount_in(namespace_fd: int, folder: str, source: str) -> None:
+def unmount_in(namespace_fd: int, source: str) -> None:
     """The same in another mount namespace, by a thread that enters it and ends there."""
 
     def work() -> None:
         with contextlib.suppress(OSError):
             namespace.enter_mounts(namespace_fd)
-            unmount(folder, source)
+            unmount(source)
 
     thread = threading.Thread(target=work, name="blocksnap-unmount")
     thread.start()
     thread.join()
+
+
+def _unmount_at(point: str, number: int) -> None:
+    # Renamed after the look, it is found by the next one.
+    with contextlib.suppress(OSError):
+        fd = os.open(point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _number_of(fd) == number:
+                namespace.unmount(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
 
 
 def _number_of(fd: int) -> int | None:
@@ -64,12 +78,13 @@ def _number_of(fd: int) -> int | None:
     return None
 
 
-def _numbers(source: str) -> set[int]:
-    """Return the numbers of all mounts with a source, which has nothing in it that would be escaped."""
-    found = set()
+def _mounted(source: str) -> dict[int, str]:
+    """Return where mounts with a source are, by their numbers; it has nothing in it that would be escaped."""
+    found = {}
     for line in (_THREAD / "mountinfo").read_text(errors="surrogateescape").strip("\n").split("\n"):
         # Not splitlines(): names may have what that takes for the end of a line.
         left, _, right = line.partition(" - ")
         if right.split(" ")[1:2] == [source]:
-            found.add(int(left.split(" ", 1)[0]))
+            fields = left.split(" ")
+            found[int(fields[0])] = unescape(fields[4])
     return found

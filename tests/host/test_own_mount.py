@@ -44,24 +44,39 @@ def test_only_ours_is_unmounted(folder: Path) -> None:
     mount(folder, "theirs")
     assert own_mount.is_there(ours)
     # They have put theirs over it.
-    own_mount.unmount(str(folder), ours)
+    own_mount.unmount(ours)
     assert sources(folder) == [ours, "theirs"]
     call("umount", folder)
-    own_mount.unmount(str(folder), ours)
+    own_mount.unmount(ours)
     assert (sources(folder), own_mount.is_there(ours)) == ([], False)
     # They have mounted theirs in its place; the kernel may have given it the numbers that ours had.
     mount(folder, "theirs")
-    own_mount.unmount(str(folder), ours)
+    own_mount.unmount(ours)
     assert sources(folder) == ["theirs"]
-    own_mount.unmount(str(folder / "nothing"), ours)
 
 
-def test_a_folder_below_ours_is_not_it(folder: Path) -> None:
-    ours = own_mount.new_source()
+@pytest.mark.parametrize("how", ["renamed", "moved"])
+def test_it_is_found_where_it_is_by_now(tmp_path: Path, how: str) -> None:
+    """A directory above it has another name, in which the kernel escapes something; or it was moved."""
+    ours, above, now = own_mount.new_source(), tmp_path / "above", tmp_path / "now\\ \n#"
+    folder = above / "tree"
+    folder.mkdir(parents=True)
     mount(folder, ours)
-    (folder / "below").mkdir()
-    own_mount.unmount(str(folder / "below"), ours)
-    assert sources(folder) == [ours]
+    try:
+        if how == "renamed":
+            above.rename(now)
+            (above / "tree").mkdir(parents=True)
+            mount(above / "tree", "theirs")
+        else:
+            now.mkdir()
+            call("mount", "--make-private", folder)
+            call("mount", "--move", folder, now)
+        own_mount.unmount(ours)
+        assert not own_mount.is_there(ours)
+        assert sources(folder) == (["theirs"] if how == "renamed" else [])
+    finally:
+        for each in (folder, now, now / "tree"):
+            subprocess.run(["umount", "-l", each], check=False, capture_output=True)
 
 
 def test_in_the_mounts_of_others(folder: Path) -> None:
@@ -74,9 +89,9 @@ def test_in_the_mounts_of_others(folder: Path) -> None:
         fd = os.open(f"/proc/{other.pid}/ns/mnt", os.O_RDONLY)
         try:
             assert (sources(folder, other.pid), sources(folder)) == ([ours], [])
-            own_mount.unmount_in(fd, str(folder), "another")
+            own_mount.unmount_in(fd, "another")
             assert sources(folder, other.pid) == [ours]
-            own_mount.unmount_in(fd, str(folder), ours)
+            own_mount.unmount_in(fd, ours)
             assert sources(folder, other.pid) == []
         finally:
             os.close(fd)

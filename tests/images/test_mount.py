@@ -227,6 +227,30 @@ def test_what_somebody_else_has_mounted_there_stays(blocksnap: CommandLine, tmp_
         assert f"theirs {tree} tmpfs" in Path("/proc/mounts").read_text()
 
 
+@pytest.mark.parametrize("victim", ["tree", "main"])
+def test_nothing_is_left_where_a_directory_above_was_renamed(
+    blocksnap: CommandLine, tmp_path: Path, victim: str
+) -> None:
+    volume, tree = tmp_path / "volume.img", tmp_path / "above" / "tree"
+    volume.write_bytes(b"x" * MIB)
+    blocksnap.done("backup", volume, "-q")
+    tree.parent.mkdir()
+    with mounting(blocksnap, "latest", tree) as process:
+        (tmp_path / "above").rename(tmp_path / "elsewhere")
+        moved = tmp_path / "elsewhere" / "tree"
+        assert is_mounted(moved)
+        try:
+            shower = children_of(process.pid)[0]
+            os.kill(shower if victim == "tree" else process.pid, signal.SIGKILL)
+            process.communicate(timeout=60)
+            deadline = time.monotonic() + 30
+            while is_mounted(moved):
+                assert time.monotonic() < deadline, "the tree is still mounted"
+                time.sleep(0.1)
+        finally:
+            subprocess.run(["umount", "-l", moved], check=False, capture_output=True)
+
+
 def test_the_mounting_process_killed(blocksnap: CommandLine, tmp_path: Path) -> None:
     volume, tree = tmp_path / "volume.img", tmp_path / "tree"
     digests = make_filesystem("ext4", volume)
