@@ -418,7 +418,8 @@ class Bringing:
             is_over.set()
             thread.join()
 
-    def _hold_back(self, lv_bytes: int, length: int) -> None:
+    def _hold_back(self, lv_bytes: int, length: int) -> float:
+        """Return how many seconds to wait before so much is written; look now and then whether it can be."""
         now = time.monotonic()
         with self._lock:
             is_due = now - self._looked >= _WRITES_SECONDS
@@ -427,7 +428,7 @@ class Bringing:
             delay = self._bucket.take(length, now) if self._bucket is not None else 0.0
         if is_due:
             self._devices.require_capacity(lv_bytes)
-        time.sleep(delay)
+        return delay
 
     def _reach(self, stage: str) -> None:
         self._arrival = Arrival.model_validate({**self._arrival.model_dump(), "stage": stage})

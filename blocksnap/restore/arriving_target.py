@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,9 @@ from blocksnap.restore.targets import TargetFailedError
 
 
 class ArrivingTarget(DeviceTarget):
-    """``moved`` is called with what is durable up to now; ``hold_back`` before so many bytes are written.
+    """``moved`` is called with what is durable up to now.
+
+    ``hold_back`` is called before so many bytes are written, and returns how many seconds they have to wait.
 
     The device is not ours alone: device-mapper holds it, and keeps others from it.
     """
@@ -27,7 +30,7 @@ class ArrivingTarget(DeviceTarget):
         record: RestoreRecord,
         limits: RestoreLimits,
         moved: Callable[[int], None],
-        hold_back: Callable[[int], None],
+        hold_back: Callable[[int], float],
         first: dict[str, int],
     ) -> None:
         """Each new attempt is given the same ``first``: else each could fill the pool a little further."""
@@ -35,6 +38,7 @@ class ArrivingTarget(DeviceTarget):
         super().__init__(path, size, record, limits, open_device, first)
         self._moved = moved
         self._hold_back = hold_back
+        self._given_up = threading.Event()
 
     @staticmethod
     def reached_of(path: str, record: RestoreRecord) -> int:
@@ -61,8 +65,13 @@ class ArrivingTarget(DeviceTarget):
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write, at the pace that is allowed."""
-        self._hold_back(len(data))
+        self._given_up.wait(self._hold_back(len(data)))
         super().write(offset, data)
+
+    def give_up(self) -> None:
+        """Keep to no pace any longer, and wait for no room."""
+        self._given_up.set()
+        super().give_up()
 
     def keep_record(self) -> bool:
         """Write down how far it has come, and have that be read from here."""

@@ -74,6 +74,10 @@ class DeviceTarget(Place):
         if capacity < self._size:
             raise TargetTooSmallError(self._name, capacity, self._size)
 
+    def give_up(self) -> None:
+        """Wait for room in the pool no longer."""
+        self._pool.give_up()
+
     def reader(self) -> int:
         """Flush, and drop the device's page cache so that it is really read."""
         return self.forget_cache()

@@ -255,6 +255,8 @@ class _Restoring:
                         self._await(len(self._pending) - 1)
                 self._await(0)
             except BaseException:
+                # Who waits for room would hold the end up.
+                self._target.give_up()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 

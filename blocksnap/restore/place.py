@@ -159,6 +159,9 @@ class Place:
             raise self.failed(err) from err
         return self._fd
 
+    def give_up(self) -> None:
+        """Nothing waits here."""
+
     def release(self) -> None:
         """Close; a second call does nothing."""
         if self._fd < 0:

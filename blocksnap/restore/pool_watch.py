@@ -64,6 +64,7 @@ class PoolWatch:
         pool = devmapper.pool_below(device)
         self._uuid = devmapper.dm_uuid(pool) if pool is not None else None
         self._lock = threading.Lock()
+        self._given_up = threading.Event()
         self._first: dict[str, int] = {} if first is None else first
         self._looked = 0.0
         self._may_write = 0
@@ -79,6 +80,10 @@ class PoolWatch:
         """Whether there is a pool at all."""
         return self._uuid is not None
 
+    def give_up(self) -> None:
+        """Have nobody wait for room any longer; from any thread."""
+        self._given_up.set()
+
     def before(self, length: int) -> None:
         """Wait, or raise PoolFillingError, where that many bytes more could be too much."""
         if self._uuid is None:
@@ -92,10 +97,9 @@ class PoolWatch:
                 raise self._failure
             deadline = time.monotonic() + self._limits.wait_seconds
             while (found := self._look(length)) is not None:
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= deadline or self._given_up.wait(_LOOK_SECONDS):
                     self._failure = found
                     raise found
-                time.sleep(_LOOK_SECONDS)
 
     def _look(self, length: int) -> PoolFillingError | None:
         """Look once whether there is room for so much.

@@ -120,6 +120,10 @@ class Target(Protocol):
         """Flush, and return a descriptor that reads back what the storage holds."""
         ...
 
+    def give_up(self) -> None:
+        """Have no write wait any longer, from any thread: the restore ends, and is going to close this."""
+        ...
+
     def close(self, *, keep: bool = False) -> bool:
         """Let go.
 

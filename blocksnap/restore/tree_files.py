@@ -204,6 +204,9 @@ class TreeFiles:
         """Raise ValueError: there is no one descriptor."""
         raise ValueError("a tree of files is not read back by one descriptor")
 
+    def give_up(self) -> None:
+        """Nothing waits here."""
+
     def close(self, *, keep: bool = False) -> bool:  # noqa: ARG002 - protocol
         """Let go of all files."""
         for file in self._files:

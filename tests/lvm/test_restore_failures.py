@@ -193,6 +193,39 @@ def test_a_restore_ends_where_its_limits_say(
         tool("lvremove", "-y", "-qq", f"{pool.group}/tiny")
 
 
+def test_what_waits_does_not_hold_up_the_end(blocksnap: InProcess, content: bytes, pool: ThinPool) -> None:
+    """For room in the pool, or in an instant restore for its turn."""
+    limits(blocksnap, "restore_wait_seconds = 3600\nrestore_data_percent = 40")
+    tool("lvcreate", "-y", "-qq", "--type", "thin-pool", "-L", f"{SIZE + 16}M", "-n", "tiny", pool.group)
+    target, into = f"{pool.group}/restored", ("--pool", "tiny")
+    waits = telling("blocksnap.restore.pool_watch", "PoolWatch", "_look")
+    paced = telling("blocksnap.operations.bringing", "Bringing", "_hold_back")
+    try:
+        with restoring("latest", target, "--create", *into, instant=False, prelude=waits) as run:
+            run.until("told")
+            assert run.end(signal.SIGTERM) == 143
+        tool("lvremove", "-y", "-qq", target)
+        with restoring("latest", target, *into, "--rate", "1K", prelude=paced) as run:
+            run.until("told")
+            assert run.end(signal.SIGTERM) == 143
+        blocksnap.done("restore", "--instant", "--abandon", target)
+    finally:
+        tool("lvremove", "-y", "-qq", f"{pool.group}/tiny")
+
+
+def telling(module: str, name: str, method: str) -> str:
+    """Return Python by which a process tells as an event that a method has returned something to wait for."""
+    return (
+        f"from {module} import {name} as kind\n"
+        f"whole = kind.{method}\n"
+        "def call(*words):\n"
+        "    found = whole(*words)\n"
+        '    found and print(\'{"event": "told"}\', flush=True)\n'
+        "    return found\n"
+        f"kind.{method} = call\n"
+    )
+
+
 def limits(blocksnap: InProcess, text: str) -> None:
     (blocksnap.folder / "blocksnap.toml").write_text(f"[defaults.limits]\n{text}\n")
 

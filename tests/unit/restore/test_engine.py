@@ -22,7 +22,7 @@ from blocksnap.repository.frame import FrameType
 from blocksnap.repository.lookup import Location
 from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
-from blocksnap.restore import engine, naming
+from blocksnap.restore import engine, naming, plan
 from blocksnap.restore.engine import (
     UnreadableChunkError,
     restore_runs,
@@ -248,6 +248,23 @@ class Waiting(FileTarget):
         elif self._windows and offset == self._first:
             self.was_ahead = self.is_ahead.wait(1)
         super().write(offset, data)
+
+
+def test_an_end_does_not_wait_for_what_waits(
+    stored: tuple[Path, MapRoot, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_FIRST_CHUNKS", 32)
+    place, root, _ = stored
+    repository, target = open_repository(place), Waiting(tmp_path / "out", 0)
+
+    def interrupt(_: int) -> None:
+        if target.begun and target.is_waiting.wait(20):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore_to_target(repository, GEOMETRY, partial(runs, repository, root), target, interrupt)
+    target.close()
+    assert target.vain == 0
 
 
 def test_no_window_goes_far_ahead_of_one_that_is_slow(
