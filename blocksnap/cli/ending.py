@@ -23,6 +23,14 @@ class Ended(BaseException):
         self.word = words.get(signal.Signals(number), "hung up")
 
 
+def end_before(err: BaseException) -> Ended | None:
+    """Return the signal that had begun to end the run when something else failed, if one had."""
+    at: BaseException | None = err
+    while at is not None and not isinstance(at, Ended):
+        at = at.__context__
+    return at
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Raise Ended in this block, once, when one of SIGNALS arrives; further ones are ignored.

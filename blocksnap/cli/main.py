@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 import blocksnap
-from blocksnap.cli.ending import Ended, ended_by_signals
+from blocksnap.cli.ending import Ended, end_before, ended_by_signals
 from blocksnap.errors import BlocksnapError
 
 _COMMANDS = {
@@ -114,28 +114,35 @@ def _run(arguments: list[str]) -> int:
         code = cli.main(args=arguments, prog_name="blocksnap", standalone_mode=False)
         sys.stdout.flush()
     except BlocksnapError as err:
-        return _fail(err, arguments)
+        return _fail(err, end_before(err), arguments)
     except click.ClickException as err:
         err.show()
         _tell_json(arguments, "UsageError", err.format_message(), exit_code=err.exit_code)
         return err.exit_code
     except (Ended, KeyboardInterrupt, click.Abort) as err:
         ended = err if isinstance(err, Ended) else Ended(signal.SIGINT)
-        click.echo(f"{ended.word}: what was not reported as done was not committed", err=True)
+        _say_how(ended)
         _tell_json(arguments, "Ended", ended.word, exit_code=ended.exit_code)
         return ended.exit_code
-    except BrokenPipeError:
+    except BrokenPipeError as err:
         # Whoever read our output has gone; Python must not try to flush to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+        before = end_before(err)
+        return before.exit_code if before is not None else 1
     except (OSError, UnicodeError) as err:
-        return _fail(UnforeseenError(err), arguments)
+        return _fail(UnforeseenError(err), end_before(err), arguments)
     return code if isinstance(code, int) else 0
 
 
-def _fail(err: BlocksnapError, arguments: list[str]) -> int:
+def _say_how(ended: Ended) -> None:
+    click.echo(f"{ended.word}: what was not reported as done was not committed", err=True)
+
+
+def _fail(err: BlocksnapError, ended: Ended | None, arguments: list[str]) -> int:
+    """Tell what failed; the exit code is that of the signal before it, if one had begun to end the run."""
     from blocksnap.cli.output import printable
 
+    exit_code = err.exit_code if ended is None else ended.exit_code
     click.echo(printable(f"error: {err.brief}"), err=True)
     if err.details:
         click.echo(printable(err.details), err=True)
@@ -147,9 +154,11 @@ def _fail(err: BlocksnapError, arguments: list[str]) -> int:
         err.brief,
         details=err.details,
         resolution=err.resolution,
-        exit_code=err.exit_code,
+        exit_code=exit_code,
     )
-    return err.exit_code
+    if ended is not None:
+        _say_how(ended)
+    return exit_code
 
 
 def _tell_json(arguments: list[str], error: str, message: str, **facts: object) -> None:

@@ -226,6 +226,24 @@ def telling(module: str, name: str, method: str) -> str:
     )
 
 
+def test_a_signal_is_not_hidden_by_a_target_that_fails_too(
+    blocksnap: InProcess, content: bytes, load: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool("modprobe", "dm-flakey")
+    load(WHOLE)
+
+    def fail() -> None:
+        load(f"0 {SIZE * SECTORS} flakey {{base}} 0 0 600 1 error_writes")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    at_write(monkeypatch, 24, fail)
+    code, _, err = blocksnap("restore", "latest", NODE)
+    assert (code, err.splitlines()[-1].startswith("terminated")) == (143, True), err
+    load(WHOLE)
+    blocksnap.done("restore", "latest", NODE)
+    assert Path(NODE).read_bytes() == content
+
+
 def limits(blocksnap: InProcess, text: str) -> None:
     (blocksnap.folder / "blocksnap.toml").write_text(f"[defaults.limits]\n{text}\n")
 

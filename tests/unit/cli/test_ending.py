@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import sys
@@ -9,7 +11,9 @@ import time
 
 import pytest
 
+from blocksnap.cli import main
 from blocksnap.cli.ending import Ended, ended_by_signals
+from blocksnap.errors import TargetError
 from blocksnap.system import command
 
 
@@ -45,6 +49,36 @@ def test_a_second_signal_does_not_stop_the_cleaning() -> None:
     with pytest.raises(Ended), ended_by_signals():
         end_twice()
     assert cleaned
+
+
+@pytest.mark.parametrize(
+    "err", [TargetError("the target fails too"), OSError(errno.EIO, "the target fails too"), None]
+)
+def test_what_fails_on_the_way_out_does_not_hide_the_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], err: Exception | None
+) -> None:
+    """Such as a target that cannot be flushed any more: the exit code is the documented one all the same."""
+
+    def end(**_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Ended:
+            if err is None:
+                raise
+            try:
+                raise OSError(errno.EIO, "the device fails")
+            except OSError as first:
+                raise err from first
+
+    monkeypatch.setattr(main.cli, "main", end)
+    assert main.run(["restore", "--json"]) == 143
+    out, said = capsys.readouterr()
+    words = [line.partition(":")[0] for line in said.splitlines()]
+    assert [word for word in words if word != "fix"] == [*(["error"] if err else []), "terminated"]
+    event = json.loads(out)
+    assert event["exit_code"] == 143
+    assert ("the target fails too" in event["message"]) == (err is not None)
 
 
 def test_everything_is_as_before_afterwards() -> None:
