@@ -1,7 +1,7 @@
 """Where a tree is restored: a hidden directory that gets its name when it is complete.
 
 On btrfs it is a subvolume of its own. It is ours alone until then, and locked; what an interrupted restore
-of the same backup left there is removed by the next.
+of the same backup left there is removed by the next. The directory that it is in may be renamed meanwhile.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NewTree:
     def __init__(self, path: str, token: str) -> None:
         self._path = os.path.abspath(path)
         self._hidden = hidden_name(self._path, token)
-        self._fd = -1
+        self._parent = self._fd = -1
         self._finished = False
         self.is_subvolume = False
 
@@ -52,35 +52,29 @@ class NewTree:
             raise TreeExistsError(self._path)
         folder, name = os.path.split(self._hidden)
         try:
-            parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as err:
             raise TargetFailedError(self._path, err) from err
         try:
-            self._remove_leftover(parent, name)
-            self.is_subvolume = _make(parent, name)
-            self._fd = os.open(name, _FOLDER, dir_fd=parent)
+            self._remove_leftover(self._parent, name)
+            self.is_subvolume = _make(self._parent, name)
+            self._fd = os.open(name, _FOLDER, dir_fd=self._parent)
             os.fchmod(self._fd, 0o700)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            raise TargetFailedError(self._hidden, err) from err
-        finally:
-            os.close(parent)
+        except BaseException as err:
+            self._close()
+            if isinstance(err, OSError):
+                raise TargetFailedError(self._hidden, err) from err
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._finished:
-            folder, name = os.path.split(self._hidden)
             with contextlib.suppress(OSError, TargetError):
-                parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    remove_tree(parent, name)
-                finally:
-                    os.close(parent)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+                remove_tree(self._parent, os.path.basename(self._hidden))
+        self._close()
 
     @property
     def fd(self) -> int:
@@ -100,12 +94,21 @@ class NewTree:
         """Give it its name, durably; raises NameTakenError, NameFailedError: then it stays, complete."""
         self._finished = True
         try:
-            give_name(self._hidden, self._path)
+            give_name(self._in_parent(self._hidden), self._in_parent(self._path))
         except FileExistsError as err:
             raise NameTakenError(self._path, self._hidden) from err
         except OSError as err:
             raise NameFailedError(self._path, self._hidden, err) from err
-        flush_folder(os.path.dirname(self._path))
+        flush_folder(self._in_parent(""))
+
+    def _in_parent(self, path: str) -> str:
+        return f"/proc/self/fd/{self._parent}/{os.path.basename(path)}"
+
+    def _close(self) -> None:
+        for fd in (self._fd, self._parent):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._parent = -1
 
     def _remove_leftover(self, parent: int, name: str) -> None:
         try:

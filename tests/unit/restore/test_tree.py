@@ -132,6 +132,39 @@ def test_many_files_and_directories_need_few_descriptors(place: Path) -> None:
     assert all((out / str(number)).stat().st_size == 0 for number in many if number % 3 == 0)
 
 
+class Renaming(Quiet):
+    """Gives the directory of the target another name when the first bytes are restored."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def advance(self, done_bytes: int) -> None:
+        if done_bytes and self._folder.exists():
+            self._folder.rename(self._folder.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("last", [257, 99])
+def test_the_directory_above_may_be_renamed(place: Path, last: int) -> None:
+    """The tree gets its name where it is by then; one that fails is removed from there."""
+    repository = open_repository(place / "repository")
+    # Behind so much that some of it is restored before.
+    many = [(b"%d" % number, number, FILE) for number in range(1000, 1600)]
+    tree = {256: names(*many, (b"last", last, FILE)), 257: GOOD} | {
+        number: Node({0: number}, 1) for _, number, _ in many
+    }
+    with open_writer(repository) as writer:
+        store_tree(writer, repository, tree)()
+    repository = open_repository(place / "repository")
+    backup = find_backup(repository, "latest").backup
+    wanted, renaming = place / "targets" / "out", Renaming(place / "targets")
+    if last == 257:
+        restore_tree(repository, backup, str(wanted), renaming)
+    else:
+        with pytest.raises(DamageError, match="there is no inode 99"):
+            restore_tree(repository, backup, str(wanted), renaming)
+    assert os.listdir(place / "elsewhere") == (["out"] if last == 257 else [])
+
+
 GOOD = Node({0: 1}, 1)
 HOSTILE: dict[str, dict[int, Node]] = {
     "a cycle": {256: names((b"a", 257, FOLDER)), 257: names((b"b", 257, FOLDER))},
