@@ -20,7 +20,7 @@ from blocksnap.controller.journal import StateError
 from blocksnap.errors import BlocksnapError, BusyError
 from blocksnap.system.devmapper import encode_name
 from blocksnap.system.flock import try_lock
-from blocksnap.system.lvm import ARRIVING_SUFFIX
+from blocksnap.system.lvm_config import ARRIVING_SUFFIX
 
 _FOLDER = "instant"
 _LOCK_SECONDS = 1.0

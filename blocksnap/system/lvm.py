@@ -1,16 +1,12 @@
 """LVM: look volumes up, make snapshots of them, activate and remove those.
 
-Every call leaves nbd devices alone, because a dead one hangs each LVM command on the host and a
-served backup would show its volume group twice; and our own snapshots, because they show the
-signatures of what they are snapshots of. No call writes to the archive of LVM metadata, which a
-backup every hour would fill with thousands of files. Reading the settings costs a command of its
-own, so that is done once.
+No call looks at devices that it should leave alone (``lvm_config``), or writes to the archive of LVM
+metadata, which a backup every hour would fill with thousands of files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -18,13 +14,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from blocksnap.errors import BusyError, UsageError, VolumeError
 from blocksnap.system.command import CommandError, has_program, run, run_observed
-from blocksnap.system.devmapper import decode_name
 from blocksnap.system.flock import try_lock
+from blocksnap.system.lvm_config import parse_config, settings
 from blocksnap.system.lvm_report import FIELDS, LvRecord, LvReport, parse_disks, parse_report
 from blocksnap.system.lvm_text import sized
 
@@ -35,28 +30,15 @@ WAY_BACK_TAG = "blocksnap.way-back"
 """On the snapshot of what a volume held before a restore wrote over it."""
 INSTANT_TAG = "blocksnap.instant"
 """On both volumes that an instant restore makes, until they are one and whole."""
-SNAPSHOT_PREFIX = "blocksnap-"
-ARRIVING_SUFFIX = "-blocksnap"
-"""Of the name in device-mapper of what an instant restore has below the device that is used."""
 _NAME = re.compile(r"[a-zA-Z0-9+_.][a-zA-Z0-9+_.-]*")
 _RUN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
 _BASE = re.compile(TAG + r"-base\.([a-zA-Z0-9_]{1,64})\.([a-zA-Z0-9-]{1,64})")
 _REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix", "--binary", "-a", "-o", FIELDS)
-_QUIET_METADATA = "backup/backup=0 backup/archive=0"
-_OUR_REJECTS = (
-    "r|^/dev/nbd|",
-    # The same by their number, of which udev makes names too: NBD_MAJOR (linux/major.h).
-    "r|^/dev/block/43:|",
-    f"r|^/dev/mapper/.*-{SNAPSHOT_PREFIX.replace('-', '--')}|",
-    f"r|/{SNAPSHOT_PREFIX}|",
-)
 _REMOVE_ATTEMPTS = 8
-_LOCK_FOLDER = "/run/lock/blocksnap"
+_LOCK_FOLDER = "/run/blocksnap/lvm"
+"""Below what only root can write to; in /run/lock anybody could put links in its place."""
 _LOCK_SECONDS = 60.0
 _BACKUP_FOLDER = Path("/etc/lvm/backup")
-_DEVICES_FOLDER = Path("/etc/lvm/devices")
-_DEVICE_LINKS = Path("/dev/disk")
-_SYS_BLOCK = Path("/sys/block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +125,7 @@ def base_of(tags: Sequence[str]) -> BaseMark | None:
 def report(vg: str | None = None) -> LvReport:
     """Return what LVM knows about a volume group, or about all of them; raises NoVolumeError."""
     try:
-        text = run("lvs", *_config(), *_REPORT, *([check_name(vg)] if vg else []))
+        text = run("lvs", *settings(), *_REPORT, *([check_name(vg)] if vg else []))
     except CommandError as err:
         if vg and f'Volume group "{vg}" not found' in err.message:
             raise NoVolumeError(f"in a volume group {vg}") from err
@@ -198,7 +180,7 @@ def _present_text(vg: str) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
             file = Path(folder, "group")
-            run("vgcfgbackup", *_config(), "-f", str(file), check_name(vg))
+            run("vgcfgbackup", *settings(), "-f", str(file), check_name(vg))
             return file.read_text()
     except OSError as err:
         raise VolumeError(
@@ -218,7 +200,7 @@ def archive_folder() -> str | None:
 
 def disks() -> dict[str, str]:
     """Return the names of the physical volumes with their UUIDs."""
-    return parse_disks(run("pvs", *_config(), "--reportformat", "json", "-o", "pv_name,pv_uuid"))
+    return parse_disks(run("pvs", *settings(), "--reportformat", "json", "-o", "pv_name,pv_uuid"))
 
 
 def get(vg: str, name: str) -> tuple[LvRecord, LvReport]:
@@ -257,7 +239,7 @@ def _create_snapshot(
     vg: str, origin: str, name: str, run_id: str, observe: Callable[[], None], *kind: str
 ) -> None:
     argv = [
-        *("lvcreate", *_config(), "--autobackup", "n", "--snapshot", "--permission", "r", *kind),
+        *("lvcreate", *settings(), "--autobackup", "n", "--snapshot", "--permission", "r", *kind),
         *("--addtag", TAG, "--addtag", run_tag(run_id)),
         *("--name", check_name(name), f"{check_name(vg)}/{check_name(origin)}"),
     ]
@@ -271,7 +253,7 @@ def create_way_back(vg: str, origin: str, name: str) -> None:
     It carries none of the tags by which the snapshots of a run are found and removed.
     """
     run(
-        *("lvcreate", *_config(), "--snapshot", "--setactivationskip", "y", "--addtag", WAY_BACK_TAG),
+        *("lvcreate", *settings(), "--snapshot", "--setactivationskip", "y", "--addtag", WAY_BACK_TAG),
         *("--name", check_name(name), f"{check_name(vg)}/{check_name(origin)}"),
     )
 
@@ -279,12 +261,12 @@ def create_way_back(vg: str, origin: str, name: str) -> None:
 def activate(vg: str, name: str) -> None:
     """Activate a volume although it carries the flag that it is to be skipped."""
     target = f"{check_name(vg)}/{check_name(name)}"
-    _change(vg, "lvchange", *_config(), "--autobackup", "n", "-ay", "-K", target)
+    _change(vg, "lvchange", *settings(), "--autobackup", "n", "-ay", "-K", target)
 
 
 def deactivate(vg: str, name: str) -> None:
     """Deactivate a volume; waits for whoever looks at new devices (udev) to let go."""
-    _insist(vg, "lvchange", *_config(), "--autobackup", "n", "-an", f"{check_name(vg)}/{check_name(name)}")
+    _insist(vg, "lvchange", *settings(), "--autobackup", "n", "-an", f"{check_name(vg)}/{check_name(name)}")
 
 
 def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
@@ -296,7 +278,7 @@ def remove_snapshot(vg: str, name: str, run_id: str) -> bool:
     try:
         said = _insist(
             vg,
-            *("lvremove", *_config(), "--autobackup", "n", "--yes"),
+            *("lvremove", *settings(), "--autobackup", "n", "--yes"),
             *("--select", _our_snapshot(name, run_id), check_name(vg)),
         )
     except CommandError as err:
@@ -310,7 +292,7 @@ def mark_base(vg: str, name: str, run_id: str, mark: BaseMark) -> bool:
     """Make a snapshot of ours a base; False when there is none of that name and run."""
     said = _change(
         vg,
-        *("lvchange", *_config(), "--autobackup", "n", "--addtag", mark.tag),
+        *("lvchange", *settings(), "--autobackup", "n", "--addtag", mark.tag),
         *("--select", _our_snapshot(name, run_id), check_name(vg)),
     )
     return "changed" in said
@@ -319,13 +301,13 @@ def mark_base(vg: str, name: str, run_id: str, mark: BaseMark) -> bool:
 def add_tag(vg: str, name: str, tag: str) -> None:
     """Give a volume a tag."""
     target = f"{check_name(vg)}/{check_name(name)}"
-    run("lvchange", *_config(), "--autobackup", "n", "--addtag", tag, target)
+    run("lvchange", *settings(), "--autobackup", "n", "--addtag", tag, target)
 
 
 def delete_tag(vg: str, name: str, tag: str) -> None:
     """Take a tag away from a volume."""
     target = f"{check_name(vg)}/{check_name(name)}"
-    _change(vg, "lvchange", *_config(), "--autobackup", "n", "--deltag", tag, target)
+    _change(vg, "lvchange", *settings(), "--autobackup", "n", "--deltag", tag, target)
 
 
 def create_thin(vg: str, pool: str, name: str, size_bytes: int, tags: Sequence[str] = ()) -> str:
@@ -343,14 +325,14 @@ def create_thick(vg: str, name: str, size_bytes: int, tags: Sequence[str] = ()) 
 def extend_volume(vg: str, name: str, size_bytes: int) -> None:
     """Make a volume larger, to at least so many bytes."""
     target = f"{check_name(vg)}/{check_name(name)}"
-    _change(vg, "lvextend", *_config(), "--autobackup", "n", "--size", sized(size_bytes), target)
+    _change(vg, "lvextend", *settings(), "--autobackup", "n", "--size", sized(size_bytes), target)
 
 
 def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:
     """Remove a volume that carries ``tag``; False when there was none. For one that a failed restore made."""
     selection = f'lv_name="{check_name(name)}" && lv_tags="{tag}"'
     said = _insist(
-        vg, "lvremove", *_config(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
+        vg, "lvremove", *settings(), "--autobackup", "n", "--yes", "--select", selection, check_name(vg)
     )
     return "successfully removed" in said
 
@@ -358,7 +340,7 @@ def remove_volume(vg: str, name: str, *, tag: str = RESTORING_TAG) -> bool:
 def rename_volume(vg: str, old: str, new: str) -> None:
     """Give a volume another name."""
     names = (check_name(vg), check_name(old), check_name(new))
-    _change(vg, "lvrename", *_config(), "--autobackup", "n", *names)
+    _change(vg, "lvrename", *settings(), "--autobackup", "n", *names)
 
 
 def _our_snapshot(name: str, run_id: str) -> str:
@@ -374,7 +356,7 @@ def _changing(vg: str) -> Iterator[None]:
     """
     folder = Path(_LOCK_FOLDER)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd = os.open(folder / check_name(vg), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(folder / check_name(vg), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
         while not try_lock(fd):
@@ -390,7 +372,7 @@ def _changing(vg: str) -> Iterator[None]:
 
 def _create(vg: str, name: str, kind: Sequence[str], tags: Sequence[str]) -> str:
     words = [word for tag in tags for word in ("--addtag", tag)]
-    _change(vg, "lvcreate", *_config(), "--yes", *kind, *words, "--name", check_name(name), check_name(vg))
+    _change(vg, "lvcreate", *settings(), "--yes", *kind, *words, "--name", check_name(name), check_name(vg))
     return f"/dev/{vg}/{name}"
 
 
@@ -412,96 +394,3 @@ def _insist(vg: str, *argv: str) -> str:
         time.sleep(pause)
         pause = min(pause * 2, 2.0)
     raise VolumeError(f"{argv[0]} gave no answer")  # pragma: no cover - the loop returns or raises
-
-
-def _config() -> tuple[str, str]:
-    settings = [_QUIET_METADATA]
-    filters = _user_filters()
-    if filters is not None:
-        rejects = [*_OUR_REJECTS, *_device_rejects()]
-        settings += [
-            f"devices/{name}={json.dumps([*rejects, *patterns])}" for name, patterns in filters.items()
-        ]
-    return "--config", " ".join(settings)
-
-
-@cache
-def _user_filters() -> dict[str, list[str]] | None:
-    """Return the administrator's device filter; None where a devices file decides instead."""
-    text = run(
-        "lvmconfig", "--type", "full", "devices/filter", "devices/use_devicesfile", "devices/devicesfile"
-    )
-    values = parse_config(text)
-    name = values.get("devicesfile")
-    if values.get("use_devicesfile") == 1 and isinstance(name, str) and (_DEVICES_FOLDER / name).exists():
-        return None
-    patterns = values.get("filter")
-    return {"filter": [str(each) for each in patterns] if isinstance(patterns, list) else []}
-
-
-def parse_config(text: str) -> dict[str, object]:
-    """Parse ``name=value`` lines of lvmconfig; values are numbers, strings and lists of strings."""
-    values: dict[str, object] = {}
-    for line in text.splitlines():
-        name, equals, value = line.strip().partition("=")
-        if equals:
-            try:
-                values[name] = json.loads(value)
-            except ValueError:
-                values[name] = value
-    return values
-
-
-def _device_rejects() -> list[str]:
-    """Return patterns for all names of devices that may wait for a server of ours.
-
-    Those are nbd devices, and what instant restores are made of. A device is accepted if any of its names is.
-    """
-    connected = {path.name for path in _SYS_BLOCK.glob("nbd*") if _size_of(path) > 0}
-    names: list[str] = []
-    for path in _arriving():
-        connected.add(path.name)
-        mapped = _text(path / "dm/name")
-        volume = decode_name(mapped)
-        names += [
-            f"/dev/{path.name}",
-            f"/dev/block/{_text(path / 'dev')}",
-            f"/dev/mapper/{mapped}",
-            *([f"/dev/{'/'.join(volume)}"] if volume else []),
-        ]
-    if connected:
-        names += [str(link) for link in _DEVICE_LINKS.glob("by-*/*") if _leads_to(link, connected)]
-    # The pattern language has its own special characters; a dot stands for any of them.
-    return [f"r|^{re.sub(r'[^a-zA-Z0-9/]', '.', name)}$|" for name in names]
-
-
-def _arriving() -> list[Path]:
-    """Return the folders in sysfs of the devices of instant restores that are not LVM's yet."""
-    found = []
-    for name in _SYS_BLOCK.glob("dm-*/dm/name"):
-        if _text(name).endswith(ARRIVING_SUFFIX):
-            below = name.parent.parent
-            found += [below, *(_SYS_BLOCK / holder.name for holder in (below / "holders").glob("*"))]
-    return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _leads_to(link: Path, disks: set[str]) -> bool:
-    try:
-        target = os.readlink(link).rpartition("/")[2]
-    except OSError:
-        return False
-    return target in disks or target.partition("p")[0] in disks
-
-
-def _size_of(disk: Path) -> int:
-    try:
-        return int((disk / "size").read_text())
-    except (OSError, ValueError):
-        return 0

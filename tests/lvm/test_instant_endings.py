@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.system import lvm
+from blocksnap.system import lvm_config
 from support.in_process import InProcess
 from support.instant_restore import MIB, NAME, device_name, nothing_is_left, restoring
 from support.lvm_lab import ThinPool, switch, tool
@@ -126,7 +126,7 @@ def test_a_store_that_fails_is_told_while_no_data_arrives(pool: ThinPool, conten
     volume, store = f"{pool.group}/{NAME}", part(pool, "meanwhile")
     with restoring("latest", volume, "--classic", "--rate", "3M", prelude=QUICK) as run:
         device = run.until("usable")["device"]
-        tool("lvreduce", *lvm._config(), "-f", "-y", "-qq", "-L", "8M", f"{volume}-arriving")
+        tool("lvreduce", *lvm_config.settings(), "-f", "-y", "-qq", "-L", "8M", f"{volume}-arriving")
         warned_of(run, "was made smaller")
         with using(device, content) as application:
             switch(store, failing_from(tool("dmsetup", "table", store), 0))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.system import lvm
+from blocksnap.system import lvm_config
 from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
@@ -188,7 +188,7 @@ def test_a_target_that_was_made_smaller_is_brought_again(
             if is_ended:
                 run.end(signal.SIGKILL)
             # As we do it: any other LVM command might wait for the server that is gone.
-            tool("lvreduce", *lvm._config(), "-f", "-y", "-qq", "-L", "8M", f"{volume}-arriving")
+            tool("lvreduce", *lvm_config.settings(), "-f", "-y", "-qq", "-L", "8M", f"{volume}-arriving")
             with restoring("--resume", volume, prelude=QUICK) if is_ended else nothing(run) as second:
                 if is_ended:
                     second.until("usable")
@@ -197,10 +197,19 @@ def test_a_target_that_was_made_smaller_is_brought_again(
                 assert command in remedy
                 second_look(application)
                 # Another failure of the same sort is told as well.
-                tool("lvreduce", *lvm._config(), "-f", "-y", "-qq", "-L", "4M", f"{volume}-arriving")
+                tool(
+                    "lvreduce",
+                    *lvm_config.settings(),
+                    "-f",
+                    "-y",
+                    "-qq",
+                    "-L",
+                    "4M",
+                    f"{volume}-arriving",
+                )
                 warned_of(second, f"it has {4 * MIB} bytes")
                 # What it gets back is what others have left there.
-                tool(*command.split(), *lvm._config())
+                tool(*command.split(), *lvm_config.settings())
                 assert second.done() == 3
                 assert application.failing() == 0
     nothing_is_left(pool, NAME)

@@ -15,7 +15,7 @@ from blocksnap.controller.recover import recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import UsageError, VolumeError
 from blocksnap.extents.changes import BaseDecision
-from blocksnap.system import lvm
+from blocksnap.system import lvm_config
 from blocksnap.system.lvm import BaseMark, base_of
 from blocksnap.volumes.base import Ledger, SnapshotTiming
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
@@ -94,7 +94,7 @@ class Volume:
 
 @pytest.fixture
 def mock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
-    lvm._user_filters.cache_clear()
+    lvm_config._user_filters.cache_clear()
     mock = MockCommands(tmp_path / "bin")
     monkeypatch.setenv("PATH", mock.path)
     mock.add("lvmconfig", out="use_devicesfile=0\n")

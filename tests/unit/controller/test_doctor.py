@@ -18,7 +18,7 @@ from blocksnap.controller.journal import Journal, read_entries
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import BlocksnapError
-from blocksnap.system import devmapper, lvm
+from blocksnap.system import devmapper, lvm, lvm_config
 from blocksnap.system.devmapper import LvmIdentity, PoolStatus
 from blocksnap.system.lvm_report import parse_report
 from blocksnap.system.mounts import Mount
@@ -306,7 +306,7 @@ def test_tools(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
-    lvm._user_filters.cache_clear()
+    lvm_config._user_filters.cache_clear()
     mock = MockCommands(tmp_path / "bin")
     monkeypatch.setenv("PATH", mock.path)
     mock.add("lvmconfig", out="use_devicesfile=0\n")

@@ -16,7 +16,7 @@ from blocksnap.controller.journal import Journal, Step, read_entries
 from blocksnap.controller.recover import Leftover, may_remove, parse_lvm_time, recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import BusyError, UsageError, VolumeError
-from blocksnap.system import host, lvm
+from blocksnap.system import host, lvm_config
 from blocksnap.system.command import CommandTimeoutError
 from blocksnap.system.host import host_name
 from blocksnap.volumes.base import Ledger, SnapshotTiming
@@ -291,7 +291,7 @@ def test_times_of_lvm() -> None:
 
 @pytest.fixture
 def mock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
-    lvm._user_filters.cache_clear()
+    lvm_config._user_filters.cache_clear()
     mock = MockCommands(tmp_path / "bin")
     monkeypatch.setenv("PATH", mock.path)
     mock.add("lvmconfig", out="use_devicesfile=0\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap.errors import UsageError, VolumeError
-from blocksnap.system import lvm
+from blocksnap.system import lvm, lvm_config
 from blocksnap.system.command import CommandError
 from blocksnap.system.lvm_report import parse_disks, parse_report
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
@@ -19,7 +19,7 @@ SETTINGS = 'filter=["a|.*|"]\nuse_devicesfile=0\ndevicesfile="system.devices"\n'
 
 @pytest.fixture
 def mock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
-    lvm._user_filters.cache_clear()
+    lvm_config._user_filters.cache_clear()
     mock = MockCommands(tmp_path / "bin")
     monkeypatch.setenv("PATH", mock.path)
     mock.add("lvmconfig", out=SETTINGS)
@@ -79,9 +79,9 @@ def test_what_an_instant_restore_is_made_of_is_rejected_by_all_its_names(
     (tmp_path / "disk" / "by-uuid").mkdir(parents=True)
     (tmp_path / "disk" / "by-uuid" / "xy").symlink_to("../../dm-2")
     (tmp_path / "disk" / "by-uuid" / "zz").symlink_to("../../dm-3")
-    monkeypatch.setattr(lvm, "_SYS_BLOCK", tmp_path / "sys")
-    monkeypatch.setattr(lvm, "_DEVICE_LINKS", tmp_path / "disk")
-    patterns = lvm._device_rejects()
+    monkeypatch.setattr(lvm_config, "_SYS_BLOCK", tmp_path / "sys")
+    monkeypatch.setattr(lvm_config, "_DEVICE_LINKS", tmp_path / "disk")
+    patterns = lvm_config._device_rejects()
     for name in (
         "/dev/dm.1", "/dev/block/254.1", "/dev/mapper/vg..a.data.blocksnap",
         "/dev/dm.2", "/dev/block/254.2", "/dev/mapper/vg..a.data",
@@ -104,9 +104,9 @@ def test_names_of_connected_nbd_devices_are_rejected_too(
     links.mkdir(parents=True)
     for link, target in (("aa-1", "nbd0"), ("bb", "nbd0p2"), ("cc", "nbd1"), ("dd", "sda")):
         (links / link).symlink_to(f"../../{target}")
-    monkeypatch.setattr(lvm, "_SYS_BLOCK", block)
-    monkeypatch.setattr(lvm, "_DEVICE_LINKS", tmp_path / "disk")
-    patterns = lvm._device_rejects()
+    monkeypatch.setattr(lvm_config, "_SYS_BLOCK", block)
+    monkeypatch.setattr(lvm_config, "_DEVICE_LINKS", tmp_path / "disk")
+    patterns = lvm_config._device_rejects()
     assert sorted(pattern.rpartition("/")[2] for pattern in patterns) == ["aa.1$|", "bb$|"]
 
 
@@ -114,7 +114,7 @@ def test_devices_file_is_left_to_decide(
     mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "system.devices").touch()
-    monkeypatch.setattr(lvm, "_DEVICES_FOLDER", tmp_path)
+    monkeypatch.setattr(lvm_config, "_DEVICES_FOLDER", tmp_path)
     mock.add("lvmconfig", out=SETTINGS.replace("devicesfile=0", "devicesfile=1"))
     lvm.activate("vg", "lv")
     assert "filter" not in config_of(mock.calls_of("lvchange")[0])
@@ -319,3 +319,23 @@ def test_one_command_changes_a_group_at_a_time(
     assert caught.value.exit_code == 11
     lvm.activate("vg", "lv")
     assert len(mock.calls_of("lvchange")) == 2
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(
+    mock: MockCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not even where somebody else can write, which is nowhere below root's own /run."""
+    folder = Path(lvm._LOCK_FOLDER)
+    while not folder.exists():
+        folder = folder.parent
+    while str(folder) != "/":
+        assert (folder.stat().st_uid, folder.stat().st_mode & 0o022) == (0, 0), folder
+        folder = folder.parent
+    monkeypatch.setattr(lvm, "_LOCK_FOLDER", str(tmp_path / "locks"))
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / "locks" / "vg").symlink_to(tmp_path / "precious")
+    mock.add("lvchange")
+    with pytest.raises(OSError, match="symbolic links"):
+        lvm.activate("vg", "lv")
+    assert (tmp_path / "precious").read_text() == "content"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.system import lvm
+from blocksnap.system import lvm, lvm_config
 from blocksnap.system.mounts import Mount
 from blocksnap.system.udev import BlockDevice
 from blocksnap.volumes import discover as module
@@ -26,7 +26,7 @@ DM = os.makedev(254, 7)
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
-    lvm._user_filters.cache_clear()
+    lvm_config._user_filters.cache_clear()
     mock = MockCommands(tmp_path / "bin")
     monkeypatch.setenv("PATH", mock.path)
     mock.add("lvmconfig", out="use_devicesfile=0\n")

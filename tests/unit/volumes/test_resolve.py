@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap.errors import UsageError, VolumeError
-from blocksnap.system import blockdev, devmapper, lvm, mounts
+from blocksnap.system import blockdev, devmapper, lvm_config, mounts
 from blocksnap.volumes import resolve
 from blocksnap.volumes.resolve import resolve_volume
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
@@ -15,7 +15,7 @@ from support.mock_command import MockCommands
 
 @pytest.fixture
 def mock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MockCommands:
-    lvm._user_filters.cache_clear()
+    lvm_config._user_filters.cache_clear()
     mock = MockCommands(tmp_path / "bin")
     monkeypatch.setenv("PATH", mock.path)
     monkeypatch.chdir(tmp_path)
