@@ -150,7 +150,7 @@ def group_text(vg: str, uuids: Collection[str]) -> str:
     """Return a volume group in LVM's text form, in which the volumes with these UUIDs are.
 
     LVM writes it to a file after each change but ours, which costs nothing to read. Where that is not kept,
-    or not up to date, LVM is asked. Raises CommandError, VolumeError.
+    or not up to date, LVM is asked. Raises CommandError, OSError.
     """
     with contextlib.suppress(OSError):
         text = (_BACKUP_FOLDER / check_name(vg)).read_text()
@@ -168,25 +168,18 @@ def attachment(vg: str, snapshot: str) -> str:
 
     try:
         return attachment_in(_present_text(vg), vg, check_name(snapshot))
-    except LvmTextError as err:
+    except (LvmTextError, OSError) as err:
         raise VolumeError(
-            f"what LVM writes of the volume group {vg} makes no sense: {err}",
-            resolution="blocksnap needs lvm2 2.03 or later",
+            f"what LVM writes of the volume group {vg} cannot be read: {err}",
+            resolution="it needs lvm2 2.03 or later, and room where temporary files lie (TMPDIR, /tmp)",
         ) from err
 
 
 def _present_text(vg: str) -> str:
-    """Have LVM write it; raises CommandError, and VolumeError where there is no room for it."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
-            file = Path(folder, "group")
-            run("vgcfgbackup", *settings(), "-f", str(file), check_name(vg))
-            return file.read_text()
-    except OSError as err:
-        raise VolumeError(
-            f"LVM cannot write down the volume group {vg}: {os.strerror(err.errno or 0)}",
-            resolution="make room where temporary files lie (/tmp, or what TMPDIR says)",
-        ) from err
+    with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
+        file = Path(folder, "group")
+        run("vgcfgbackup", *settings(), "-f", str(file), check_name(vg))
+        return file.read_text()
 
 
 def archive_folder() -> str | None:
