@@ -25,13 +25,8 @@ from blocksnap.pipeline.selection import Ranges
 from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.arrival_devices import (
-    ArrivalDevices,
-    Names,
-    PartGoneError,
-    VolumeShrunkError,
-    below_table,
-)
+from blocksnap.restore.arrival_devices import ArrivalDevices, Names, below_table
+from blocksnap.restore.arrival_errors import PartGoneError, VolumeShrunkError
 from blocksnap.restore.arriving_target import ArrivingTarget
 from blocksnap.restore.engine import UnreadableRangeError, head_bytes, restore_to_target
 from blocksnap.restore.exception_store import store_bytes
@@ -271,7 +266,8 @@ class Bringing:
         # What is written from the next step on is to be kept, whatever happens.
         if self._arrival.stage == "making":
             self._reach("arriving")
-        self._devices.mend_store(store_bytes(lv_bytes))
+        if small := self._devices.mend_store(store_bytes(lv_bytes)):
+            self._tell(small)
         device = self._devices.open_top(lv_bytes)
         self._usable_seconds = time.monotonic() - self._began
         tell_of_labels(self._backup, self._report)

@@ -11,10 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blocksnap.errors import BlocksnapError, TargetError
+from blocksnap.errors import BlocksnapError
+from blocksnap.restore.arrival_errors import (
+    MergeFailedError,
+    PartGoneError,
+    PartInactiveError,
+    PartStaysError,
+    StoreFullError,
+    StoreStaysSmallError,
+    VolumeAppearedError,
+    VolumeShrunkError,
+    WritesFailedError,
+    giving_up,
+)
 from blocksnap.restore.exception_store import (
     CHUNK_SECTORS,
     StoreUnreadableError,
@@ -31,121 +42,6 @@ from blocksnap.system.mounts import users_of_device
 
 _SECTOR = 512
 _LOOK_SECONDS = 0.2
-
-
-class WritesFailedError(TargetError):
-    """The store for what is written meanwhile has failed; ``users`` are in the way of taking it up again."""
-
-    def __init__(self, volume: str, users: Sequence[str] = ()) -> None:
-        self.volume, self.users = volume, tuple(users)
-        super().__init__(
-            f"the store for what is written to {volume} meanwhile has failed: reads and writes fail, and "
-            f"what was written before is kept{''.join(f'; it is {user}' for user in users)}",
-            resolution="see dmesg for why (a full pool, a failing disk) and mend that, stop what uses the "
-            f"volume, unmount it, end this command, and go on: blocksnap restore --instant --resume {volume}",
-        )
-
-
-class MergeFailedError(TargetError):
-    """What was written meanwhile could not be brought to the volume."""
-
-    def __init__(self, volume: str, users: Sequence[str] = ()) -> None:
-        self.volume, self.users = volume, tuple(users)
-        super().__init__(
-            f"what was written to {volume} meanwhile cannot be merged into it; nothing of it is lost"
-            f"{''.join(f'; it is {user}' for user in users)}",
-            resolution="see dmesg for why (a full pool, a failing disk) and mend that, stop what uses the "
-            f"volume, unmount it, then: blocksnap restore --instant --resume {volume}",
-        )
-
-
-class PartGoneError(TargetError):
-    """Somebody has removed a volume that the restore is made of."""
-
-    def __init__(self, volume: str, part: str, making: str | None) -> None:
-        """``making`` are the words that make another one in its place, where that helps."""
-        self.volume, self.part = volume, part
-        again = (
-            f"make it again: {making}; then: blocksnap restore --instant --resume {volume}; or "
-            if making
-            else ""
-        )
-        super().__init__(
-            f"{volume} cannot be restored any further: {part} is gone",
-            resolution=f"{again}{_giving_up(volume)}",
-        )
-
-
-class PartInactiveError(TargetError):
-    """A volume that the restore is made of cannot be activated, as when a disk is missing."""
-
-    def __init__(self, volume: str, part: str, err: CommandError) -> None:
-        self.volume, self.part = volume, part
-        super().__init__(
-            f"{part}, of which {volume} is made, cannot be activated: {err.brief}",
-            details=err.details,
-            resolution="bring its disks back (pvs, dmesg), then: blocksnap restore --instant --resume "
-            f"{volume}; or {_giving_up(volume)}",
-        )
-
-
-class PartStaysError(TargetError):
-    """What is given up cannot be removed."""
-
-    def __init__(self, volume: str, part: str, err: CommandError) -> None:
-        self.volume, self.part = volume, part
-        group = part.partition("/")[0]
-        super().__init__(
-            f"{part} cannot be removed: {err.brief}",
-            details=err.details,
-            resolution="where disks are gone for good take them, and all that was on them, out of the group: "
-            f"vgreduce --removemissing --force {group}; then: blocksnap restore --instant --abandon {volume}",
-        )
-
-
-class VolumeShrunkError(TargetError):
-    """Somebody has made the volume smaller that the backup goes to."""
-
-    def __init__(self, part: str, size: int, needed: int) -> None:
-        self.part, self.size, self.needed = part, size, needed
-        super().__init__(
-            f"{part} was made smaller: it has {size} bytes and needs {needed}",
-            resolution=f"run: {self.remedy}",
-        )
-
-    @property
-    def remedy(self) -> str:
-        """The command that makes it as large again."""
-        return f"lvextend --size {self.needed}b {self.part}"
-
-
-class StoreFullError(TargetError):
-    """There is no more room for what is written meanwhile; ``users`` are in the way of making some."""
-
-    def __init__(self, volume: str, users: Sequence[str] = ()) -> None:
-        self.volume, self.users = volume, tuple(users)
-        super().__init__(
-            f"the room for what is written to {volume} meanwhile is full: writes fail, and what was written "
-            f"before is kept{''.join(f'; it is {user}' for user in users)}",
-            resolution="stop what uses it, unmount it, end this command, and make room with: "
-            f"blocksnap restore --instant --resume {volume}",
-        )
-
-
-class VolumeAppearedError(TargetError):
-    """Somebody has made a volume of the name that is restored to, while that was interrupted."""
-
-    def __init__(self, group: str, name: str) -> None:
-        self.group, self.name = group, name
-        super().__init__(
-            f"{group}/{name} is being restored, and a volume of that name was made meanwhile",
-            resolution=f"give that one another name (lvrename {group} {name} OTHER) or remove it, then: "
-            f"blocksnap restore --instant --resume {group}/{name}",
-        )
-
-
-def _giving_up(volume: str) -> str:
-    return f"give up what was written to it: blocksnap restore --instant --abandon {volume}"
 
 
 _InUse = type[StoreFullError] | type[WritesFailedError] | type[MergeFailedError]
@@ -338,7 +234,7 @@ class ArrivalDevices:
         if state not in ("valid", "merging"):
             raise WritesFailedError(names.volume)
 
-    def mend_store(self, room: int) -> None:
+    def mend_store(self, room: int) -> StoreStaysSmallError | None:
         """Have a store that was full or has failed, also in a merge, be taken again: by a device made anew.
 
         A merge that has failed is not begun again by another table: the kernel would hand over what it has
@@ -346,6 +242,7 @@ class ArrivalDevices:
         there (dm-snap.c, __handover_exceptions; dm-snap-persistent.c, persistent_commit_merge).
 
         One that was full gets as many bytes as ``room``, which is 0 where nothing is added to it any more.
+        What keeps it from that is returned: all that is there can be read all the same.
         Raises StoreFullError, WritesFailedError or MergeFailedError while it is used, StoreUnreadableError.
         """
         names = self._names
@@ -353,20 +250,24 @@ class ArrivalDevices:
         state = "valid"
         if number is not None:
             if " snapshot" not in dm_tables.read_table(names.device):
-                return
+                return None
             state = devmapper.snapshot_status(number).state
             if state in ("valid", "merging"):
-                return
+                return None
             self._take_away(number, _IN_USE.get(state, WritesFailedError))
         try:
             take_up_store(self._store)
             is_full = state == "overflow" or is_nearly_full(self._store)
         except StoreUnreadableError as err:
-            err.resolution = f"{err.resolution}; or {_giving_up(names.volume)}"
+            err.resolution = f"{err.resolution}; or {giving_up(names.volume)}"
             raise
         if is_full and self._bytes_of_store() < room:
             # The kernel looks at the size of a store, and forgets that it was full, only when it is opened.
-            lvm.extend_volume(names.group, names.meanwhile, room)
+            try:
+                lvm.extend_volume(names.group, names.meanwhile, room)
+            except CommandError as err:
+                return StoreStaysSmallError(names.volume, f"{names.group}/{names.meanwhile}", err)
+        return None
 
     def _bytes_of_store(self) -> int:
         return _bytes_of(self._number(devmapper.encode_name(self._names.group, self._names.meanwhile)))

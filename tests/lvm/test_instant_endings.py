@@ -105,18 +105,31 @@ def test_a_store_that_fails_right_before_the_merge_is_not_merged(
 
 @soak
 def test_a_store_that_was_full_is_made_larger_after_a_crash_too(pool: ThinPool, content: Expected) -> None:
-    volume = f"{pool.group}/{NAME}"
-    with restoring("latest", volume, "--write-room", "4M", "--rate", "2M", prelude=QUICK) as first:
+    volume, slow = f"{pool.group}/{NAME}", ("--rate", "2M")
+    words = ("latest", volume, "--classic", "--write-room", "4M", *slow)
+    with restoring(*words, prelude=QUICK) as first:
         device = first.until("usable")["device"]
         with using(device, content) as application, pytest.raises(OSError, match="Input/output error"):
             application.write_everywhere()
         first.end(signal.SIGKILL)
     take_devices_away(pool)
-    with restoring("--resume", volume, prelude=QUICK) as second:
-        second.until("usable")
+    tool("lvcreate", "-y", "-qq", "-l", "100%FREE", "-n", "other", pool.group)
+    try:
+        with restoring("--resume", volume, *slow, prelude=QUICK) as second:
+            # It cannot be made larger now, and is of use all the same.
+            assert "make room" in warned_of(second, "cannot be made larger")
+            second.until("usable")
+            with using(device, content) as again:
+                assert again.failing() == 0
+            second.end(signal.SIGKILL)
+        take_devices_away(pool)
+    finally:
+        pool.remove("other")
+    with restoring("--resume", volume, *slow, prelude=QUICK) as third:
+        third.until("usable")
         with using(device, content) as again:
             again.write_everywhere()
-        assert second.done() == 0
+        assert third.done() == 0
     nothing_is_left(pool, NAME)
     assert content.differing(0, Path(device).read_bytes()[:SIZE]) == []
 
