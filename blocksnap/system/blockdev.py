@@ -126,8 +126,8 @@ def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) ->
         raise NoDeviceError(path, os.strerror(err.errno or 0)) from err
     try:
         number = device_number(fd)
-        if writable and (writers := _lasting_writers(number)):
-            raise DeviceBusyError(path, writers)
+        if writable and (writers := lasting_writers(number)):
+            raise DeviceBusyError(path, list(writers.values()))
         if writable and is_read_only(fd):
             raise DeviceError(
                 f"{path} is read-only", resolution="make it writable (blockdev --setrw, lvchange -prw)"
@@ -138,14 +138,19 @@ def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) ->
     return fd
 
 
-def _lasting_writers(number: int) -> list[str]:
+def lasting_writers(number: int) -> dict[int, str]:
+    """Return the other processes that keep a device, its disk or a partition of it open for writing.
+
+    By their numbers, with what to call each. Takes half a second if there is any.
+    """
     disks = [disk for disk in slaves(number) if number in partitions(disk)]
     numbers = {number, *partitions(number), *disks}
     writers = device_writers(numbers)
     if writers:
         # Programs that look after devices open one for a moment.
         time.sleep(_MOMENT_SECONDS)
-        writers = device_writers(numbers)
+        lasting = device_writers(numbers)
+        writers = {pid: told for pid, told in lasting.items() if pid in writers}
     return writers
 
 

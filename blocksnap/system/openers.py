@@ -11,24 +11,24 @@ import stat
 from collections.abc import Collection, Iterator
 
 
-def device_writers(numbers: Collection[int]) -> list[str]:
-    """Name the other processes that have one of some block devices open for writing.
+def device_writers(numbers: Collection[int]) -> dict[int, str]:
+    """Return the other processes that have one of some block devices open for writing, and their names.
 
     Virtual machines have their disks open so, and nothing keeps others from them: neither O_EXCL nor what
     sysfs knows of users. Of processes that our rights do not let us look at nothing is said.
     """
-    found = []
-    for pid in os.listdir("/proc"):
+    found = {}
+    for pid in sorted(os.listdir("/proc")):
         if not pid.isdecimal() or int(pid) == os.getpid():
             continue
         try:
             if any(_may_write(_facts(pid, fd)) for fd in _open_devices(pid, numbers)):
                 with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-                    found.append(f"open for writing by process {pid} ({comm.read().strip()})")
+                    found[int(pid)] = f"open for writing by process {pid} ({comm.read().strip()})"
         except OSError:
             # It has ended meanwhile, or is none of ours to look at.
             continue
-    return sorted(found)
+    return found
 
 
 def file_writers(file: os.stat_result) -> Iterator[int]:

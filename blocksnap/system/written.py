@@ -17,7 +17,7 @@ from blocksnap.system.blockdev import sysfs_folder
 
 _FOLDER = Path("/run/blocksnap/written")
 _SECTOR = 512
-_WRITE_SECTORS = 6
+_WRITE_SECTORS, _DISCARD_SECTORS = 6, 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,21 @@ class WriteRate:
         return self.written_bytes / self.seconds if self.seconds > 0 else 0.0
 
 
+def touched_bytes(number: int) -> int | None:
+    """Return how many bytes were written to a device, or discarded, since it came to be.
+
+    None where the kernel does not count.
+    """
+    return _counted(number, _WRITE_SECTORS, _DISCARD_SECTORS)
+
+
 def observe(number: int, name: str) -> WriteRate | None:
     """Return what was written to a device since it was last observed under ``name``, and remember this.
 
     The first time it is since the boot. None where the kernel does not count.
     """
-    try:
-        fields = (sysfs_folder(number) / "stat").read_text().split()
-        written = int(fields[_WRITE_SECTORS]) * _SECTOR
-    except (OSError, IndexError, ValueError):
+    written = _counted(number, _WRITE_SECTORS)
+    if written is None:
         return None
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     before_written, before_at = _remembered(name)
@@ -50,6 +56,14 @@ def observe(number: int, name: str) -> WriteRate | None:
         # It was activated anew meanwhile, and counts from zero.
         before_written, before_at = 0, 0.0
     return WriteRate(written - before_written, now - before_at)
+
+
+def _counted(number: int, *places: int) -> int | None:
+    try:
+        fields = (sysfs_folder(number) / "stat").read_text().split()
+        return sum(int(fields[place]) for place in places) * _SECTOR
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def _remembered(name: str) -> tuple[int, float]:

@@ -1,18 +1,20 @@
 """What has no snapshots: a block device that nobody uses, and a plain file.
 
-Both are read as they are. A device is held exclusively meanwhile, so nobody can mount it; a file
-can be kept from nobody, so it is looked at again before the commit. Where hooks stop who uses it, that is
-looked at when they have, and they hold until it was read (docs/design.md, section 4.3).
+Both are read as they are. A device is held exclusively meanwhile, so nobody can mount it; but processes
+that merely open it, as virtual machines do their disks, are kept from neither. So both are looked at again
+before the commit. Where hooks stop who uses it, that is looked at when they have, and they hold until it was
+read (docs/design.md, section 4.3).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
 from blocksnap.extents.changes import Binding, Changes, Parent
 from blocksnap.extents.scan import compare_all, scan_file
-from blocksnap.system import blockdev
+from blocksnap.system import blockdev, cgroup, written
 from blocksnap.system.files import Writers, who_writes
 from blocksnap.system.host import host_id
 from blocksnap.system.mounts import mounts_of, users_of_device
@@ -172,7 +174,7 @@ class DeviceVolume(_ColdVolume):
 
     def prepare(self) -> None:
         """Make sure that it is still unused."""
-        os.close(_open_unused(self._path, self._number))
+        os.close(_open_unused(self._path, self._number)[0])
 
     def take_snapshot(self, run: str, ledger: Ledger | None = None) -> DeviceSnapshot:  # noqa: ARG002 - protocol
         """Take the device for ourselves."""
@@ -183,10 +185,12 @@ class DeviceSnapshot(ColdSnapshot):
     """A device that is held so that nobody can begin to write to it."""
 
     def __init__(self, path: str, number: int) -> None:
-        super().__init__(_open_unused(path, number))
+        fd, self._writers = _open_unused(path, number)
+        super().__init__(fd)
         self._path = path
         self._number = number
         self._size = blockdev.size_of(self._fd)
+        self._touched = self._count_touched()
 
     @property
     def size(self) -> int:
@@ -196,23 +200,52 @@ class DeviceSnapshot(ColdSnapshot):
     @property
     def binding(self) -> Binding:
         """The device's name and size, for people to see."""
-        return {"source": "device", "path": self._path, "size": self._size}
+        return {
+            "source": "device",
+            "path": self._path,
+            "size": self._size,
+            "writers": self._writers or "not asked",
+        }
 
     def find_changes(self, parent: Parent | None) -> Changes:
         """Everything is read."""
         return compare_all(self._size, parent)
 
     def check(self) -> None:
-        """Make sure that a read-only mount did not become a writable one, and that the size is the same."""
+        """Make sure that nobody wrote to it, or mounted it for that, and that the size is the same."""
         writable = [mount.point for mount in mounts_of(self._number) if not mount.read_only]
         if writable:
             raise VolumeChangedError(self._path, f"it is mounted for writing on {writable[0]}")
         if blockdev.size_of(self._fd) != self._size:
             raise VolumeChangedError(self._path, "its size")
+        touched = self._count_touched()
+        if touched is not None and self._touched is not None and touched != self._touched:
+            raise VolumeChangedError(self._path, f"{touched - self._touched} bytes were written or discarded")
+        if self._writers is not None:
+            now, names = _who_writes(self._number)
+            if now not in ("none", self._writers):
+                raise VolumeChangedError(self._path, "; ".join(names))
+
+    def _count_touched(self) -> int | None:
+        # As long as we have it open, what others write to it may stay in its page cache.
+        with contextlib.suppress(OSError):
+            os.fsync(self._fd)
+        return written.touched_bytes(self._number)
 
 
-def _open_unused(path: str, number: int) -> int:
-    """Open a device exclusively; or shared, when nobody but read-only mounts use it."""
+def _who_writes(number: int) -> tuple[Writers, list[str]]:
+    """Say who keeps a device open for writing, and what to call those who do not stand still."""
+    found = blockdev.lasting_writers(number)
+    running = [name for pid, name in found.items() if not cgroup.stands_still(pid)]
+    return ("running" if running else "frozen" if found else "none"), running
+
+
+def _open_unused(path: str, number: int) -> tuple[int, Writers | None]:
+    """Open a device exclusively; or shared, when nobody but read-only mounts use it.
+
+    Tells who has it open for writing, none of whom runs; None where that was not asked, for such mounts.
+    """
+    shared = False
     try:
         try:
             fd = blockdev.open_exclusive(path, writable=False, direct=True)
@@ -225,11 +258,18 @@ def _open_unused(path: str, number: int) -> int:
             ):
                 raise
             fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            shared = True
     except blockdev.DeviceBusyError as err:
         raise VolumeInUseError(path, err.users) from err
     except (blockdev.DeviceError, OSError) as err:
         raise NoSuchVolumeError(path, str(err)) from err
-    if blockdev.device_number(fd) != number:
+    try:
+        if blockdev.device_number(fd) != number:
+            raise NoSuchVolumeError(path, "it became another device meanwhile")
+        writers, names = (None, []) if shared else _who_writes(number)
+        if writers == "running":
+            raise VolumeInUseError(path, names)
+    except BaseException:
         os.close(fd)
-        raise NoSuchVolumeError(path, "it became another device meanwhile")
-    return fd
+        raise
+    return fd, writers

@@ -260,7 +260,7 @@ def _plain_devices(devices: list[BlockDevice], mounts: list[Mount]) -> list[Cand
         if blockdev.partitions(device.number):
             continue
         points = _points(mounts_of(device.number, mounts))
-        users = users_of_device(device.number)
+        users = users_of_device(device.number) or list(blockdev.lasting_writers(device.number).values())
         found.append(
             Candidate(
                 name=device.node,

@@ -242,6 +242,18 @@ def test_processes_that_are_frozen(path: Path, group: Path, blocksnap: InProcess
         application.kill()
 
 
+def test_a_device_that_frozen_processes_have_open(tmp_path: Path, group: Path, blocksnap: InProcess) -> None:
+    with loop_device(tmp_path / "device.img", size=4 * MIB) as device:
+        application = Application(Path(device), cgroup=group)
+        try:
+            assert blocksnap("backup", device)[0] == 14
+            configure(blocksnap, device, f'cgroups = ["{group}"]')
+            taken = blocksnap.backup("--job", "shop")
+            assert taken["consistency"] == "crash"
+        finally:
+            application.kill()
+
+
 def test_who_writes_is_told_from_what_maps_it_too(path: Path, group: Path) -> None:
     with path.open("rb") as file:
         assert who_writes(file.fileno()) == "none"

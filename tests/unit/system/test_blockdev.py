@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -149,18 +150,61 @@ def test_exclusive_is_exclusive_and_says_who_uses_it(loop: str, mounted: Callabl
     assert caught.value.exit_code == 14
 
 
-def test_device_that_a_process_writes_is_no_target(loop: str) -> None:
+@contextmanager
+def machine_with(disk: str) -> Iterator[int]:
     """As a virtual machine has its disk: not exclusively, and nothing in sysfs tells of it."""
     script = "import os, sys; os.open(sys.argv[1], os.O_RDWR); print(flush=True); sys.stdin.read()"
-    argv = [sys.executable, "-c", script, loop]
+    argv = [sys.executable, "-c", script, disk]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as machine:
         assert machine.stdout is not None
         machine.stdout.readline()
-        with pytest.raises(blockdev.DeviceBusyError, match=f"for writing by process {machine.pid} "):
+        try:
+            yield machine.pid
+        finally:
+            machine.communicate()
+
+
+def test_device_that_a_process_writes_is_no_target(loop: str) -> None:
+    with machine_with(loop) as pid:
+        with pytest.raises(blockdev.DeviceBusyError, match=f"for writing by process {pid} "):
             blockdev.open_exclusive(loop)
         os.close(blockdev.open_exclusive(loop, writable=False))
-        machine.communicate()
     os.close(blockdev.open_exclusive(loop))
+
+
+def test_device_that_a_process_writes_is_not_read(loop: str) -> None:
+    volume = resolve_volume(loop)
+    with machine_with(loop) as pid, pytest.raises(VolumeInUseError, match=f"by process {pid} ") as caught:
+        volume.prepare()
+    assert caught.value.exit_code == 14
+    snapshot = volume.take_snapshot("r")
+    try:
+        # One that only reads it, and one that is gone in a moment, are no writers.
+        with open(loop, "rb"):
+            snapshot.check()
+        with machine_with(loop) as pid, pytest.raises(VolumeChangedError, match=f"by process {pid} "):
+            snapshot.check()
+        snapshot.check()
+    finally:
+        snapshot.remove()
+
+
+def test_device_that_was_written_to_while_it_was_read(loop: str) -> None:
+    """By somebody who is gone when it is looked at; what was dirty before is no change."""
+    argv = ["dd", "if=/dev/urandom", f"of={loop}", "bs=4096", "count=3", "conv=notrunc", "status=none"]
+    with open(loop, "rb"):
+        # As long as somebody has it open, what is dirty stays so.
+        subprocess.run(argv, check=True)
+        snapshot = DeviceVolume(loop).take_snapshot("r")
+    try:
+        with snapshot.open_reader() as fd:
+            assert os.preadv(fd, [blockdev.aligned_buffer(1 << 20)], 0) == 1 << 20
+        snapshot.check()
+        subprocess.run(argv, check=True)
+        with pytest.raises(VolumeChangedError, match="12288 bytes were written"):
+            snapshot.check()
+    finally:
+        snapshot.remove()
 
 
 def test_read_only_device_is_no_target(loop: str) -> None:

@@ -43,6 +43,13 @@ def test_it_is_counted_from_one_run_to_the_next(device: Path, monkeypatch: pytes
     assert written.observe(NUMBER, "other") == WriteRate(20 * 512, 200.0)
 
 
+def test_what_was_discarded_is_touched_too(device: Path) -> None:
+    device.write_text("10 0 80 4 500 0 1000 90 0 0 0 7 0 24 0 0 0\n")
+    assert written.touched_bytes(NUMBER) == 1024 * 512
+    device.write_text("10 0 80 4 500 0 1000 90 0 0 0\n")
+    assert written.touched_bytes(NUMBER) is None
+
+
 def test_what_cannot_be_read_is_no_reason_to_stop(device: Path) -> None:
     assert written.observe(NUMBER, "lv") is None
     device.write_text("1 2 3\n")
