@@ -67,18 +67,32 @@ static bool anything_in_force(const struct bs_watch *watch)
         return false;
 }
 
-/* Run the `after` that are in force and whose `before` has ended. */
+/* Return the `before` in front of an `after` while it runs, else NULL. */
+static struct bs_watch_item *running_before(struct bs_watch *watch, uint32_t after)
+{
+        struct bs_watch_item *before = after > 0 ? &watch->items[after - 1] : NULL;
+
+        return before && before->kind == BS_WATCH_BEFORE && before->pid != 0 ? before : NULL;
+}
+
+/* Run the `after` that were asked for, or are in force while all is let go, and whose `before` has ended. */
 static void start_afters(struct bs_watch *watch)
 {
         for (uint32_t i = watch->count; i-- > 0;) {
                 struct bs_watch_item *item = &watch->items[i];
 
-                if (item->kind != BS_WATCH_AFTER || !item->armed || item->started)
+                if (item->kind != BS_WATCH_AFTER || item->started || running_before(watch, i))
                         continue;
-                if (i > 0 && watch->items[i - 1].kind == BS_WATCH_BEFORE && watch->items[i - 1].pid != 0)
-                        continue;
-                bs_watch_start(watch, item, "after");
+                if (item->wanted || (watch->why && item->armed))
+                        bs_watch_start(watch, item, "after");
         }
+}
+
+/* End a command at a time, unless that is under way or comes sooner. */
+static void end_command(struct bs_watch_item *item, uint64_t at_ms)
+{
+        if (item->pid != 0 && !item->kill_at_ms && (!item->term_at_ms || at_ms < item->term_at_ms))
+                item->term_at_ms = at_ms;
 }
 
 static void let_kind_go(struct bs_watch *watch, enum bs_watch_kind kind)
@@ -111,9 +125,9 @@ static void let_all_go(struct bs_watch *watch, const char *why)
                         continue;
                 if (item->kind == BS_WATCH_SESSION) {
                         bs_watch_tell_end(item);
-                        item->term_at_ms = now + BS_WATCH_GRACE_MS;
+                        end_command(item, now + BS_WATCH_GRACE_MS);
                 } else if (item->kind == BS_WATCH_BEFORE) {
-                        item->term_at_ms = now;
+                        end_command(item, now);
                 }
         }
         start_afters(watch);
@@ -165,18 +179,20 @@ static uint64_t press(struct bs_watch *watch, uint64_t now)
         return next;
 }
 
-static void start(struct bs_watch *watch, struct bs_watch_item *item)
+static void start(struct bs_watch *watch, uint32_t number)
 {
-        const char *phase = "session";
+        struct bs_watch_item *item = &watch->items[number], *before = running_before(watch, number);
 
-        if (item->kind == BS_WATCH_AFTER)
-                phase = "after";
-        else if (item->kind == BS_WATCH_BEFORE)
-                phase = "before";
-        /* What was let go is not begun again. */
-        if (watch->why && item->kind != BS_WATCH_AFTER)
-                return;
-        bs_watch_start(watch, item, phase);
+        if (item->kind == BS_WATCH_AFTER) {
+                /* What `before` does then, `after` would not undo: it has to be gone. */
+                if (before)
+                        end_command(before, bs_watch_now_ms());
+                item->wanted = true;
+                start_afters(watch);
+        } else if (!watch->why) {
+                /* What was let go is not begun again. */
+                bs_watch_start(watch, item, item->kind == BS_WATCH_BEFORE ? "before" : "session");
+        }
 }
 
 static void obey(struct bs_watch *watch, const struct bs_watch_message *message)
@@ -192,11 +208,11 @@ static void obey(struct bs_watch *watch, const struct bs_watch_message *message)
         } else if (message->word == BS_WATCH_DISARM) {
                 item->armed = item->pending = false;
         } else if (message->word == BS_WATCH_START) {
-                start(watch, item);
+                start(watch, message->item);
         } else if (message->word == BS_WATCH_DISMISS) {
                 watch->dismissed = true;
-        } else if (message->word == BS_WATCH_KILL && item->pid != 0) {
-                item->term_at_ms = bs_watch_now_ms();
+        } else if (message->word == BS_WATCH_KILL) {
+                end_command(item, bs_watch_now_ms());
         }
 }
 
@@ -257,8 +273,7 @@ int bs_watch_run(struct bs_watch *watch)
                 } else {
                         end = 0;
                 }
-                if (watch->why)
-                        start_afters(watch);
+                start_afters(watch);
                 next = earlier(press(watch, now), earlier(try_again(watch, now), watch->why ? 0 : end));
                 if (!anything_runs(watch) && watch->why && !watch->reported) {
                         watch->reported = true;

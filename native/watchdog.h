@@ -40,7 +40,7 @@ enum bs_watch_kind {
 /* What the controller says, and what it is told. */
 enum bs_watch_word {
         BS_WATCH_ARM = 1, /* the item is in force; the first one starts the clock */
-        BS_WATCH_START,   /* start the command */
+        BS_WATCH_START,   /* start the command; an `after` ends the `before` in front of it first */
         BS_WATCH_DISARM,  /* the item is not in force any more */
         BS_WATCH_KILL,    /* end the command, with all processes of its session */
         BS_WATCH_DISMISS, /* the controller needs no watchdog any more */
@@ -65,6 +65,7 @@ struct bs_watch_item {
         uint64_t limit_ms; /* AFTER: how long it may take, 0 for as long as all of the standstill */
         bool armed;
         bool started;
+        bool wanted;                     /* AFTER: it was asked for, and is started when `before` has ended */
         bool pending;                    /* it was not begun yet when it was to be let go */
         pid_t pid;                       /* 0 unless it runs */
         uint64_t term_at_ms, kill_at_ms; /* when to end it, 0 for never */
@@ -96,10 +97,10 @@ struct bs_watch {
  *     after MILLISECONDS OUTPUT COUNT WORD... ;
  *     session INPUT ANSWER TELL OUTPUT COUNT WORD... ;
  *
- * The separator behind the words is overwritten. An `after` right behind a `before` waits for it. With 0
- * milliseconds it may take as long as all of the standstill, and is done with however it ends; one with a
- * time of its own that fails was not let go, and is up to the next run. Returns -EINVAL for anything else,
- * -E2BIG for too many.
+ * The separator behind the words is overwritten. An `after` right behind a `before` is started when that has
+ * ended, and whoever asks for it has that killed. With 0 milliseconds it may take as long as all of the
+ * standstill, and is done with however it ends; one with a time of its own that fails was not let go, and is
+ * up to the next run. Returns -EINVAL for anything else, -E2BIG for too many.
  */
 int bs_watch_parse(int argc, char **argv, struct bs_watch *out);
 

@@ -227,6 +227,7 @@ class PairHook:
         self._output = os.memfd_create("blocksnap hook")
         self._guard: Guard | None = None
         self._began = False
+        self._before_runs = False
 
     @property
     def name(self) -> str:
@@ -234,7 +235,7 @@ class PairHook:
         return f"hook {(self._before or self._after or ('',))[0]}"
 
     def safeguards(self) -> Sequence[Safeguard]:
-        """Return the commands; the watchdog waits with an ``after`` for the ``before`` in front of it."""
+        """Return the commands; the watchdog starts no ``after`` while the ``before`` in front of it runs."""
         commands = []
         if self._before:
             commands.append(Command("before", self._before, self._output))
@@ -261,22 +262,25 @@ class PairHook:
         if not self._before:
             return
         guard.arm(0)
+        # Before the call: an interrupt may arrive right behind it.
+        self._before_runs = True
         guard.start(0)
         status = guard.wait_ended(0, deadline)
+        self._end_before(guard)
         if status is None:
-            guard.kill(0)
-            guard.wait_ended(0, time.monotonic() + 2.0)
-            guard.disarm(0)
             raise HookError(self._before[0], "has not finished in time, and was killed", self._said())
-        guard.disarm(0)
         if status:
             raise HookError(self._before[0], f"failed, with {_status(status)}", self._said())
 
     def end(self, deadline: float) -> None:
-        """Run ``after`` to its end; it has as much time as all of the standstill."""
+        """Run ``after`` to its end; it has as much time as all of the standstill.
+
+        A ``before`` that an interrupt left at work is killed first: what it would still do, nothing undoes.
+        """
         if self._guard is None or not self._began:
             return
         guard, self._guard = self._guard, None
+        self._end_before(guard)
         if not self._after:
             return
         number = self._number_after
@@ -288,9 +292,8 @@ class PairHook:
             status = None
         if status is None:
             # It stays in force: the journal says so, and the next run sees to it.
-            raise HookReleaseError(
-                self._after[0], "may not have been run, since the watchdog is gone", was_run=False
-            )
+            reason = "the watchdog is gone" if guard.watchdog.is_lost else "its before cannot be killed"
+            raise HookReleaseError(self._after[0], f"may not have been run, since {reason}", was_run=False)
         guard.disarm(number)
         if status:
             raise HookReleaseError(self._after[0], f"failed, with {_status(status)}", self._said())
@@ -300,6 +303,16 @@ class PairHook:
         if self._output >= 0:
             os.close(self._output)
         self._output = -1
+
+    def _end_before(self, guard: Guard) -> None:
+        """See to it that ``before`` is over, by killing it if it is not."""
+        if not self._before_runs:
+            return
+        if guard.ended(0) is None:
+            guard.kill(0)
+            guard.wait_ended(0, time.monotonic() + 2.0)
+        guard.disarm(0)
+        self._before_runs = False
 
     @property
     def _number_after(self) -> int:

@@ -98,10 +98,12 @@ struct running {
         pid_t pid;
 };
 
-static struct running start_with(uint64_t limit_ms, uint64_t after_ms, const char *script)
+/* The first item is a command `before` the other if there is a script for it, else a text that is written. */
+static struct running start_items(uint64_t limit_ms, uint64_t after_ms, const char *before,
+                                  const char *script)
 {
-        static char shell[] = "/bin/sh", option[] = "-c", copy[256];
-        static char *argv[] = {shell, option, copy, NULL};
+        static char shell[] = "/bin/sh", option[] = "-c", copy[256], first[256];
+        static char *argv[] = {shell, option, copy, NULL}, *argv_before[] = {shell, option, first, NULL};
         char file[] = "/tmp/blocksnap-test-XXXXXX", journal[] = "/tmp/blocksnap-test-XXXXXX";
         struct running made;
         int pair[2];
@@ -128,6 +130,13 @@ static struct running start_with(uint64_t limit_ms, uint64_t after_ms, const cha
                                                         .answer = -1,
                                                         .tell = -1,
                                                         .output = -1};
+                if (before) {
+                        snprintf(first, sizeof(first), "%s", before);
+                        watch.items[0].kind = BS_WATCH_BEFORE;
+                        watch.items[0].argv = argv_before;
+                        watch.items[0].fd = -1;
+                        watch.items[0].output = made.file;
+                }
                 watch.items[1] = (struct bs_watch_item){.kind = BS_WATCH_AFTER,
                                                         .argv = argv,
                                                         .limit_ms = after_ms,
@@ -143,9 +152,19 @@ static struct running start_with(uint64_t limit_ms, uint64_t after_ms, const cha
         return made;
 }
 
+static struct running start_with(uint64_t limit_ms, uint64_t after_ms, const char *script)
+{
+        return start_items(limit_ms, after_ms, NULL, script);
+}
+
 static struct running start(uint64_t limit_ms, const char *script)
 {
         return start_with(limit_ms, 0, script);
+}
+
+static struct running start_pair(const char *before, const char *after)
+{
+        return start_items(60000, 0, before, after);
 }
 
 static void say(const struct running *running, uint32_t word, uint32_t item)
@@ -300,6 +319,29 @@ static void test_after_has_the_time_of_the_standstill_or_its_own(void)
         CHECK(strstr(journal, "\"failed\": 1") != NULL);
 }
 
+/* Whoever is interrupted asks for `after` while `before` works; what that would still do, nothing undoes. */
+static void test_after_is_not_run_beside_its_before(void)
+{
+        struct running running = start_pair("sleep 0.3; printf locked", "printf after");
+
+        say(&running, BS_WATCH_ARM, 1);
+        say(&running, BS_WATCH_START, 0);
+        say(&running, BS_WATCH_START, 1);
+        CHECK_EQUAL(hear(&running, BS_WATCH_ENDED), -SIGTERM);
+        CHECK_EQUAL(hear(&running, BS_WATCH_ENDED), 0);
+        usleep(400000);
+        CHECK(strcmp(finish(&running, NULL), "after") == 0);
+
+        running = start_pair("trap '' TERM; while :; do sleep 0.1; done", "printf after");
+        say(&running, BS_WATCH_ARM, 1);
+        say(&running, BS_WATCH_START, 0);
+        usleep(100000);
+        say(&running, BS_WATCH_START, 1);
+        CHECK_EQUAL(hear(&running, BS_WATCH_ENDED), -SIGKILL);
+        CHECK_EQUAL(hear(&running, BS_WATCH_ENDED), 0);
+        CHECK(strcmp(finish(&running, NULL), "after") == 0);
+}
+
 static void test_what_cannot_be_understood_is_passed_over(void)
 {
         struct running running = start(60000, "exit 0");
@@ -326,6 +368,7 @@ int main(void)
         test_what_is_armed_when_the_time_was_up_is_let_go_too();
         test_after_is_run_once_by_whoever_asks();
         test_after_has_the_time_of_the_standstill_or_its_own();
+        test_after_is_not_run_beside_its_before();
         test_what_cannot_be_understood_is_passed_over();
         return 0;
 }

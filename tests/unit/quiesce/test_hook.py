@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +146,46 @@ def test_after_runs_when_before_hangs(attended: MakeStandstill, hooks: Path) -> 
         standstill.begin()
     standstill.close()
     assert read_log(hooks) == ["before", "after"]
+
+
+class Interrupted(BaseException):
+    """What a signal is made into."""
+
+
+@pytest.mark.parametrize("with_after", [True, False], ids=["and its after", "alone"])
+def test_a_before_that_is_interrupted_is_gone_before_anything_else_is_done(
+    attended: MakeStandstill, hooks: Path, *, with_after: bool
+) -> None:
+    """What it did once its ``after`` had been run, nothing would undo."""
+    stop = write_hook(hooks, "stop", "echo $$ > $0.pid; log before; sleep 3; log locked")
+    start = write_hook(hooks, "start", f"log after; ! kill -0 $(cat {hooks}/stop.pid) || log beside")
+    standstill = attended(hooks=[{"before": [stop], **({"after": [start]} if with_after else {})}])
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    here = threading.get_ident()
+
+    def send() -> None:
+        wait_until(lambda: read_log(hooks) == ["before"])
+        signal.pthread_kill(here, signal.SIGUSR1)
+
+    sender = threading.Thread(target=send)
+    try:
+        sender.start()
+        with pytest.raises(Interrupted):
+            standstill.begin()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+        sender.join()
+    standstill.end()
+    assert is_gone(int(Path(stop + ".pid").read_text()))
+    assert read_log(hooks) == ["before", *(["after"] if with_after else [])]
+    assert not standstill.left
+    # Nothing is in force any more, so the watchdog has nothing to tell of.
+    standstill.close()
+    assert standstill.warnings == []
 
 
 def test_after_runs_once_although_a_later_hook_fails(attended: MakeStandstill, hooks: Path) -> None:
