@@ -24,7 +24,7 @@ from blocksnap.controller.findings import Area, Finding
 from blocksnap.controller.journal import Entry, read_entries
 from blocksnap.controller.lock import VolumeBusyError, VolumeLocks
 from blocksnap.controller.quiescing import let_go_leftovers
-from blocksnap.controller.recover import Recovery, find_leftovers, read_report, recover
+from blocksnap.controller.recover import Recovery, clean_up, find_leftovers, read_report
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.controller.subvolume_leftovers import examine_subvolumes
 from blocksnap.errors import BlocksnapError
@@ -86,9 +86,8 @@ def fix(state_directory: str) -> Recovery:
             with suppress(VolumeBusyError):
                 stack.enter_context(VolumeLocks(state_directory, [(key, name)], _RUN))
                 held.append(key)
-        found = recover(state_directory, held, lvm_involved=report is not None)
-    # What could not be let go was tried once more, and told of there.
-    return Recovery((*let_go, *found.removed), found.warnings, found.puzzles)
+        found = clean_up(state_directory, held, lvm_involved=report is not None)
+    return Recovery((*let_go, *found.removed), (*warnings, *found.warnings), found.puzzles)
 
 
 def _volumes_of(entries: Iterable[Entry]) -> dict[str, str]:

@@ -138,7 +138,7 @@ def _let_go(
     entry: Entry, step: Mapping[str, object], journal: int, done: list[str], warnings: list[str]
 ) -> None:
     standing = step.get("standing")
-    failed = 0
+    left: list[object] = []
     environment = step.get("environment")
     for trace in reversed(standing) if isinstance(standing, list) else ():
         try:
@@ -146,30 +146,48 @@ def _let_go(
                 trace, environment if isinstance(environment, dict) else {}, same_boot=entry.is_of_this_boot
             )
         except BlocksnapError as err:
-            failed += trace.get("kind") != "after"
+            if _is_left(trace, err, same_boot=entry.is_of_this_boot):
+                left.append(trace)
             warnings.append(f"run {entry.run} left something standing still: {err}")
         else:
             if said:
                 done.append(f"{said}, which run {entry.run} left standing still")
-    line = json.dumps({"step": "released", "by": "recovery", "failed": failed})
+    # The next run finds what is left, and does not run again what was run.
+    after = {**step, "standing": left[::-1]} if left else {"step": "released", "by": "recovery", "failed": 0}
+    line = json.dumps(after)
     with contextlib.suppress(OSError):
         # The line before may be torn.
         os.write(journal, f"\n{line}\n".encode())
         os.fdatasync(journal)
 
 
+def _is_left(trace: Mapping[str, object], err: BlocksnapError, *, same_boot: bool) -> bool:
+    """Tell whether the next run is to try again what could not be let go.
+
+    An ``after`` is the administrator's, and told once. Guests went down with the host.
+    """
+    from blocksnap.quiesce.errors import GuestThawError
+
+    if isinstance(err, GuestThawError):
+        return same_boot and not err.was_run
+    return trace.get("kind") != "after"
+
+
 def _let_one_go(
     trace: Mapping[str, object], environment: Mapping[str, str], *, same_boot: bool
 ) -> str | None:
     """Let one thing go; None when there was nothing to be done. Raises BlocksnapError."""
-    from blocksnap.quiesce import filesystem, freezer
+    from blocksnap.quiesce import filesystem, freezer, libvirt
     from blocksnap.quiesce.hook import run_after
 
     kind, facts = trace.get("kind"), dict(trace)
+    if kind == "after" and "name" in facts:
+        libvirt.thaw_leftover(facts, environment)
+        return f"thawed {facts['name']}"
     if kind == "after":
         argv = tuple(str(word) for word in cast("list[object]", trace.get("argv")))
         run_after(argv, environment)
-        return f"ran {argv[0]}" if "name" not in facts else f"thawed {facts['name']}"
+        return f"ran {argv[0]}"
     # The kernel forgets the others when it goes down.
     if kind == "filesystem" and same_boot and filesystem.thaw_leftover(facts):
         return f"thawed the filesystem on {trace.get('point')}"

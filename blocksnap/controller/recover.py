@@ -139,14 +139,26 @@ def recover(
     lvm_involved: bool = True,
     force: bool = False,
 ) -> Recovery:
+    """Let go what dead runs left standing still, then ``clean_up``; goes on past errors."""
+    # What stands still comes first, whoever's it is: somebody waits for it.
+    let_go, warnings = let_go_leftovers(state_directory)
+    found = clean_up(state_directory, volumes, lvm_involved=lvm_involved, force=force)
+    return Recovery((*let_go, *found.removed), (*warnings, *found.warnings), found.puzzles)
+
+
+def clean_up(
+    state_directory: str | Path,
+    volumes: Collection[str] | None = None,
+    *,
+    lvm_involved: bool = True,
+    force: bool = False,
+) -> Recovery:
     """Remove what dead runs left of some volumes, given by keys, or of all; goes on past errors.
 
     The caller holds the locks of these volumes. Journals of dead runs are closed when nothing is left
     of them.
     """
     found = _Findings()
-    # What stands still comes first, whoever's it is: somebody waits for it.
-    found.removed, found.warnings = let_go_leftovers(state_directory)
     dead = [entry for entry in read_entries(state_directory) if not entry.alive and _concerns(entry, volumes)]
     of_btrfs = remove_subvolume_snapshots(dead)
     found.removed += of_btrfs.removed

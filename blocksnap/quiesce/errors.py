@@ -31,6 +31,28 @@ class HookReleaseError(HookError):
         super().__init__(command, problem, said)
 
 
+class GuestThawError(QuiesceError):
+    """A guest may still be frozen: to thaw it failed (exit code 15).
+
+    ``by_hand`` is the command that does it. ``was_run`` is False when it is still to be run, by the next run;
+    True when the guest does not run here any more, so that nothing here can.
+    """
+
+    def __init__(
+        self, guest: str, by_hand: str, problem: str, said: str = "", *, was_run: bool = False
+    ) -> None:
+        self.guest = guest
+        self.by_hand = by_hand
+        self.problem = problem
+        self.was_run = was_run
+        told = said.strip().splitlines()[-1:]
+        super().__init__(
+            f"{guest} may still be frozen: {': '.join((problem, *told))} (run: {by_hand})",
+            details=said[-_SHOWN_BYTES:].strip() or None,
+            resolution=by_hand,
+        )
+
+
 class UnsafeHookError(QuiesceError):
     """A hook could be changed by others than those it would run as (exit code 15)."""
 

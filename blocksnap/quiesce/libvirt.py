@@ -13,11 +13,13 @@ that does not answer while all is looked up is not asked to freeze at all.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import cast
 
+from blocksnap.errors import QuiesceError
 from blocksnap.quiesce.base import Trace
-from blocksnap.quiesce.errors import AgentError, HookError, HookReleaseError
-from blocksnap.quiesce.hook import PairHook, check_command
+from blocksnap.quiesce.errors import AgentError, GuestThawError, HookError, HookReleaseError
+from blocksnap.quiesce.hook import PairHook, check_command, run_after
 from blocksnap.quiesce.places import Placement
 from blocksnap.system import command
 
@@ -26,6 +28,8 @@ _ANSWER_SECONDS = 10.0
 _THAW_SECONDS = 300.0
 _VIRSH = "virsh"
 _SHELL = "/bin/sh"
+# What virsh says of a guest that was stopped, or went to another host.
+_NOT_HERE = ("omain is not running", "ailed to get domain")
 # What virsh says while a thaw may still succeed: libvirt or the agent is busy, or is being started again.
 # It has no codes for that, and commands of the watchdog have LC_ALL=C.
 _THAW = r"""
@@ -49,6 +53,7 @@ class Guest(PairHook):
         check_command(path)
         self._called = called
         self._disks = disks
+        self._by_hand = shlex.join((_VIRSH, "--connect", uri, "domfsthaw", called))
 
     @property
     def name(self) -> str:
@@ -58,7 +63,7 @@ class Guest(PairHook):
     def trace(self) -> Trace | None:
         """Return the command that thaws it."""
         found = super().trace()
-        return {**found, "name": f"guest {self._called}"} if found else None
+        return {**found, "name": f"guest {self._called}", "by_hand": self._by_hand} if found else None
 
     def begin(self, deadline: float) -> None:
         """Have its agent freeze what is mounted in it; raises AgentError."""
@@ -73,16 +78,27 @@ class Guest(PairHook):
             ) from err
 
     def end(self, deadline: float) -> None:
-        """Have it thaw them; raises HookReleaseError, and leaves it to the next run."""
+        """Have it thaw them; raises GuestThawError, and leaves it to the next run."""
         try:
             super().end(deadline)
         except HookReleaseError as err:
-            raise HookReleaseError(
-                f"that thaws guest {self._called} (run: virsh domfsthaw {shlex.quote(self._called)})",
-                err.problem,
-                err.details or "",
-                was_run=False,
-            ) from err
+            raise _not_thawed(f"guest {self._called}", self._by_hand, err) from err
+
+
+def thaw_leftover(trace: Trace, environment: Mapping[str, str]) -> None:
+    """Thaw a guest that a dead run may have left frozen; raises GuestThawError."""
+    argv = tuple(str(word) for word in cast("list[object]", trace["argv"]))
+    try:
+        run_after(argv, environment, _THAW_SECONDS)
+    except QuiesceError as err:
+        raise _not_thawed(str(trace["name"]), str(trace.get("by_hand", shlex.join(argv))), err) from err
+
+
+def _not_thawed(guest: str, by_hand: str, err: QuiesceError) -> GuestThawError:
+    problem, said = err.brief, err.details or ""
+    if isinstance(err, HookError):
+        problem = f"its thaw {err.problem}"
+    return GuestThawError(guest, by_hand, problem, said, was_run=any(words in said for words in _NOT_HERE))
 
 
 def guests_on(placement: Placement, uri: str) -> Iterator[Guest]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.quiesce.base import Agent, Guard, Quiescer, Record, Trace
-from blocksnap.quiesce.errors import DeadlineError, HookReleaseError
+from blocksnap.quiesce.errors import DeadlineError, GuestThawError, HookReleaseError
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.system.watchdog import Watchdog, WatchdogError
 
@@ -172,7 +172,7 @@ class Standstill:
         for quiescer in reversed(self._quiescers):
             try:
                 quiescer.end(deadline)
-            except HookReleaseError as err:
+            except (HookReleaseError, GuestThawError) as err:
                 self.warnings.append(err.brief)
                 self.left = self.left or not err.was_run
             except BlocksnapError as err:

@@ -175,8 +175,24 @@ def test_a_guest_that_is_not_thawed_is_told_with_what_to_do(world: World) -> Non
     world.behave("")
     run_after(tuple(trace["argv"]), {})
     assert read_log(world.hooks) == asked("on it", word="thaw")
-    assert len(session.warnings) == 1
-    assert "that thaws guest on it (run: virsh domfsthaw 'on it') failed" in session.warnings[0]
+    by_hand = f"virsh --connect test://{world.folder}/node.xml domfsthaw 'on it'"
+    (warning,) = session.warnings
+    assert warning.startswith(
+        "guest on it may still be frozen: its thaw failed, with exit status 1: error: no"
+    )
+    assert warning.endswith(f" (run: {by_hand})")
+    assert trace["by_hand"] == by_hand
+
+
+@pytest.mark.parametrize("uuid", [UUIDS["off"], "9695eb01-f6a4-8304-79aa-97f2502e193f"], ids=["off", "gone"])
+def test_a_guest_that_was_stopped_meanwhile_is_left_to_nobody(world: World, uuid: str) -> None:
+    """What virsh says of one is what it is known by."""
+    world.behave(f'[ "$3" != domfsthaw ] || set -- "$1" "$2" "$3" {uuid}')
+    session, state = world.back_up(world.raw)
+    assert state == "application"
+    (warning,) = session.warnings
+    assert "guest on it may still be frozen: its thaw failed, with exit status 1: error: " in warning
+    assert read_entries(world.folder / "state") == []
 
 
 def test_libvirt_that_does_not_answer(world: World) -> None:

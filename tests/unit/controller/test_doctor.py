@@ -242,6 +242,17 @@ def test_what_a_dead_run_left_standing_still_is_an_error_until_it_is_let_go(
     assert after.exists()
 
 
+def test_fixing_tells_what_it_could_not_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "read_report", lambda: None)
+    trace = {"kind": "after", "argv": ["/no/such/hook"]}
+    quiesce = {"step": "quiesce", "standing": [trace], "deadline_seconds": 1, "environment": {}}
+    dead_run(tmp_path, "d1", quiesce, key=None)
+    done = doctor.fix(str(tmp_path))
+    (warning,) = done.warnings
+    assert "run d1 left something standing still: the hook /no/such/hook cannot be run" in warning
+    assert read_entries(tmp_path) == []
+
+
 @pytest.mark.parametrize("same_boot", [True, False])
 def test_suspended_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, same_boot: bool) -> None:
     dead_run(tmp_path, boot=recover.host.boot_id() if same_boot else "earlier")

@@ -20,6 +20,7 @@ from blocksnap.controller.quiescing import QuiesceRequest, announce, let_go_left
 from blocksnap.controller.recover import recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import UsageError
+from blocksnap.quiesce import libvirt
 from blocksnap.quiesce.assemble import assemble
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.system import host
@@ -107,6 +108,63 @@ def test_an_after_that_cannot_be_run_is_told_once(tmp_path: Path) -> None:
     assert done == []
     assert "run d1 left something standing still: the hook /no/such/hook cannot be run" in warning
     assert let_go_leftovers(tmp_path) == ([], [])
+
+
+def frozen_guest(said: str) -> dict[str, Any]:
+    """What the journal says of a guest that virsh, as it says here, does not thaw."""
+    by_hand = "virsh --connect qemu:///system domfsthaw web"
+    argv = ["/bin/sh", "-c", f"echo {said} >&2; exit 1"]
+    return {"kind": "after", "argv": argv, "name": "guest web", "by_hand": by_hand}
+
+
+def test_a_guest_that_is_not_thawed_is_told_with_the_command_until_it_is(tmp_path: Path) -> None:
+    require("hooks", safe_base() is not None, "no directory here is only ours, with all above it")
+    with hook_folder() as hooks:
+        script = write_hook(hooks, "start", "log started")
+        guest = frozen_guest("error: Guest agent is away")
+        dead_run(tmp_path, quiesce(guest, {"kind": "after", "argv": [script]}))
+        for removed in ((f"ran {script}, which run d1 left standing still",), ()):
+            found = recover(tmp_path, [], lvm_involved=False)
+            assert found.removed == removed
+            (warning,) = found.warnings
+            assert warning == (
+                "run d1 left something standing still: guest web may still be frozen: "
+                "its thaw failed, with exit status 1: error: Guest agent is away "
+                "(run: virsh --connect qemu:///system domfsthaw web)"
+            )
+            (entry,) = read_entries(tmp_path)
+            assert (entry.standstill() or {})["standing"] == [guest]
+        # What was run is not run again for its sake.
+        assert read_log(hooks) == ["started"]
+
+
+@pytest.mark.parametrize(
+    ("said", "boot"),
+    [("error: Guest agent is away", "earlier"), ("error: failed: domain is not running", None)],
+    ids=["it went down with the host", "it does not run here any more"],
+)
+def test_a_guest_that_cannot_be_frozen_here_any_more_is_told_once(
+    tmp_path: Path, said: str, boot: str | None
+) -> None:
+    dead_run(tmp_path, quiesce(frozen_guest(said)), boot=boot)
+    (warning,) = recover(tmp_path, [], lvm_involved=False).warnings
+    assert f"guest web may still be frozen: its thaw failed, with exit status 1: {said}" in warning
+    assert read_entries(tmp_path) == []
+
+
+def test_a_guest_has_five_minutes_to_be_thawed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the watchdog gives it."""
+    given: list[float] = []
+    real = libvirt.run_after
+
+    def run_after(argv: tuple[str, ...], environment: dict[str, str], limit_seconds: float) -> None:
+        given.append(limit_seconds)
+        real(argv, environment, limit_seconds)
+
+    monkeypatch.setattr(libvirt, "run_after", run_after)
+    dead_run(tmp_path, quiesce({**frozen_guest(""), "argv": ["/bin/sh", "-c", "exit 0"]}))
+    assert let_go_leftovers(tmp_path) == (["thawed guest web, which run d1 left standing still"], [])
+    assert given == [300.0]
 
 
 def test_a_live_run_is_left_alone(tmp_path: Path) -> None:
