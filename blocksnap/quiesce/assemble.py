@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.quiesce.base import Agent, Quiescer
 from blocksnap.quiesce.errors import MisplacedError
 from blocksnap.quiesce.filesystem import (
+    Decision,
     FilesystemFlush,
     FilesystemFreeze,
     decide,
@@ -71,8 +72,10 @@ class _Found:
             self.freezers.append(CgroupFreezer.of_unit(unit))
         for folder in settings.cgroups:
             self.freezers.append(CgroupFreezer.of_folder(folder))
+        decisions = _decide(self.targets, self.protected_paths) if settings.filesystems == "auto" else []
         if settings.postgresql or settings.mariadb or settings.guests == "auto":
-            self._look_at_applications(Placement(self.targets))
+            frozen = [each.layer.mount.device for each, _ in decisions if each.action == "freeze"]
+            self._look_at_applications(Placement(self.targets, frozen))
         self.late = frozenset().union(*(agent.late for agent in self.agents))
         for agent in self.agents:
             if agent.early & self.late:
@@ -81,17 +84,14 @@ class _Found:
                     "has files on a volume with the log of another server",
                     "back the two up in two jobs, or freeze the units of both: units = [...]",
                 )
-        if settings.filesystems == "auto":
-            layers = _layers(self.targets)
-            protected = protected_filesystems(self.protected_paths) if layers else set()
-            for layer, under in layers:
-                if under & self.late and not under <= self.late:
-                    raise MisplacedError(
-                        f"the filesystem on {layer.mount.point}",
-                        "spans volumes that one snapshot cannot be taken of at the same time",
-                        "freeze the unit of the server that writes to it instead: units = [...]",
-                    )
-                self.filesystems += [(each, bool(under & self.late)) for each in _stop(layer, protected)]
+        for decision, under in decisions:
+            if under & self.late and not under <= self.late:
+                raise MisplacedError(
+                    f"the filesystem on {decision.layer.mount.point}",
+                    "spans volumes that one snapshot cannot be taken of at the same time",
+                    "freeze the unit of the server that writes to it instead: units = [...]",
+                )
+            self.filesystems += [(each, bool(under & self.late)) for each in _stop(decision)]
 
     def quiescers(self) -> list[Quiescer]:
         """Return everything in the order in which it is begun."""
@@ -120,21 +120,26 @@ class _Found:
         from blocksnap.quiesce.postgresql import PostgresqlAgent
 
         frozen = [str(freezer.folder) for freezer in self.freezers]
-        whole = self.settings.filesystems == "auto"
         for each in self.settings.postgresql:
-            self.agents.append(PostgresqlAgent(each, placement, frozen=frozen, whole=whole))
+            self.agents.append(PostgresqlAgent(each, placement, frozen))
         for server in self.settings.mariadb:
-            self.agents.append(MariadbAgent(server, placement, frozen=frozen, whole=whole))
+            self.agents.append(MariadbAgent(server, placement, frozen))
         if self.settings.guests == "auto":
             self.guests += guests_on(placement, self.settings.libvirt_uri)
 
 
-def _stop(layer: Layer, protected: Collection[int]) -> Iterator[Quiescer]:
-    decision = decide(layer, protected)
+def _decide(targets: Iterable[Target], protected_paths: Iterable[str]) -> list[tuple[Decision, VolumeKeys]]:
+    """Return what is to be done about each filesystem above volumes, and the volumes under it."""
+    layers = _layers(targets)
+    protected = protected_filesystems(protected_paths) if layers else set()
+    return [(decide(layer, protected), under) for layer, under in layers]
+
+
+def _stop(decision: Decision) -> Iterator[Quiescer]:
     if decision.action == "freeze":
-        yield FilesystemFreeze(layer)
+        yield FilesystemFreeze(decision.layer)
     elif decision.action == "flush":
-        yield FilesystemFlush(layer)
+        yield FilesystemFlush(decision.layer)
 
 
 def _layers(targets: Iterable[Target]) -> list[tuple[Layer, VolumeKeys]]:

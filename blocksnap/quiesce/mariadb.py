@@ -59,8 +59,8 @@ def decide(server: str, folders: Mapping[str, VolumeKeys], *, frozen: bool, whol
     """Return why one lock is enough, from where its tables and their log lie; raises MisplacedError.
 
     InnoDB writes pages and its log whether or not anybody may commit. So where these are on several volumes
-    their snapshots fit together only if the server itself stands still (``frozen``), or the one filesystem
-    over all of them (``whole``).
+    their snapshots fit together only if the server itself stands still (``frozen``), or what is one
+    filesystem over all of them (``whole``: all these places are in one that the run freezes).
     """
     for path, devices in folders.items():
         if not devices:
@@ -91,9 +91,7 @@ class MariadbAgent:
     early: VolumeKeys = frozenset()
     last: VolumeKeys = frozenset()
 
-    def __init__(
-        self, settings: MariadbSettings, placement: Placement, *, frozen: Sequence[str], whole: bool
-    ) -> None:
+    def __init__(self, settings: MariadbSettings, placement: Placement, frozen: Sequence[str]) -> None:
         """Connect, and find out what it has where.
 
         ``frozen`` are the control groups that the run freezes. Raises AgentError, MisplacedError.
@@ -108,7 +106,7 @@ class MariadbAgent:
         self._logs = False
         self._facts: dict[str, str] = {}
         try:
-            self._look(placement, frozen, whole=whole)
+            self._look(placement, frozen)
         except BaseException:
             self._link.close()
             raise
@@ -166,7 +164,7 @@ class MariadbAgent:
         """Hang up."""
         self._link.close()
 
-    def _look(self, placement: Placement, frozen: Sequence[str], *, whole: bool) -> None:
+    def _look(self, placement: Placement, frozen: Sequence[str]) -> None:
         names = ", ".join(f"'{name}'" for name in _VARIABLES)
         rows = self._link.ask(f"SHOW GLOBAL VARIABLES WHERE Variable_name IN ({names})")
         variables = {row[0]: row[1] for row in rows}
@@ -184,6 +182,7 @@ class MariadbAgent:
                 path: placement.of_directory(pid, path)
                 for path in dict.fromkeys(peers.real_path(pid, folder) for folder in folders)
             }
+            whole = all(placement.is_frozen(pid, path) for path in places)
         reason = decide(self._name, places, frozen=peers.is_in_group(pid, frozen), whole=whole)
         self._facts = {
             "version": version,

@@ -30,10 +30,14 @@ class Target:
 
 
 class Placement:
-    """The volumes of a run, each with all devices and filesystems above it."""
+    """The volumes of a run, each with all devices and filesystems above it.
 
-    def __init__(self, targets: Iterable[Target]) -> None:
+    ``frozen`` are the filesystems, as mountinfo numbers them, that the run itself freezes.
+    """
+
+    def __init__(self, targets: Iterable[Target], frozen: Iterable[int] = ()) -> None:
         self._above = {target: target.numbers_above() for target in targets}
+        self._frozen = frozenset(frozen)
 
     def of_directory(self, pid: int, path: str) -> VolumeKeys:
         """Return the volumes of the filesystem that process ``pid`` sees at a path; raises OSError.
@@ -41,6 +45,13 @@ class Placement:
         None of them when it lies elsewhere, several when one filesystem spans several volumes.
         """
         return self._holding(peers.filesystem_at(pid, path))
+
+    def is_frozen(self, pid: int, path: str) -> bool:
+        """Tell whether the run freezes the filesystem that process ``pid`` sees at a path; raises OSError.
+
+        One that is only flushed goes on between the snapshots of its volumes.
+        """
+        return bool(peers.filesystem_at(pid, path) & self._frozen)
 
     def of_disk(self, path: str) -> VolumeKeys:
         """Return the volumes of a device, or of the filesystem that a file lies on; raises OSError."""

@@ -87,8 +87,8 @@ def decide(
 ) -> Plan:
     """Decide from where its data directory, its tablespaces and its log lie.
 
-    ``frozen`` says that the server itself stands still for all snapshots, ``whole`` that a filesystem over
-    several volumes does. Raises MisplacedError.
+    ``frozen`` says that the server itself stands still for all snapshots, ``whole`` that the filesystems of
+    all these places do. Raises MisplacedError.
     """
     everything = [data, *spaces.items(), log]
     for path, devices in everything:
@@ -118,7 +118,8 @@ def decide(
         raise MisplacedError(
             server,
             f"{log[0]} lies on all its volumes, whose filesystem is not frozen",
-            'say filesystems = "auto", or freeze the unit of the server',
+            "freeze the unit of the server: units = [...]; the filesystem itself is frozen with "
+            'filesystems = "auto", unless this host needs it, as it does /var',
         )
     # The control file of a standby says how far its pages have come, so none of them may be newer.
     return Plan(
@@ -135,9 +136,7 @@ class PostgresqlAgent:
 
     strength: Strength = "application"
 
-    def __init__(
-        self, settings: PostgresqlSettings, placement: Placement, *, frozen: Sequence[str], whole: bool
-    ) -> None:
+    def __init__(self, settings: PostgresqlSettings, placement: Placement, frozen: Sequence[str]) -> None:
         """Connect, and find out what it has where.
 
         ``frozen`` are the control groups that the run freezes. Raises AgentError, MisplacedError.
@@ -153,7 +152,7 @@ class PostgresqlAgent:
         self._start = ""
         self._facts: dict[str, str] = {}
         try:
-            self._look(placement, frozen, whole=whole)
+            self._look(placement, frozen)
         except BaseException:
             self._link.close()
             raise
@@ -238,7 +237,7 @@ class PostgresqlAgent:
         """Hang up."""
         self._link.close()
 
-    def _look(self, placement: Placement, frozen: Sequence[str], *, whole: bool) -> None:
+    def _look(self, placement: Placement, frozen: Sequence[str]) -> None:
         deadline = time.monotonic() + _LOOK_SECONDS
         self._link.limit(deadline)
         ((number, version, folder, recovering, system),) = self._link.ask(
@@ -267,6 +266,7 @@ class PostgresqlAgent:
             data = (folder, placement.of_directory(pid, folder))
             elsewhere = {path: placement.of_directory(pid, path) for path in folders}
             log_place = (peers.real_path(pid, log), placement.of_directory(pid, log))
+            whole = all(placement.is_frozen(pid, path) for path in (folder, *folders, log))
         in_frozen = peers.is_in_group(pid, frozen)
         self._plan = decide(self._name, data, elsewhere, log_place, frozen=in_frozen, whole=whole)
         self._facts = {

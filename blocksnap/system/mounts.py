@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from blocksnap.system.command import run_observed
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _SWAPS = Path("/proc/swaps")
 _BLOCK = Path("/sys/block")
+_BTRFS = Path("/sys/fs/btrfs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ def read_mounts() -> list[Mount]:
 def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
     """Return the mounts of the file system on a device."""
     mounts = read_mounts() if mounts is None else mounts
-    return [mount for mount in mounts if mount.device == number or _source_number(mount) == number]
+    # A btrfs over several devices names one of them.
+    numbers = _btrfs_members(number)
+    return [mount for mount in mounts if mount.device == number or _source_number(mount) in numbers]
 
 
 def flush_filesystem(number: int) -> None:
@@ -185,6 +189,23 @@ def _source_number(mount: Mount) -> int | None:
     return (
         _node_number(mount.source) if os.major(mount.device) == 0 and mount.source.startswith("/") else None
     )
+
+
+def _btrfs_members(number: int) -> set[int]:
+    """Return all devices of the btrfs that is mounted from a device; itself where there is none.
+
+    ``/sys/fs/btrfs/UUID/devices`` has links to them (Documentation/ABI, fs/btrfs/sysfs.c).
+    """
+    for folder in _BTRFS.glob("*/devices"):
+        found = set()
+        for node in folder.glob("*/dev"):
+            # One that is taken out at the moment is gone.
+            with contextlib.suppress(OSError, ValueError):
+                major, minor = node.read_text().split(":")
+                found.add(os.makedev(int(major), int(minor)))
+        if number in found:
+            return found
+    return {number}
 
 
 def _node_number(path: str) -> int | None:

@@ -20,12 +20,16 @@ from blocksnap.controller.quiescing import QuiesceRequest
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import QuiesceError
 from blocksnap.quiesce import mariadb as mariadb_agent
+from blocksnap.quiesce.assemble import assemble
+from blocksnap.quiesce.places import Target
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Outcome
+from support.btrfs_lab import require_btrfs
 from support.copied_volume import CopiedVolume, restored
 from support.databases import Ledger, ask, connect, is_root, mariadb
+from support.loops import call, loop_device
 from support.require import require
-from support.standing import wait_until
+from support.standing import holding, wait_until
 
 SIZE = 128 << 20
 
@@ -189,6 +193,40 @@ def test_the_watchdog_ends_the_lock_of_a_run_that_takes_too_long(world: World) -
         assert seen
     finally:
         ledger.stop()
+
+
+def test_a_filesystem_over_two_volumes_is_only_enough_if_it_is_frozen(world: World) -> None:
+    """It is not where this host needs it: then there would be two instants, and pages without their log."""
+    require_btrfs()
+    devices = [
+        world.stack.enter_context(loop_device(world.folder / f"{name}.img", size=SIZE)) for name in "ab"
+    ]
+    call("mkfs.btrfs", "-q", "-d", "raid0", "-m", "raid1", *devices)
+    top = world.stack.enter_context(holding(devices[0], world.folder / "top"))
+    (top / "data").mkdir()
+    world.start(top / "data")
+    targets = [Target(device, os.stat(device).st_rdev) for device in devices]
+    server = {"mariadb": [{"socket": str(world.socket)}]}
+
+    def stand_still(*protected: str, **settings: object) -> Outcome:
+        asked = QuiesceSettings.model_validate({**server, **settings, "deadline_seconds": 60})
+        standstill = assemble(asked, targets, protected)
+        try:
+            with Path(os.devnull).open("wb") as journal:
+                standstill.attend(journal.fileno(), {})
+            standstill.begin()
+            standstill.end()
+            return standstill.conclude()
+        finally:
+            standstill.close()
+
+    outcome = stand_still()
+    assert outcome.by[1:] == (f"filesystem on {top}",)
+    whole = "one filesystem holds all its tables and their log, frozen over all its volumes"
+    assert outcome.records[0].facts["reason"] == whole
+    for refused in (lambda: stand_still(str(top / "state")), lambda: stand_still(filesystems="never")):
+        with pytest.raises(QuiesceError, match="lie on several volumes, and InnoDB writes to them"):
+            refused()
 
 
 def test_tables_and_their_log_on_two_volumes_need_the_freezer(group: Path, world: World) -> None:
