@@ -25,6 +25,7 @@ from blocksnap.quiesce.settings import HookSettings
 from blocksnap.system.watchdog import Command, Safeguard, Session, Watchdog, WatchdogError
 
 _ANSWER_LIMIT = 4096
+_PIPE_BYTES = 65536
 _MOST_LINKS = 40
 
 
@@ -153,7 +154,7 @@ class SessionHook:
             self._say("end")
         os.close(self._tell)
         self._tell = -1
-        status = guard.wait_ended(0, deadline)
+        status = self._await_end(guard, deadline)
         if status is None:
             guard.kill(0)
             guard.wait_ended(0, time.monotonic() + 2.0)
@@ -164,6 +165,18 @@ class SessionHook:
             raise HookError(self._argv[0], "did not end when it was told to, and was killed", self._said())
         if status and self._began:
             raise HookError(self._argv[0], f"failed at the end, with {_status(status)}", self._said())
+
+    def _await_end(self, guard: Guard, deadline: float) -> int | None:
+        """Wait for its end, and throw away what it prints: with the pipe full it would not get there."""
+        while guard.ended(0) is None and not guard.watchdog.is_lost and time.monotonic() < deadline:
+            try:
+                got = os.read(self._listen, _PIPE_BYTES)
+            except BlockingIOError:
+                guard.watchdog.wait(self._listen, deadline)
+                continue
+            if not got:
+                return guard.wait_ended(0, deadline)
+        return guard.ended(0)
 
     def _attended(self) -> Guard:
         if self._guard is None:

@@ -99,6 +99,20 @@ def test_a_session_that_hangs_is_killed_with_all_that_it_started(
     assert wait_until(lambda: is_gone(int(Path(script + ".child").read_text())))
 
 
+@pytest.mark.parametrize("body", ["{much}; read word", "read word; {much}", "{much}; exec >&-; read word"])
+def test_a_session_may_print_what_it_likes_once_it_is_ready(
+    attended: MakeStandstill, hooks: Path, body: str
+) -> None:
+    """More than a pipe holds: it would wait for a reader, and never see the end."""
+    much = "head -c 300000 /dev/zero"
+    script = write_hook(hooks, "lock", f"read word; echo ready; {body.format(much=much)}; log end")
+    standstill = attended(deadline_seconds=5, hooks=[{"session": [script]}])
+    standstill.begin()
+    standstill.end()
+    assert standstill.conclude().state == "application"
+    assert read_log(hooks) == ["end"]
+
+
 def test_a_session_that_ends_before_it_is_told_to_has_let_go(attended: MakeStandstill, hooks: Path) -> None:
     script = write_hook(hooks, "lock", "read word; echo ready; exit 0")
     standstill = attended(hooks=[{"session": [script]}])
