@@ -35,15 +35,16 @@ class PostgresqlLink:
             raise MissingDriverError("psycopg", "postgresql", "python3-psycopg") from err
         self._server = server
         self._driver_error = psycopg.Error
-        account = account_of(settings)
+        # Read as who we are: it is no file of the account's.
+        password = password_of(server, settings)
         try:
-            with peers.acting_as(account):
+            with peers.acting_as(account_of(settings)):
                 connection: Connection[Row] = psycopg.connect(
                     host=settings.socket,
                     port=settings.port,
                     user=settings.user,
                     dbname=settings.database,
-                    password=password_of(server, settings),
+                    password=password,
                     application_name="blocksnap",
                     connect_timeout=max(2, round(deadline - time.monotonic())),
                     gssencmode="disable",

@@ -6,8 +6,10 @@ The snapshots are copies of loop devices here; tests/lvm has the same under pgbe
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -174,7 +176,8 @@ def test_one_volume_needs_a_checkpoint_and_few_rights(world: World) -> None:
     secret.write_text("ours alone\n")
     secret.chmod(0o600)
     # Root is not postgres to the server, and may become it.
-    for way in ({}, {"user": "keeper", "password_file": str(secret)}):
+    with_password = {"user": "keeper", "password_file": str(secret)}
+    for way in ({}, with_password, {**with_password, "account": "nobody"}):
         outcome = world.back_up(everything, **way)
         assert outcome.state == "application"
         facts = outcome.records[0].facts
@@ -187,6 +190,28 @@ def test_one_volume_needs_a_checkpoint_and_few_rights(world: World) -> None:
     with pytest.raises(QuiesceError, match="password authentication failed") as refused:
         world.back_up(everything, user="keeper", password_file=str(secret))
     assert "not ours" not in f"{refused.value.details}{refused.value}"
+
+
+_LINK = """
+import sys, time
+from blocksnap.quiesce.postgresql_link import PostgresqlLink
+from blocksnap.quiesce.settings import PostgresqlSettings
+run, secret = sys.argv[1:]
+settings = PostgresqlSettings(socket=run, user="keeper", account="nobody", password_file=secret)
+PostgresqlLink("server", settings, time.monotonic() + 30)
+"""
+
+
+def test_the_account_of_a_connection_does_not_read_the_password(tmp_path: Path) -> None:
+    """Root may read what others' are while it is one of them, but for a root that is held to the modes."""
+    require("setpriv", shutil.which("setpriv") is not None and is_root(), "setpriv is missing, or not root")
+    secret = tmp_path / "secret"
+    secret.write_text("ours alone\n")
+    secret.chmod(0o600)
+    held = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, "-c", _LINK)
+    done = subprocess.run([*held, tmp_path, secret], check=False, capture_output=True, text=True)
+    # That nobody listens there comes after the password.
+    assert "server lets nobody in as 'keeper'" in done.stderr
 
 
 def test_what_is_not_in_the_run_and_what_is_frozen(group: Path, world: World) -> None:
