@@ -7,14 +7,13 @@ while those that come after wait for them: lock_wait_timeout is how long. docs/d
 
 from __future__ import annotations
 
-import glob
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blocksnap.quiesce import mariadb_files
 from blocksnap.quiesce.base import Guard, Record, Strength, Trace
 from blocksnap.quiesce.errors import MisplacedError
 from blocksnap.quiesce.login import looking_up_files
@@ -26,8 +25,7 @@ from blocksnap.system.watchdog import Hangup, Safeguard
 if TYPE_CHECKING:
     from blocksnap.quiesce.mariadb_link import MariadbLink
 
-_FOLDERS = ("innodb_data_home_dir", "innodb_log_group_home_dir", "innodb_undo_directory")
-_VARIABLES = ("version", "version_comment", "datadir", *_FOLDERS, "log_bin", "log_bin_basename", "server_id")
+_VARIABLES = ("version", *mariadb_files.VARIABLES, "log_bin", "server_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,20 +172,16 @@ class MariadbAgent:
             self._name = f"MySQL on {self._settings.socket}"
         self._logs = variables.get("log_bin", "OFF") == "ON"
         pid = self._link.process()
-        base = variables["datadir"].rstrip("/")
+        tablespaces = [folder for (folder,) in self._link.ask(mariadb_files.TABLESPACES)]
         with looking_up_files(self._name):
-            folders = [base, *(os.path.join(base, variables.get(name) or "") for name in _FOLDERS)]
-            folders += _elsewhere(pid, base)
-            places = {
-                path: placement.of_directory(pid, path)
-                for path in dict.fromkeys(peers.real_path(pid, folder) for folder in folders)
-            }
+            paths = mariadb_files.places_of(pid, variables, tablespaces)
+            places = {path: placement.of_directory(pid, path) for path in paths}
             whole = all(placement.is_frozen(pid, path) for path in places)
         reason = decide(self._name, places, frozen=peers.is_in_group(pid, frozen), whole=whole)
         self._facts = {
             "version": version,
             "server_id": variables.get("server_id", ""),
-            "data_directory": base,
+            "data_directory": variables["datadir"].rstrip("/"),
             "way": "; ".join(self._words.lock),
             "reason": reason,
         }
@@ -200,17 +194,3 @@ class MariadbAgent:
             self._facts |= {"binary_log_file": row[0], "binary_log_position": row[1]}
         for row in self._link.ask(self._words.gtid):
             self._facts["gtid"] = row[0].replace("\n", "")
-
-
-def _elsewhere(pid: int, base: str) -> list[str]:
-    """Return the directories that databases or tables were put into, beside the data directory.
-
-    A database may be a link; a table with a DATA DIRECTORY has a file ``NAME.isl`` that says where.
-    """
-    root = f"/proc/{pid}/root"
-    top = root + peers.real_path(pid, base)
-    found = [os.path.join(base, entry.name) for entry in os.scandir(top) if entry.is_symlink()]
-    for path in glob.glob(f"{glob.escape(top)}/*/*.isl"):
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            found.append(os.path.dirname(file.read().strip()))
-    return found

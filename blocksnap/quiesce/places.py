@@ -40,7 +40,7 @@ class Placement:
         self._frozen = frozenset(frozen)
 
     def of_directory(self, pid: int, path: str) -> VolumeKeys:
-        """Return the volumes of the filesystem that process ``pid`` sees at a path; raises OSError.
+        """Return the volumes of the filesystem or device that process ``pid`` sees at a path; raises OSError.
 
         None of them when it lies elsewhere, several when one filesystem spans several volumes.
         """

@@ -10,6 +10,7 @@ import errno
 import os
 import pwd
 import socket
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -94,13 +95,16 @@ def real_path(pid: int, path: str) -> str:
 def filesystem_at(pid: int, path: str) -> frozenset[int]:
     """Return by which numbers the filesystem is known that process ``pid`` sees at a path; raises OSError.
 
-    They are that of mountinfo and that of stat, which is another one in each subvolume of a btrfs.
+    They are that of mountinfo and that of stat, which is another one in each subvolume of a btrfs. A block
+    device is not on the filesystem that has its node: it is its own.
     """
     place = real_path(pid, path)
+    status = os.stat(f"/proc/{pid}/root{place}")
+    if stat.S_ISBLK(status.st_mode):
+        return frozenset({status.st_rdev})
     text = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")
     mount = mounts.mount_at(place, mounts.parse_mountinfo(text))
-    inside = os.stat(f"/proc/{pid}/root{place}").st_dev
-    return frozenset({inside} if mount is None else {inside, mount.device})
+    return frozenset({status.st_dev} if mount is None else {status.st_dev, mount.device})
 
 
 def is_in_group(pid: int, folders: Iterable[str]) -> bool:

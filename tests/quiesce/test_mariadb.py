@@ -195,6 +195,56 @@ def test_the_watchdog_ends_the_lock_of_a_run_that_takes_too_long(world: World) -
         ledger.stop()
 
 
+def test_files_on_no_volume_of_the_run_are_noticed_wherever_the_server_has_them(world: World) -> None:
+    data = world.volume("data")
+    places = {name: world.folder / "elsewhere" / name for name in ("isam", "innodb", "space", "aria")}
+    for place in places.values():
+        place.mkdir(parents=True)
+
+    def refused(place: Path) -> None:
+        with pytest.raises(QuiesceError, match=f"its directory {place} lies on no volume of this run"):
+            world.back_up(data)
+
+    root = world.start(data.folder)
+    # As MySQL's configuration on some distributions has it.
+    (data.folder / "mysql.sock").symlink_to(world.socket)
+    ask(root, "CREATE DATABASE shop")
+    assert world.back_up(data).state == "application"
+    elsewhere = f"DATA DIRECTORY='{places['isam']}' INDEX DIRECTORY='{places['isam']}'"
+    for engine, words in (
+        ("MyISAM", elsewhere),
+        ("Aria", elsewhere),
+        ("MyISAM", f"PARTITION BY HASH (number) (PARTITION one {elsewhere})"),
+    ):
+        ask(root, f"CREATE TABLE shop.notes (number INTEGER) ENGINE={engine} {words}")
+        refused(places["isam"])
+        ask(root, "DROP TABLE shop.notes")
+    ask(root, f"CREATE TABLE shop.ledger (number INTEGER) ENGINE=InnoDB DATA DIRECTORY='{places['innodb']}'")
+    refused(places["innodb"] / "shop")
+    ask(root, "DROP TABLE shop.ledger")
+    disk = world.stack.enter_context(loop_device(world.folder / "mounted.img", size=8 << 20))
+    call("mkfs.ext4", "-q", disk)
+    with holding(disk, data.folder / "mounted") as mounted:
+        refused(mounted)
+    assert world.back_up(data).state == "application"
+
+
+def test_what_innodb_and_aria_have_elsewhere_by_the_configuration_is_noticed(world: World) -> None:
+    data, space, aria = world.volume("data"), world.volume("space"), world.volume("aria")
+    files = f"ibdata1:12M;{space.folder}/ibdata2:12M:autoextend"
+    world.start(
+        data.folder,
+        "--innodb-data-home-dir=",
+        f"--innodb-data-file-path={files}",
+        f"--aria-log-dir-path={aria.folder}",
+    )
+    for there, missing in (((data, aria), space), ((data, space), aria)):
+        with pytest.raises(QuiesceError, match=f"its directory {missing.folder} lies on no volume"):
+            world.back_up(*there)
+    with pytest.raises(QuiesceError, match="lie on several volumes"):
+        world.back_up(data, space, aria)
+
+
 def test_a_filesystem_over_two_volumes_is_only_enough_if_it_is_frozen(world: World) -> None:
     """It is not where this host needs it: then there would be two instants, and pages without their log."""
     require_btrfs()

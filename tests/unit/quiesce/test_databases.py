@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from blocksnap.quiesce import mariadb, postgresql
+from blocksnap.quiesce import mariadb, mariadb_files, postgresql
 from blocksnap.quiesce.errors import AgentError, MisplacedError
 from blocksnap.quiesce.login import account_of, password_of
 from blocksnap.quiesce.settings import MariadbSettings, PostgresqlSettings
@@ -93,6 +95,55 @@ def test_innodb_on_several_volumes_has_to_stand_still() -> None:
             mariadb.decide("server", folders, frozen=False, whole=whole)
     with pytest.raises(MisplacedError, match="/b lies on no volume"):
         mariadb.decide("server", {"/a": A, "/b": NONE}, frozen=True, whole=True)
+
+
+def test_a_server_says_where_innodb_and_aria_have_their_files(tmp_path: Path) -> None:
+    for name in ("data", "home/raw", "log", "undo", "aria", "space"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data/ibdata1").touch()
+    (tmp_path / "space/ibdata2").touch()
+    (tmp_path / "home/raw/ibdata1").touch()
+    says = {
+        "datadir": f"{tmp_path}/data/",
+        "innodb_data_home_dir": "",
+        "innodb_log_group_home_dir": "./",
+        "innodb_undo_directory": "../undo",
+        "innodb_data_file_path": f"ibdata1:12M;{tmp_path}/space/ibdata2:12M:autoextend:max:1G",
+    }
+
+    def places(*tablespaces: str, **variables: str) -> list[str]:
+        found = mariadb_files.places_of(os.getpid(), {**says, **variables}, tablespaces)
+        return [os.path.relpath(path, tmp_path) for path in found]
+
+    assert places() == ["data", "undo", "space"]
+    assert places(aria_log_dir_path=f"{tmp_path}/aria") == ["data", "undo", "aria", "space"]
+    home = {"innodb_data_home_dir": f"{tmp_path}/home", "innodb_data_file_path": "/raw/ibdata1:12M"}
+    assert places(**home) == ["data", "home", "undo", "home/raw"]
+    # What MySQL lists: directories, with nothing for those of the data directory itself.
+    assert places("", "./", f"{tmp_path}/log/") == ["data", "undo", "space", "log"]
+    with pytest.raises(FileNotFoundError):
+        places(f"{tmp_path}/nowhere/")
+
+
+def test_a_data_directory_shows_what_lies_elsewhere(tmp_path: Path) -> None:
+    top = tmp_path / "data"
+    for name in ("data/shop", "data/.snapshots", "myisam", "linked", "isl", "general", "far"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "myisam/t.MYD").touch()
+    (top / "shop/t.MYD").symlink_to("../../myisam/t.MYD")
+    (top / "shop/t.frm").touch()
+    (top / "other").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked/far.isl").write_text(f"{tmp_path}/far/far.ibd\n")
+    (top / "shop/s.isl").write_text(f"{tmp_path}/isl/s.ibd")
+    (top / "space.isl").write_text(f"{tmp_path}/general/space.ibd")
+    (top / ".snapshots/1").symlink_to(tmp_path)
+    (top / "shop/dropped.MYD").symlink_to(tmp_path / "dropped.MYD")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "mysqld.sock"))
+        (top / "mysql.sock").symlink_to(tmp_path / "mysqld.sock")
+        found = mariadb_files.places_of(os.getpid(), {"datadir": str(top)}, ())
+    names = sorted(os.path.relpath(path, tmp_path) for path in found)
+    assert names == ["data", "far", "general", "isl", "linked", "myisam"]
 
 
 def test_who_connects() -> None:
