@@ -34,6 +34,8 @@ _SYSFS = Path("/sys/dev/block")
 _MOMENT_SECONDS = 0.5
 _ZEROS_BYTES = 1 << 20
 _COUNTED_ZEROS_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 20
+"""What the kernel clears in one call: nothing ends that, and a disk may need seconds for so much."""
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 
 
@@ -246,13 +248,14 @@ def clear(
 def _clear_blocks(
     fd: int, offset: int, length: int, *, discard: bool, before_zeros: Callable[[int], None] | None
 ) -> None:
-    if discard and punch_hole(fd, offset, length):
-        return
-    left = _unmap_thin(fd, offset, length) if discard else iter([(offset, offset + length)])
+    last = offset + length
+    while discard and offset < last and punch_hole(fd, offset, min(_PIECE_BYTES, last - offset)):
+        offset = min(offset + _PIECE_BYTES, last)
+    left = _unmap_thin(fd, offset, last - offset) if discard else iter([(offset, last)])
     for begin, end in left:
         if begin >= end:
             continue
-        step = end - begin if before_zeros is None else _COUNTED_ZEROS_BYTES
+        step = _PIECE_BYTES if before_zeros is None else _COUNTED_ZEROS_BYTES
         for at in range(begin, end, step):
             part = min(step, end - at)
             if before_zeros is not None:
@@ -333,12 +336,17 @@ def _unmap_thin(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
     number, end = device_number(fd), offset + length
     unit = int((sysfs_folder(number) / "queue/discard_granularity").read_text())
     first, last = (-(-offset // unit) * unit, end // unit * unit) if unit else (end, end)
-    if first >= last or not is_plain_thin(number) or not _range_ioctl(fd, _BLKDISCARD, first, last - first):
+    if first >= last or not is_plain_thin(number):
         yield offset, end
         return
     yield offset, first
-    if unit & (unit - 1):
-        yield from _not_zeros(fd, first, last, math.gcd(unit, _ZEROS_BYTES))
+    step = max(_PIECE_BYTES // unit, 1) * unit
+    for at in range(first, last, step):
+        part = min(step, last - at)
+        if not _range_ioctl(fd, _BLKDISCARD, at, part):
+            yield at, at + part
+        elif unit & (unit - 1):
+            yield from _not_zeros(fd, at, at + part, math.gcd(unit, _ZEROS_BYTES))
     yield last, end
 
 

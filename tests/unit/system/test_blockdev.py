@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -119,6 +121,39 @@ def test_zeros_are_told_before_they_are_written(loop: str, monkeypatch: pytest.M
         blockdev.clear(fd, begin, end - begin, discard=False, before_zeros=told.append)
         # Whole blocks first; then the parts of blocks at both ends.
         assert told == [1 << 20, 1 << 20, end // 512 * 512 - 1024 - (2 << 20), 1024 - begin, end % 512]
+        blockdev.drop_cache(fd)
+        assert os.pread(fd, SIZE, 0) == before[:begin] + bytes(end - begin) + before[end:]
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_large_range_is_cleared_in_pieces(
+    loop: str, discard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In between signals are heard: a disk that has to write all the zeros may need an hour for a hole."""
+    monkeypatch.setattr(blockdev, "_PIECE_BYTES", 4 << 20)
+    begin, end, asked = 1 << 20, (11 << 20) + 512, []
+    by_ioctl, by_fallocate = fcntl.ioctl, blockdev.punch_hole
+
+    def ioctl(fd: int, request: int, argument: bytes) -> bytes:
+        if len(argument) == 16:
+            asked.append(struct.unpack("<QQ", argument))
+        return by_ioctl(fd, request, argument)
+
+    def punch_hole(fd: int, offset: int, length: int) -> bool:
+        done = by_fallocate(fd, offset, length)
+        asked.extend([(offset, length)] if done else [])
+        return done
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(blockdev, "punch_hole", punch_hole)
+    fd = blockdev.open_exclusive(loop)
+    try:
+        before = os.pread(fd, SIZE, 0)
+        blockdev.clear(fd, begin, end - begin, discard=discard)
+        assert asked == [(1 << 20, 4 << 20), (5 << 20, 4 << 20), (9 << 20, (2 << 20) + 512)]
+        monkeypatch.undo()
         blockdev.drop_cache(fd)
         assert os.pread(fd, SIZE, 0) == before[:begin] + bytes(end - begin) + before[end:]
     finally:
