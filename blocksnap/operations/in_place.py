@@ -7,6 +7,7 @@ second snapshot stays as the way back. Anything else is read and compared by the
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from blocksnap.operations.storing import plan_backup
 from blocksnap.operations.targets import complete, read_runs, verify_target
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.pipeline.selection import Ranges, select_either
-from blocksnap.repository.blockmap import Entry, MapReader
+from blocksnap.repository.blockmap import HOLE, ZERO, Entry, MapReader
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.device_target import DeviceTarget
@@ -172,8 +173,16 @@ def _read_and_compare(
     target: DeviceTarget | ExistingFileTarget,
     report: Reporter,
 ) -> Differing:
-    fd = target.comparable()
-    found = find_differences(repository, backup, fd, data_of(fd, backup.size).pairs(), report)
+    fd, geometry = target.comparable(), Geometry(backup.size, backup.chunk_size)
+    held = min(os.lseek(fd, 0, os.SEEK_END), backup.size)
+    # A file may be shorter, and stays so until the first byte is written.
+    whole = geometry.count if held == backup.size else held // backup.chunk_size
+    behind = Ranges([(whole, geometry.count)] if whole < geometry.count else ())
+    found = find_differences(repository, backup, fd, data_of(fd, held).pairs(), report, lost=behind)
+    ended = [(whole, whole + 1)] if whole * backup.chunk_size < held < backup.size else []
+    runs = MapReader(repository.load_node).runs(map_root(backup.map), whole, geometry.count)
+    stored = ((number, number + count) for number, count, entry in runs if entry not in (HOLE, ZERO))
+    found = select_either(found, chain(ended, stored))
     return Differing(found, "compare", "the changes of such a target are not tracked")
 
 

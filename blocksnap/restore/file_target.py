@@ -199,8 +199,6 @@ class ExistingFileTarget(_FilePlace):
             loops = loop_devices_of(path)
             if loops:
                 raise TargetBusyError(path, ", ".join(loops))
-            if os.fstat(fd).st_size < size:
-                os.ftruncate(fd, size)
         except BlockingIOError as err:
             os.close(fd)
             raise TargetBusyError(path, "another program, which has locked it") from err
@@ -214,7 +212,12 @@ class ExistingFileTarget(_FilePlace):
         self.wanted = record
 
     def begin(self) -> int:
-        """Write the record over the beginning."""
+        """Give a file that is shorter the backup's length, and write the record over the beginning."""
+        try:
+            if os.fstat(self._fd).st_size < self._size:
+                os.ftruncate(self._fd, self._size)
+        except OSError as err:
+            raise self.failed(err) from err
         return self.begin_with(self.wanted)
 
     def clear(self, offset: int, length: int, *, hole: bool) -> None:  # noqa: ARG002
