@@ -23,8 +23,8 @@ from blocksnap.repository.keys import Right
 from blocksnap.repository.listings import DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.contents import kind_of
-from blocksnap.restore.naming import flush_folder, printable
-from blocksnap.restore.private_folder import private_folder, take_out
+from blocksnap.restore.naming import flush_open_folder, printable
+from blocksnap.restore.private_folder import PrivateFolder, private_folder
 from blocksnap.restore.targets import TargetFailedError
 from blocksnap.restore.tree import Part, TreeRestore
 from blocksnap.restore.tree_mount import TreeEnd, take_connection
@@ -134,32 +134,29 @@ class FilesOfTree:
             if os.path.lexists(os.path.join(os.fsencode(folder), name)):
                 raise PathExistsError(os.path.join(folder, os.fsdecode(name)))
         try:
-            with private_folder(folder) as (private, fd):
-                return self._bring(part, private, fd, folder)
+            with private_folder(folder) as private:
+                return self._bring(part, private, folder)
         except OSError as err:
             raise TargetFailedError(folder, err) from err
 
-    def _bring(self, part: Part, private: str, fd: int, folder: str) -> list[str]:
+    def _bring(self, part: Part, private: PrivateFolder, folder: str) -> list[str]:
         reader = InodeReader(self._repository, inode_map(self.backup))
-        tree = TreeRestore(self._repository, reader, fd, private, self.backup.chunk_size, part)
+        tree = TreeRestore(self._repository, reader, private.fd, private.path, self.backup.chunk_size, part)
         with phase(self._report, f"copying from {self.backup.volume.name}", 0):
             tree.run(self._report.advance)
         # By what was open before the first write: it is told of one that was lost.
-        flush_filesystem_of(fd)
+        flush_filesystem_of(private.fd)
         # What could not be made was noted.
         wanted = [os.fsdecode(entry.name) for entry in part.names]
-        made = [name for name in wanted if os.path.lexists(os.path.join(private, name))]
+        there = set(private.names())
+        made = [name for name in wanted if name in there]
         for name in made:
             try:
-                take_out(private, name, folder)
+                private.take_out(name)
             except FileExistsError as err:
                 raise PathExistsError(os.path.join(folder, name)) from err
-        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            tree.seal_part(folder_fd)
-        finally:
-            os.close(folder_fd)
-        flush_folder(folder)
+        tree.seal_part(private.parent)
+        flush_open_folder(private.parent)
         for line in tree.unkept.lines():
             self._report.warn(f"not kept: {line}")
         return [os.path.join(folder, name) for name in made]

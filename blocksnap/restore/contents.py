@@ -12,10 +12,10 @@ import stat
 from collections.abc import Iterator
 
 from blocksnap.restore.inside import Answering, Inner, InsideError, Request
-from blocksnap.restore.naming import flush_folder, give_name
+from blocksnap.restore.naming import flush_open_folder
 from blocksnap.restore.partitions import Contents, Partition
-from blocksnap.restore.private_folder import private_folder
-from blocksnap.system.command import run
+from blocksnap.restore.private_folder import PrivateFolder, private_folder
+from blocksnap.system.command import CommandError, run
 from blocksnap.system.files import flush_filesystem_of
 
 PARTITIONS = "partitions"
@@ -119,20 +119,33 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
     for each in sources:
         if os.path.lexists(os.path.join(target, each)):
             raise InsideError(f"{os.path.join(target, each)} exists already")
-    with private_folder(target) as (private, fd):
-        for each, source in sources.items():
-            copy = os.path.join(private, each)
-            run("cp", "--archive", "--no-target-directory", "--", source, copy, timeout_seconds=_COPY_SECONDS)
-        # By what was open before the first write: it is told of one that was lost.
-        flush_filesystem_of(fd)
-        for each in sources:
-            made = os.path.join(target, each)
-            try:
-                give_name(os.path.join(private, each), made)
-            except FileExistsError as err:
-                raise InsideError(f"{made} exists already") from err
-            yield {"path": made}
-        flush_folder(target)
+    try:
+        with private_folder(target) as private:
+            for each, source in sources.items():
+                _copy_one(source, private, each)
+            # By what was open before the first write: it is told of one that was lost.
+            flush_filesystem_of(private.fd)
+            for each in sources:
+                made = os.path.join(target, each)
+                try:
+                    private.take_out(each)
+                except FileExistsError as err:
+                    raise InsideError(f"{made} exists already") from err
+                yield {"path": made}
+            flush_open_folder(private.parent)
+    except OSError as err:
+        raise InsideError(f"cannot copy to {target}: {err.strerror or err}") from err
+
+
+def _copy_one(source: str, private: PrivateFolder, name: str) -> None:
+    """Copy to a private folder; raises CommandError, MissingProgramError."""
+    folder = private.path_for_programs
+    options = ("--archive", "--no-target-directory", "--")
+    try:
+        run("cp", *options, source, os.path.join(folder, name), timeout_seconds=_COPY_SECONDS)
+    except CommandError as err:
+        message = err.message.replace(folder, private.path)
+        raise CommandError(err.program, err.status, message) from err
 
 
 def _split(contents: Contents, path: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ class Descent:
         """Go on in a directory of the one in which the walk is."""
         self._open.append(fd)
         if len(self._open) > _HELD:
-            self._closed.append(_identity(self._open[0]))
+            self._closed.append(identity_of(self._open[0]))
             os.close(self._open.popleft())
 
     def leave(self) -> None:
@@ -40,7 +40,7 @@ class Descent:
         if len(self._open) == 1 and self._closed:
             above = os.open("..", _FOLDER, dir_fd=self._open[0])
             self._open.appendleft(above)
-            if _identity(above) != self._closed.pop():
+            if identity_of(above) != self._closed.pop():
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def close(self) -> None:
@@ -49,6 +49,7 @@ class Descent:
             os.close(self._open.pop())
 
 
-def _identity(fd: int) -> tuple[int, int]:
+def identity_of(fd: int) -> tuple[int, int]:
+    """Return device and inode of what is open."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino

@@ -9,10 +9,11 @@ made it fail.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 
 from blocksnap.errors import BlocksnapError, TargetError
-from blocksnap.restore.file_target import FileTarget
+from blocksnap.restore.file_target import FileTarget, is_called
 from blocksnap.restore.naming import flush_folder, hidden_name
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import NameFailedError, NameTakenError
@@ -83,20 +84,13 @@ class DiskImageTarget(FileTarget):
             # The raw file is locked, so one that is there was left by a restore that was killed.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(made)
-            os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            run(
-                *("qemu-img", "convert", "-f", "raw", "-O", self._image, "-t", "writeback"),
-                *(hidden, made),
-                timeout_seconds=_CONVERT_SECONDS,
-                killable=True,
-            )
-            if self._compare:
-                run(
-                    *("qemu-img", "compare", "-f", "raw", "-F", self._image, hidden, made),
-                    timeout_seconds=_CONVERT_SECONDS,
-                    killable=True,
-                )
-            _flush(made)
+            fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                self._make_image(fd)
+                if not is_called(os.fstat(fd), made):
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), made)
+            finally:
+                os.close(fd)
         except BaseException as err:
             with contextlib.suppress(OSError):
                 os.unlink(made)
@@ -110,6 +104,22 @@ class DiskImageTarget(FileTarget):
             with contextlib.suppress(OSError):
                 os.unlink(hidden)
         return made
+
+    def _make_image(self, fd: int) -> None:
+        """Have qemu-img write to a file that is open here, durably, and compare it.
+
+        Raises BlocksnapError, OSError. Both files by descriptor: who owns the directory may
+        put a link in the place of either.
+        """
+        raw, made = (f"/proc/{os.getpid()}/fd/{each}" for each in (self._fd, fd))
+        commands: list[tuple[str, ...]] = [
+            ("qemu-img", "convert", "-f", "raw", "-O", self._image, "-t", "writeback", raw, made)
+        ]
+        if self._compare:
+            commands.append(("qemu-img", "compare", "-f", "raw", "-F", self._image, raw, made))
+        for command in commands:
+            run(*command, timeout_seconds=_CONVERT_SECONDS, killable=True)
+        os.fsync(fd)
 
     def close(self, *, keep: bool = False) -> bool:
         """Close; a raw image that is complete stays to be converted, whatever has failed."""
@@ -147,11 +157,3 @@ class DiskImageTarget(FileTarget):
             return super()._open()
         self._is_raw_complete = True
         return fd
-
-
-def _flush(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -162,7 +162,7 @@ class FileTarget(_FilePlace):
             os.close(fd)
             raise TargetBusyError(self._temporary, "another restore of this backup") from err
         status = os.fstat(fd)
-        if not _is_called(status, self._temporary):
+        if not is_called(status, self._temporary):
             # Whoever had it has just finished it, and it is complete, under its own name.
             os.close(fd)
             raise TargetBusyError(self._temporary, "another restore of this backup, which has just ended")
@@ -251,7 +251,8 @@ class ExistingFileTarget(_FilePlace):
         return begun
 
 
-def _is_called(status: os.stat_result, path: str) -> bool:
+def is_called(status: os.stat_result, path: str) -> bool:
+    """Tell whether a file that is open still has a name; follows no link."""
     try:
         return os.path.samestat(status, os.lstat(path))
     except OSError:

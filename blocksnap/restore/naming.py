@@ -71,12 +71,18 @@ def _rename_new(old: str, new: str) -> None:
 
 def flush_folder(path: str) -> None:
     """Make the names in a directory durable; raises OSError."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flush_open_folder(folder)
+    finally:
+        os.close(folder)
+
+
+def flush_open_folder(folder: int) -> None:
+    """Do the same for a directory that is open."""
     try:
         os.fsync(folder)
     except OSError as err:
         # SMB and FUSE may have no fsync for a directory.
         if err.errno not in _NO_FLAGS:
             raise
-    finally:
-        os.close(folder)

@@ -23,7 +23,7 @@ from blocksnap.repository.inodes import InodeRecord, levels_of
 from blocksnap.repository.listings import SUBVOLUME, DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import inode_attributes
-from blocksnap.restore.descent import Descent
+from blocksnap.restore.descent import Descent, identity_of
 from blocksnap.restore.engine import Losses, Progress, UnreadableRangeError, restore_runs
 from blocksnap.restore.inode_values import LARGEST_VALUE, link_target, state_of, xattrs_of
 from blocksnap.restore.naming import printable
@@ -98,6 +98,15 @@ class _Folder:
     entries: Iterator[DirectoryEntry]
 
 
+@dataclass(frozen=True, slots=True)
+class _Final:
+    """Something that forbids its own changes, which it cannot yet."""
+
+    path: bytes
+    record: InodeRecord
+    identity: tuple[int, int]
+
+
 class TreeRestore:
     """One restore into an empty directory that is ours alone.
 
@@ -124,7 +133,7 @@ class TreeRestore:
         self._files = TreeFiles(name, chunk_size, self.open_path, self._finish_file)
         self._linked: dict[int, bytes] = {}
         self._entered: set[int] = set()
-        self._final: list[tuple[bytes, InodeRecord]] = []
+        self._final: list[_Final] = []
         self._losses: _FileLosses | None = None
         self._top: InodeRecord | None = None
         self._part = part
@@ -167,7 +176,10 @@ class TreeRestore:
             )
 
     def seal_part(self, folder_fd: int) -> None:
-        """Forbid changes of what forbade them, when the part is in its place; raises OSError."""
+        """Forbid changes of what forbade them, when the part is in its place; raises OSError.
+
+        ESTALE where something else is there by then: whoever owns the directory may have put it there.
+        """
         self._seal(folder_fd)
 
     def seal_top(self) -> None:
@@ -180,10 +192,12 @@ class TreeRestore:
         return _open_below(self._top_fd, path, flags)
 
     def _seal(self, top_fd: int) -> None:
-        for path, record in self._final:
-            fd = _open_below(top_fd, path, os.O_RDONLY)
+        for each in self._final:
+            fd = _open_below(top_fd, each.path, os.O_RDONLY | os.O_NONBLOCK)
             try:
-                inode_attributes.set_final(fd, record, path, self.unkept)
+                if identity_of(fd) != each.identity:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                inode_attributes.set_final(fd, each.record, each.path, self.unkept)
             finally:
                 os.close(fd)
 
@@ -347,7 +361,7 @@ class TreeRestore:
         except OSError as err:
             raise TargetFailedError(os.path.join(self._name, printable(path)), err) from err
         if not may_be_final and record.flags & inode_attributes.FINAL:
-            self._final.append((path, record))
+            self._final.append(_Final(path, record, identity_of(file.fd)))
 
     def _finish_folder(self, fd: int, record: InodeRecord, path: bytes) -> None:
         may_be_final = not self._is_renamed(path)
@@ -355,7 +369,7 @@ class TreeRestore:
             fd, record, self._xattrs(record), path, self.unkept, may_be_final=may_be_final
         )
         if not may_be_final and record.flags & inode_attributes.FINAL:
-            self._final.append((path, record))
+            self._final.append(_Final(path, record, identity_of(fd)))
 
     def _is_renamed(self, path: bytes) -> bool:
         """Tell whether it gets another name when all is there, which what forbids changes would forbid."""

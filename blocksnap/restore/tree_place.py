@@ -73,7 +73,7 @@ class NewTree:
     ) -> None:
         if not self._finished:
             with contextlib.suppress(OSError, TargetError):
-                remove_tree(self._parent, os.path.basename(self._hidden))
+                remove_open_tree(self._fd, self._parent, os.path.basename(self._hidden))
         self._close()
 
     @property
@@ -119,7 +119,7 @@ class NewTree:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_uid != os.geteuid():
                 raise TreeExistsError(self._hidden)
-            remove_tree(parent, name)
+            remove_open_tree(fd, parent, name)
         except BlockingIOError as err:
             raise TargetBusyError(self._hidden, "another restore") from err
         finally:
@@ -141,24 +141,34 @@ def remove_tree(parent: int, name: str) -> None:
     """Remove a subvolume whole, or a directory with all that is in it; raises OSError."""
     fd = os.open(name, _FOLDER, dir_fd=parent)
     try:
-        clear_flags_of(fd)
-        if os.fstat(fd).st_ino == btrfs.TOP_DIRECTORY:
-            try:
-                btrfs.filesystem_info(fd)
-                btrfs.delete_snapshot(parent, name)
-            except (btrfs.NoSubvolumeError, btrfs.BtrfsError):
-                pass
-            else:
-                return
-        _empty(fd)
+        remove_open_tree(fd, parent, name)
     finally:
         os.close(fd)
-    os.rmdir(name, dir_fd=parent)
+
+
+def remove_open_tree(fd: int, parent: int, name: str) -> None:
+    """Remove the same when it is open, and nothing else, whatever has its name by now; raises OSError.
+
+    One that has another name is emptied and stays.
+    """
+    clear_flags_of(fd)
+    if os.fstat(fd).st_ino == btrfs.TOP_DIRECTORY:
+        try:
+            btrfs.filesystem_info(fd)
+            btrfs.delete_subvolume(parent, fd)
+        except (btrfs.NoSubvolumeError, btrfs.BtrfsError):
+            pass
+        else:
+            return
+    _empty(fd)
+    if os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), os.fstat(fd)):
+        os.rmdir(name, dir_fd=parent)
 
 
 def _empty(top_fd: int) -> None:
     """Remove all that is in a directory, however deep that is, and follow no link."""
-    descent, entered = Descent(os.dup(top_fd)), list[str]()
+    # Opened anew: btrfs tells what came since only then (6.5, btrfs_opendir).
+    descent, entered = Descent(os.open(".", _FOLDER, dir_fd=top_fd)), list[str]()
     left = [_remove_files(descent.fd)]
     try:
         while True:

@@ -29,6 +29,7 @@ _GET_SUBVOL_INFO = 0x81F8943C
 _SNAP_DESTROY_V2 = 0x5000943F
 
 _READ_ONLY: Final = 2
+_BY_NUMBER: Final = 1 << 4
 _ROOT_READ_ONLY: Final = 1
 _VOLUME_ARGUMENTS = struct.Struct("<qQQ32s4040s")
 _SUBVOLUME_INFO = struct.Struct("<Q256sQQQQ16s16s16sQQQQ64s64s")
@@ -183,6 +184,16 @@ def delete_snapshot(folder_fd: int, name: str) -> None:
         fcntl.ioctl(folder_fd, _SNAP_DESTROY_V2, bytearray(arguments))
     except OSError as err:
         raise BtrfsError(f"delete the snapshot {name}", err) from err
+
+
+def delete_subvolume(folder_fd: int, fd: int) -> None:
+    """Delete the subvolume that is open, whatever it is called by now, by a directory of its filesystem."""
+    number = struct.pack("<Q", subvolume_info(fd).tree_id)
+    arguments = _VOLUME_ARGUMENTS.pack(0, 0, _BY_NUMBER, b"", number)
+    try:
+        fcntl.ioctl(folder_fd, _SNAP_DESTROY_V2, bytearray(arguments))
+    except OSError as err:
+        raise BtrfsError("delete a subvolume", err) from err
 
 
 def commit(fd: int) -> None:

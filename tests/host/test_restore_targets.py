@@ -182,6 +182,33 @@ def test_a_qcow2_image(blocksnap: CommandLine, source: Path, tmp_path: Path) -> 
     assert blocksnap("restore", "latest", "-", "--format", "qcow2").code == 2
 
 
+def test_an_image_is_written_nowhere_else(blocksnap: CommandLine, source: Path, tmp_path: Path) -> None:
+    """Whoever owns the directory puts links in the place of the raw image and of the one that is made."""
+    real = shutil.which("qemu-img")
+    require("qemu-img", real is not None, "apt install qemu-utils")
+    folder, programs, victim = tmp_path / "images", tmp_path / "programs", tmp_path / "victim"
+    folder.mkdir()
+    programs.mkdir()
+    victim.write_bytes(b"not theirs" * 1000)
+    swapping = programs / "qemu-img"
+    swapping.write_text(
+        f"#!/bin/sh -e\nfor i in {folder}/.*.partial; do mv $i $i.aside; ln -s {victim} $i; done\n"
+        f'exec {real} "$@"\n'
+    )
+    swapping.chmod(0o755)
+    command = blocksnap.start(
+        "restore", "latest", folder / "out.qcow2", "--format", "qcow2",
+        PATH=f"{programs}:{os.environ['PATH']}",
+    )  # fmt: skip
+    _, stderr = command.communicate(timeout=120)
+    assert command.returncode == 1, stderr
+    assert b"Stale file handle" in stderr
+    assert victim.read_bytes() == b"not theirs" * 1000
+    assert not (folder / "out.qcow2").exists()
+    (raw,) = folder.glob(".*-raw.partial.aside")
+    assert same(raw, source)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_conversion_that_is_interrupted_is_begun_again_and_nothing_else(
     blocksnap: CommandLine, source: Path, tmp_path: Path, number: signal.Signals

@@ -336,9 +336,9 @@ def test_only_what_was_left_behind_is_removed(tmp_path: Path) -> None:
     fd = os.open(tmp_path / ".blocksnap-locked_1.partial", os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        with private_folder(str(tmp_path)) as (one, _), private_folder(str(tmp_path)) as (other, _):
-            assert one != other
-            assert Path(one).is_dir()
+        with private_folder(str(tmp_path)) as one, private_folder(str(tmp_path)) as other:
+            assert one.path != other.path
+            assert Path(one.path).is_dir()
     finally:
         os.close(fd)
     assert sorted(os.listdir(tmp_path)) == [
