@@ -114,16 +114,21 @@ def _drilled(drill: Drilled | None) -> str:
 
 def _show_host(settings: Settings, backup: str, folder: Path | None) -> None:
     from blocksnap.operations.catalogue import find_backup
-    from blocksnap.operations.recovering_host import NoRecordError, export_host, script
+    from blocksnap.operations.recovering_host import (
+        NoRecordError,
+        export_host,
+        newest_of_host,
+        script,
+    )
 
     repository = settings.open_repository()
     stored = find_backup(repository, backup)
     recovery = stored.manifest.recovery
     if recovery is None:
         raise NoRecordError(stored.backup.id[:8])
-    names = {each.backup.volume.name for each in repository.backups()}
+    backed_up = newest_of_host(repository, stored.manifest.host)
     if folder is not None:
-        written = export_host(recovery, sorted(names), folder)
+        written = export_host(recovery, backed_up, folder)
         if settings.json:
             print_json({"files": [str(path) for path in written]})
         else:
@@ -131,7 +136,7 @@ def _show_host(settings: Settings, backup: str, folder: Path | None) -> None:
     elif settings.json:
         print_json({"recovery": recovery.model_dump(mode="json")})
     else:
-        print_lines(script(recovery, sorted(names)))
+        print_lines(script(recovery, backed_up))
 
 
 @click.command("show")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blocksnap.errors import DamageError, TargetError, UsageError
 from blocksnap.operations.recording import physical_volumes
 from blocksnap.repository.documents import RecordedHeader, Recovery
+from blocksnap.repository.repository import Repository
 from blocksnap.system import lvm
 from blocksnap.system.lvm_text import LvmTextError, Section, Value, number_in, parse, section_in, strings_in
 
@@ -56,10 +57,19 @@ class RecordedVolume:
     chunk_size: int = 0
 
 
-def export_host(recovery: Recovery, backed_up: Sequence[str], folder: Path) -> list[Path]:
+def newest_of_host(repository: Repository, host: str) -> dict[str, str]:
+    """Return the newest backup of each volume of one host, id by name.
+
+    Other hosts may have volumes of the same names, and whoever runs the script may be one of them.
+    """
+    backups = (stored for stored in repository.backups() if stored.manifest.host == host)
+    return {stored.backup.volume.name: stored.backup.id for stored in backups}
+
+
+def export_host(recovery: Recovery, backed_up: Mapping[str, str], folder: Path) -> list[Path]:
     """Write everything to files in a folder, and the script; raises TargetError when that is not possible.
 
-    ``backed_up`` are the names of the volumes of which there are backups.
+    ``backed_up`` are the volumes of the host of which there are backups, with the ids of the newest.
     """
     files = {f"{name}.vgcfg": text for name, text in recovery.groups.items()}
     files |= {f"{_plain(disk.path)}.sfdisk": disk.table for disk in recovery.disks if disk.table}
@@ -81,7 +91,7 @@ def export_host(recovery: Recovery, backed_up: Sequence[str], folder: Path) -> l
     return written
 
 
-def script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
+def script(recovery: Recovery, backed_up: Mapping[str, str]) -> Iterator[str]:
     """Yield the lines of the script; raises SenselessRecordError."""
     try:
         yield from _script(recovery, backed_up)
@@ -89,7 +99,7 @@ def script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
         raise SenselessRecordError(str(err)) from err
 
 
-def _script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
+def _script(recovery: Recovery, backed_up: Mapping[str, str]) -> Iterator[str]:
     yield "#!/bin/sh -eu"
     yield "# Written by blocksnap. READ IT FIRST: it overwrites the disks that it names. Put in the names"
     yield "# of the new ones, which have to be at least as large, and leave out what is there already."
@@ -102,14 +112,14 @@ def _script(recovery: Recovery, backed_up: Sequence[str]) -> Iterator[str]:
     for path in _arrays(recovery):
         yield f"# {path!r} was an array: make it first (mdadm --create), or put another device in its place"
     for header in recovery.headers:
-        yield from _header(header, set(backed_up))
+        yield from _header(header, backed_up)
     for name, text in recovery.groups.items():
         lvm.check_name(name)
         group = section_in(parse(text), name)
         extent = number_in(group, "extent_size") * _SECTOR
         disks = " ".join(_device(path) for path in physical_volumes(name, text))
         yield f"vgcreate --yes --physicalextentsize {extent}b {name} {disks}"
-        yield from _volumes(list(read_volumes(name, group)), set(backed_up))
+        yield from _volumes(list(read_volumes(name, group)), backed_up)
 
 
 def read_volumes(name: str, group: Section) -> Iterator[RecordedVolume]:
@@ -159,22 +169,23 @@ def _arrays(recovery: Recovery) -> list[str]:
     return [path for path in dict.fromkeys(paths) if path.startswith("/dev/md")]
 
 
-def _header(header: RecordedHeader, backed_up: set[str]) -> Iterator[str]:
+def _header(header: RecordedHeader, backed_up: Mapping[str, str]) -> Iterator[str]:
     """The header first, then the container is opened as it was: its passphrase is asked for."""
     path, file = _device(header.path), shlex.quote(f"{_plain(header.path)}.luks")
-    if header.volume not in backed_up:
+    backup = backed_up.get(header.volume)
+    if backup is None:
         yield f"# the LUKS header of {header.path!r} is in no backup of this repository any more"
         return
     # A path in a comment is written so that it has no second line.
     yield f"# {header.path!r} is a LUKS container: its old header makes one of a new device, for the old keys"
-    yield f"(umask 077 && blocksnap restore -- {shlex.quote(header.volume)}@latest {file})"
+    yield f"(umask 077 && blocksnap restore -- {backup} {file})"
     yield f"cryptsetup luksHeaderRestore --batch-mode --header-backup-file {file} {path}"
     yield f"rm {file}"
     if header.mapping:
         yield f"cryptsetup open -- {path} {shlex.quote(header.mapping)}"
 
 
-def _volumes(volumes: Sequence[RecordedVolume], backed_up: set[str]) -> Iterator[str]:
+def _volumes(volumes: Sequence[RecordedVolume], backed_up: Mapping[str, str]) -> Iterator[str]:
     """Pools first, then what is in the repository, then what is not."""
     for each in volumes:
         if each.kind == "thin-pool":
@@ -190,7 +201,7 @@ def _volumes(volumes: Sequence[RecordedVolume], backed_up: set[str]) -> Iterator
         if full_name in backed_up:
             if each.kind.startswith("raid") or each.kind in ("cache", "writecache"):
                 yield f"# {full_name} was of type {each.kind}, and comes back linear: see lvconvert(8)"
-            yield f"blocksnap restore {full_name}@latest {full_name} --create {how}"
+            yield f"blocksnap restore {backed_up[full_name]} {full_name} --create {how}"
         else:
             yield f"# {full_name} ({each.kind}, {each.size} bytes) is in no backup of this repository"
 

@@ -79,7 +79,8 @@ def test_backed_up_tracked_restored(kind: str, volume: ClassicVolume, blocksnap:
     blocksnap.done("verify", first["id"], name)
     script = blocksnap.done("show", "latest", "--host").decode()
     assert f"# {name} was of type {kind}, and comes back linear" in script
-    assert f"blocksnap restore {name}@latest {name} --create --classic" in script
+    newest = json.loads(blocksnap.done("list", name, "--json"))["backups"][-1]["id"]
+    assert f"blocksnap restore {newest} {name} --create --classic" in script
 
 
 @pytest.mark.parametrize(
