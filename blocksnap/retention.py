@@ -1,8 +1,9 @@
 """Which backups to keep and which to forget, with a reason for each: pure, no clock and no storage in it.
 
 A policy is a list of rules. A rule says which backups it is about (volumes, tags) and what of them to
-keep. The first rule that is about a backup decides; what no rule is about is kept. The backups of one
-volume under one rule are a group, and everything is counted inside a group:
+keep. The first rule that is about a backup decides; what no rule is about is kept. The backups that one host
+made of one volume are a lineage, those of a lineage under one rule a group, and everything is counted inside
+a group:
 
     last = 7          the newest seven
     daily = 14        the last backup of each of the newest fourteen days that have one; likewise
@@ -13,13 +14,17 @@ A backup stays if any of these keeps it. ``"all"`` stands for any number. Days w
 so a host that was off for a month loses nothing by it. Periods are those of UTC unless the policy names a
 time zone: the answer must not depend on which host asks, and a UTC day always has 24 hours.
 
-Whatever the rules say, the newest backup of each volume stays, because the next one builds on it: the
+Machines made from one template have volumes with the same key, so the host belongs to the lineage: its id
+and its name, as clones often share the id. A host that was renamed or installed anew begins another lineage:
+to part what belongs together costs space, to join what does not costs backups.
+
+Whatever the rules say, the newest backup of each lineage stays, because the next one builds on it: the
 newest by date, and the newest by its own clock, should they not be the same.
 
 A backup is dated by its snapshot. Where the storage knows when the manifest arrived and the two are more
 than an hour apart, it is dated by its arrival: either the host's clock was wrong, or somebody who may
 write, but not delete, hopes that bogus backups push out the real ones, or storing it took that long, and
-then a policy of days does not mind. Against a flood, ``require_modest`` refuses to let most of a volume go
+then a policy of days does not mind. Against a flood, ``require_modest`` refuses to let most of a lineage go
 at once.
 
 Laws (tests/unit/test_retention.py): the order of the input is of no account; applied to what it kept, a
@@ -57,12 +62,13 @@ class PolicyError(UsageError):
 
 
 class TooMuchForgottenError(BlocksnapError):
-    """A policy would drop most of a volume's backups at once."""
+    """A policy would drop most of the backups at once that a host made of a volume."""
 
-    def __init__(self, volume: str, forgotten: int, total: int, most_percent: int) -> None:
-        self.volume, self.forgotten, self.total = volume, forgotten, total
+    def __init__(self, volume: str, host: str, forgotten: int, total: int, most_percent: int) -> None:
+        self.volume, self.host, self.forgotten, self.total = volume, host, forgotten, total
+        of = f"{volume} on {host}" if host else volume
         super().__init__(
-            f"{forgotten} of {total} backups of {volume} would go at once, more than {most_percent} %",
+            f"{forgotten} of {total} backups of {of} would go at once, more than {most_percent} %",
             resolution="look at what goes, with --dry-run; if it is meant, add --force",
         )
 
@@ -170,6 +176,14 @@ class Candidate:
     received: datetime | None = None
     """When the manifest reached the storage, by the storage's clock, if it has one."""
     tags: Mapping[str, str] = field(default_factory=dict)
+    host: str = ""
+    """Id of the host that made it."""
+    hostname: str = ""
+
+    @property
+    def lineage(self) -> tuple[str, str, str]:
+        """The volume and the host: the same for what one host made of one volume."""
+        return self.volume, self.host, self.hostname
 
     @property
     def dated_by_arrival(self) -> bool:
@@ -226,16 +240,16 @@ class Decision:
 
 
 def apply_policy(candidates: Iterable[Candidate], policy: Policy, now: datetime) -> tuple[Decision, ...]:
-    """Decide about every backup; in the order of volume and time, whatever the order of the input."""
-    ordered = sorted(candidates, key=lambda one: (one.volume, one.moment, one.id))
+    """Decide about every backup; in the order of lineage and time, whatever the order of the input."""
+    ordered = sorted(candidates, key=lambda one: (one.lineage, one.moment, one.id))
     verdicts = {one.id: _Verdict() for one in ordered}
-    groups: dict[tuple[str, int], list[Candidate]] = {}
+    groups: dict[tuple[tuple[str, str, str], int], list[Candidate]] = {}
     for one in ordered:
         number = next((n for n, rule in enumerate(policy.rules) if rule.is_about(one)), None)
         if number is None:
             verdicts[one.id].kept.append("no rule is about it")
         else:
-            groups.setdefault((one.volume, number), []).append(one)
+            groups.setdefault((one.lineage, number), []).append(one)
     for (_, number), group in groups.items():
         _judge(group[::-1], policy.rules[number].keep, now, policy.zone, verdicts)
     _keep_newest(ordered, verdicts)
@@ -243,14 +257,15 @@ def apply_policy(candidates: Iterable[Candidate], policy: Policy, now: datetime)
 
 
 def require_modest(decisions: Iterable[Decision], *, most_percent: int = MOST_PERCENT) -> None:
-    """Raise TooMuchForgottenError when more than so many percent of a volume's backups would go."""
-    volumes: dict[str, list[Decision]] = {}
+    """Raise TooMuchForgottenError when more than so many percent of a lineage would go."""
+    lineages: dict[tuple[str, str, str], list[Decision]] = {}
     for decision in decisions:
-        volumes.setdefault(decision.candidate.volume, []).append(decision)
-    for group in volumes.values():
+        lineages.setdefault(decision.candidate.lineage, []).append(decision)
+    for group in lineages.values():
         forgotten = sum(not decision.keep for decision in group)
         if forgotten * 100 > len(group) * most_percent:
-            raise TooMuchForgottenError(group[0].candidate.name, forgotten, len(group), most_percent)
+            one = group[0].candidate
+            raise TooMuchForgottenError(one.name, one.hostname, forgotten, len(group), most_percent)
 
 
 @dataclass(slots=True)
@@ -267,12 +282,12 @@ class _Verdict:
 
 
 def _keep_newest(ordered: list[Candidate], verdicts: Mapping[str, _Verdict]) -> None:
-    by_date = {one.volume: one for one in ordered}
-    by_clock = {one.volume: one for one in sorted(ordered, key=lambda one: (one.time, one.id))}
-    for volume, one in by_date.items():
+    by_date = {one.lineage: one for one in ordered}
+    by_clock = {one.lineage: one for one in sorted(ordered, key=lambda one: (one.time, one.id))}
+    for lineage, one in by_date.items():
         verdicts[one.id].kept.insert(0, "the newest of its volume")
-        if by_clock[volume] != one:
-            verdicts[by_clock[volume].id].kept.insert(0, "the newest of its volume by its own clock")
+        if by_clock[lineage] != one:
+            verdicts[by_clock[lineage].id].kept.insert(0, "the newest of its volume by its own clock")
 
 
 def _judge(

@@ -56,8 +56,8 @@ def forget_command(
     """
     from datetime import UTC, datetime
 
+    from blocksnap.operations.catalogue import this_origin
     from blocksnap.operations.forget import backups_arriving, execute_forget, plan_by_name, plan_by_policy
-    from blocksnap.system.host import host_id
 
     rules = {name.removeprefix("keep_"): value for name, value in keep.items() if value is not None}
     if sum(map(bool, (backups, rules, job))) != 1:
@@ -78,8 +78,8 @@ def forget_command(
     if backups:
         plan = plan_by_name(repository, backups, arriving=arriving, force=force)
     else:
-        host, now = host_id() if job else None, datetime.now(UTC)
-        plan = plan_by_policy(repository, policy, now, host=host, arriving=arriving, force=force)
+        origin, now = this_origin() if job else None, datetime.now(UTC)
+        plan = plan_by_policy(repository, policy, now, origin=origin, arriving=arriving, force=force)
     if not dry_run:
         execute_forget(repository, plan)
     _show_forget(settings, plan, dry_run=dry_run)
@@ -156,6 +156,7 @@ def _show_forget(settings: Settings, plan: ForgetPlan, *, dry_run: bool) -> None
                     {
                         "id": decision.candidate.id,
                         "volume": decision.candidate.name,
+                        "host": decision.candidate.hostname,
                         "time": decision.candidate.time.isoformat(),
                         "keep": decision.keep,
                         "reasons": list(decision.reasons),
@@ -167,10 +168,11 @@ def _show_forget(settings: Settings, plan: ForgetPlan, *, dry_run: bool) -> None
         return
     if settings.verbosity < 0:
         return
+    names = plan.volume_names()
     rows = [
         (
             decision.candidate.id[:8],
-            decision.candidate.name,
+            names[decision.candidate.id],
             format_time(decision.candidate.time),
             "keep" if decision.keep else "forget",
             "; ".join(decision.reasons),

@@ -10,7 +10,7 @@ from blocksnap.repository.blockmap import HOLE, ZERO, MapRoot
 from blocksnap.repository.documents import Backup, Root
 from blocksnap.repository.errors import NoSuchBackupError
 from blocksnap.repository.repository import Repository, StoredBackup
-from blocksnap.system.host import host_id
+from blocksnap.system.host import host_id, host_name
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{4,32}")
 _EMPTY = {"hole": HOLE, "zero": ZERO}
@@ -55,22 +55,31 @@ def of_volume(backups: list[StoredBackup], volume: str) -> list[StoredBackup]:
 
 def _of_one_host(backups: list[StoredBackup], volume: str) -> list[StoredBackup]:
     """Of volumes with the same name on several hosts, mean this host's; raise where that cannot be told."""
-    hosts = {stored.manifest.host: stored.manifest.hostname for stored in backups}
+    hosts = {stored.origin for stored in backups}
     if len(hosts) < 2:
         return backups
-    mine = [stored for stored in backups if stored.manifest.host == host_id()]
+    mine = [stored for stored in backups if stored.origin == this_origin()]
     if not mine:
         raise UsageError(
-            f"{volume} is a volume of several hosts: {', '.join(sorted(hosts.values()))}",
+            f"{volume} is a volume of several hosts: {', '.join(sorted(name for _, name in hosts))}",
             resolution="give the backup's id; see: blocksnap list",
         )
     return mine
 
 
 def newest_of(backups: list[StoredBackup], key: str) -> Backup | None:
-    """Return the newest backup of the volume with this key."""
-    found = [stored.backup for stored in backups if stored.backup.volume.key == key]
-    return found[-1] if found else None
+    """Return the newest backup of the volume with this key: of this host's, or if it has none, of any.
+
+    To build on what another host made of the same volume is right, and saves the work of a first backup.
+    """
+    found = [stored for stored in backups if stored.backup.volume.key == key]
+    mine = [stored for stored in found if stored.origin == this_origin()]
+    return (mine or found)[-1].backup if found else None
+
+
+def this_origin() -> tuple[str, str]:
+    """Return this host's id and name, as ``StoredBackup.origin`` has them."""
+    return host_id(), host_name()
 
 
 def is_luks_header(backup: Backup) -> bool:

@@ -79,7 +79,7 @@ def plan_drill(
         for stored in backups
         if stored.manifest.tags.get(JOB_TAG) == job and not is_luks_header(stored.backup)
     ]
-    newest: dict[str, StoredBackup] = {stored.backup.volume.key: stored for stored in of_job}
+    newest = {stored.lineage: stored for stored in of_job}
     if not newest:
         raise UsageError(f"there is no backup of job {job!r}", resolution=f"blocksnap backup --job {job}")
     return [DrillPlan(stored.backup, _settings(stored, configuration)) for stored in newest.values()]

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from blocksnap.controller.arriving import read_arrivals
 from blocksnap.errors import BusyError, UsageError
-from blocksnap.operations.catalogue import find_backup, newest_of
+from blocksnap.operations.catalogue import find_backup
 from blocksnap.repository.documents import Forgotten
 from blocksnap.repository.epochs import create_forgotten
 from blocksnap.repository.repository import Repository, StoredBackup
@@ -49,6 +49,23 @@ class ForgetPlan:
         """Ids of what is given up."""
         return tuple(decision.candidate.id for decision in self.decisions if not decision.keep)
 
+    def volume_names(self) -> dict[str, str]:
+        """Return what to call the volume of each backup: with its host, where several have one of that name.
+
+        Hosts of one name are told apart by the beginning of their ids.
+        """
+        hosts: dict[str, dict[str, set[str]]] = {}
+        for one in (decision.candidate for decision in self.decisions):
+            hosts.setdefault(one.name, {}).setdefault(one.hostname, set()).add(one.host)
+
+        def describe(one: Candidate) -> str:
+            of_name = hosts[one.name]
+            if len(of_name[one.hostname]) > 1:
+                return f"{one.name} on {one.hostname} ({one.host[:8]})"
+            return f"{one.name} on {one.hostname}" if len(of_name) > 1 else one.name
+
+        return {decision.candidate.id: describe(decision.candidate) for decision in self.decisions}
+
 
 def backups_arriving(state_directory: str) -> dict[str, str]:
     """Return the volume of each backup that an instant restore on this host has still to read."""
@@ -64,15 +81,17 @@ def plan_by_policy(
     policy: Policy,
     now: datetime,
     *,
-    host: str | None = None,
+    origin: tuple[str, str] | None = None,
     arriving: Mapping[str, str],
     force: bool,
 ) -> ForgetPlan:
-    """Apply a policy to all backups, or those of a host; raises TooMuchForgottenError unless forced.
+    """Apply a policy to all backups, or those of a host by its id and name.
+
+    Raises TooMuchForgottenError unless forced.
 
     What is still on its way to a volume (``backups_arriving``) stays, whatever the policy says.
     """
-    backups = [each for each in repository.backups() if host is None or each.manifest.host == host]
+    backups = [each for each in repository.backups() if origin is None or each.origin == origin]
     decisions = tuple(
         replace(decision, keep=True, reasons=(f"being restored to {volume}",))
         if not decision.keep and (volume := arriving.get(decision.candidate.id)) is not None
@@ -95,11 +114,10 @@ def plan_by_name(
     for id_ in chosen:
         if (volume := arriving.get(id_)) is not None:
             raise BackupArrivingError(id_, volume)
-    backups = repository.backups()
+    newest = {stored.lineage: stored.backup.id for stored in repository.backups()}
     if not force:
         for stored in chosen.values():
-            newest = newest_of(backups, stored.backup.volume.key)
-            if newest is not None and newest.id == stored.backup.id:
+            if newest.get(stored.lineage) == stored.backup.id:
                 raise NewestBackupError(stored.backup.id, stored.backup.volume.name)
     return ForgetPlan(
         tuple(Decision(_candidate(stored), keep=False, reasons=("named",)) for stored in chosen.values())
@@ -137,4 +155,6 @@ def _candidate(stored: StoredBackup, received: datetime | None = None) -> Candid
         time=backup.time,
         received=received,
         tags=stored.manifest.tags,
+        host=stored.manifest.host,
+        hostname=stored.manifest.hostname,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -90,23 +91,47 @@ def describe_drill(drill: Drilled | None) -> dict[str, object] | None:
 
 def make_report(repository: Repository, ages: Ages, now: datetime) -> Report:
     """Look at everything that is recorded; the packs themselves are not read."""
-    of_volume: dict[str, list[StoredBackup]] = {}
+    lineages: dict[tuple[str, str, str], list[StoredBackup]] = {}
     for stored in repository.backups():
-        of_volume.setdefault(stored.backup.volume.key, []).append(stored)
-    last_drills: dict[str, Drilled] = {}
-    for drill in drills(repository):
-        last_drills.setdefault(drill.volume.key, drill)
+        lineages.setdefault(stored.lineage, []).append(stored)
+    last_drills = _last_drills(repository, lineages)
     volumes = tuple(
-        _report(repository, backups, last_drills.get(key), ages, now) for key, backups in of_volume.items()
+        _report(repository, backups, last_drills.get(lineage), ages, now)
+        for lineage, backups in lineages.items()
     )
     checked = newest(load_states(repository), HASHES)
-    warnings = [f"{volume.name}: {text}" for volume in volumes for text in volume.warnings]
+    names = Counter(volume.name for volume in volumes)
+    warnings = [
+        f"{volume.name}{f' on {volume.host}' if names[volume.name] > 1 else ''}: {text}"
+        for volume in volumes
+        for text in volume.warnings
+    ]
     if not volumes:
         warnings.append("there are no backups")
     if ages.check and (checked is None or checked < ages.check.before(now)):
         warnings.append("packs were not read by a check for longer than that: blocksnap check --scrub")
     warnings += [err.brief for err in repository.damage]
     return Report(volumes, checked, tuple(warnings), now)
+
+
+def _last_drills(
+    repository: Repository, lineages: Mapping[tuple[str, str, str], Sequence[StoredBackup]]
+) -> dict[tuple[str, str, str], Drilled]:
+    """Return the newest drill of each lineage.
+
+    One of a backup that is gone counts where one host only has the volume: whose it was cannot be told.
+    """
+    of_backup = {stored.backup.id: lineage for lineage, of in lineages.items() for stored in of}
+    of_volume: dict[str, list[tuple[str, str, str]]] = {}
+    for lineage in lineages:
+        of_volume.setdefault(lineage[0], []).append(lineage)
+    found: dict[tuple[str, str, str], Drilled] = {}
+    for drill in drills(repository):
+        hosts = of_volume.get(drill.volume.key, [])
+        whose = of_backup.get(drill.backup) or (hosts[0] if len(hosts) == 1 else None)
+        if whose is not None:
+            found.setdefault(whose, drill)
+    return found
 
 
 def last_drills_of_backups(repository: Repository) -> dict[str, Drilled]:

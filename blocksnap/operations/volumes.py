@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 
 from blocksnap.config import Configuration
 from blocksnap.errors import BlocksnapError
-from blocksnap.operations.catalogue import of_volume
+from blocksnap.operations.catalogue import of_volume, this_origin
 from blocksnap.repository.repository import Repository, StoredBackup
-from blocksnap.system.host import host_id
 from blocksnap.volumes.discover import Candidate, describe_image, discover
 from blocksnap.volumes.resolve import resolve_volumes
 
@@ -50,10 +49,8 @@ def survey(repository: Repository | None, configuration: Configuration | None) -
     jobs: dict[str, list[str]] = {}
     if configuration is not None:
         found += _match_jobs(configuration, found, jobs)
-    here = host_id()
-    backups = (
-        [stored for stored in repository.backups() if stored.manifest.host == here] if repository else []
-    )
+    here = this_origin()
+    backups = [stored for stored in repository.backups() if stored.origin == here] if repository else []
     now = datetime.now(UTC)
     return [_surveyed(each, tuple(jobs.get(each.name, ())), backups, now) for each in found]
 

@@ -75,6 +75,16 @@ class StoredBackup:
     received: datetime | None = None
     """When the manifest arrived, by the storage's clock."""
 
+    @property
+    def origin(self) -> tuple[str, str]:
+        """The host that made it, by id and name: machines made from one template may share either."""
+        return self.manifest.host, self.manifest.hostname
+
+    @property
+    def lineage(self) -> tuple[str, str, str]:
+        """The volume and the host: the same for what one host made of one volume."""
+        return self.backup.volume.key, *self.origin
+
 
 @dataclass(frozen=True, slots=True)
 class Aside:
