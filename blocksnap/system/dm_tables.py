@@ -18,6 +18,7 @@ from blocksnap.system.devmapper import dm_name, is_suspended
 
 _SYS_BLOCK = Path("/sys/block")
 _REMOVE_ATTEMPTS = 20
+_REPLACE_ATTEMPTS = 3
 WAIT_SECONDS = 30 * 86400.0
 """What is under way may wait for a repository that is away."""
 
@@ -57,12 +58,22 @@ def replace(name: str, table: str, *, flushing: bool, limit_seconds: float = WAI
     Raises CommandTimeoutError when what is under way has not come to an end after ``limit_seconds``.
     """
     number = number_of(name)
-    if read_table(name) != table:
+    for attempt in range(_REPLACE_ATTEMPTS):
+        if read_table(name) == table:
+            break
         _with_table(table, "load", name)
         # The kernel suspends it for that itself: as two commands, a kill in between would leave it suspended.
         options = [] if flushing else ["--nolockfs"]
-        run("dmsetup", "resume", *options, name, timeout_seconds=limit_seconds)
-    elif number is not None and is_suspended(number):
+        try:
+            run("dmsetup", "resume", *options, name, timeout_seconds=limit_seconds)
+        except CommandError:
+            # A command that an earlier call left running waited for the same, and has just exchanged the
+            # table; ours was dropped then (do_resume in drivers/md/dm-ioctl.c).
+            if attempt == _REPLACE_ATTEMPTS - 1:
+                raise
+        else:
+            return
+    if number is not None and is_suspended(number):
         run("dmsetup", "resume", name, timeout_seconds=limit_seconds)
 
 
