@@ -167,8 +167,6 @@ native-test:
 host-test:
 	$(PYTEST) $(SLOWEST) -n 3 $(HOST_TESTS)
 
-# It takes long, and stood still once when the lab had lost its timer; it has a target of its own (soak-quiesce).
-LAB_SOAKED := tests/lvm/test_quiesce.py
 # Two labs at once, one for each core; the second one's output follows the first one's.
 LAB_SECOND := $(addprefix tests/lvm/test_,thin_bases.py thin_histories.py thin_metadata.py thin_time_limit.py thin_volume.py \
 	classic.py guard.py power_cut.py quiesce_commands.py quiesce_databases.py \
@@ -177,6 +175,6 @@ lab-test:
 	@mkdir -p build
 	@vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
 	second=$$!; \
-	vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND) $(LAB_SOAKED)) tests/lvm; \
+	vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND)) tests/lvm; \
 	rest=$$?; wait $$second; code=$$?; cat build/lab-second.log; \
 	test $$rest -eq 0 && test $$code -eq 0

@@ -26,7 +26,7 @@ from blocksnap.quiesce.filesystem import (
     protected_filesystems,
     thaw_leftover,
 )
-from blocksnap.quiesce.places import Target
+from blocksnap.quiesce.places import Placement, Target
 from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.quiesce.standstill import Standstill
 from blocksnap.system import freeze
@@ -117,6 +117,12 @@ def test_the_deepest_is_frozen_and_what_lies_directly_on_the_volume_is_not(neste
     standstill.close()
     assert (outcome.state, outcome.by) == ("frozen", (f"filesystem on {nested.inner}",))
     assert not thaw(nested.inner)
+
+
+def test_a_device_is_not_where_its_node_is(nested: Nested) -> None:
+    """InnoDB may use one as it is."""
+    placement = Placement([Target("key", nested.number)])
+    assert placement.of_directory(os.getpid(), nested.device) == {"key"}
 
 
 def test_never_asked_for_is_never_done(nested: Nested) -> None:
