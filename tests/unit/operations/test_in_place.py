@@ -17,9 +17,8 @@ from blocksnap.restore.pool_watch import RestoreLimits
 from blocksnap.volumes.resolve import resolve_volume
 from support.repositories import CHUNK, make_repository, open_repository
 
-CONTENT = (
-    random.Random(1).randbytes(CHUNK * 70) + bytes(CHUNK * 60) + random.Random(2).randbytes(CHUNK * 2 + 9)
-)
+FIRST, LAST = random.Random(1).randbytes(CHUNK * 70), random.Random(2).randbytes(CHUNK * 2 + 9)
+CONTENT = FIRST + bytes(CHUNK * 60) + LAST
 
 
 @pytest.fixture
@@ -45,16 +44,17 @@ def restore(tmp_path: Path, backup: Backup) -> InPlaceResult:
     )
 
 
-@pytest.mark.parametrize(
-    "held", [0, 7, CHUNK * 3, CHUNK * 69 + 1, CHUNK * 100 + 5, CHUNK * 132, len(CONTENT)]
-)
+@pytest.mark.parametrize("held", [0, 7, 3 * CHUNK, 69 * CHUNK + 1, 100 * CHUNK + 5, 132 * CHUNK])
 def test_a_file_that_is_shorter(tmp_path: Path, backup: Backup, held: int) -> None:
     (tmp_path / "target").write_bytes(CONTENT[:held])
     written = restore(tmp_path, backup).written_bytes
     assert (tmp_path / "target").read_bytes() == CONTENT
-    # The chunk in which it ended is written too, and the others that it lacks, if there is anything in them.
-    assert 0 <= written - (len(CONTENT) - held) <= CHUNK or held < CHUNK * 130
-    assert written <= CHUNK * 73 + 9
+    chunks = (CONTENT[at : at + CHUNK] for at in range(held // CHUNK * CHUNK, len(CONTENT), CHUNK))
+    # What it lacks, where there is anything, and the chunk in which it ended.
+    lacking = [
+        len(chunk) for number, chunk in enumerate(chunks) if any(chunk) or (not number and held % CHUNK)
+    ]
+    assert written == sum(lacking)
 
 
 def test_a_file_that_is_shorter_stays_so_when_nothing_is_written(tmp_path: Path, backup: Backup) -> None:
