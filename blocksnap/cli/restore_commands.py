@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blocksnap.cli.context import Settings, common_options
-from blocksnap.cli.output import format_size, print_json_line
+from blocksnap.cli.output import format_size, print_json_line, printable
 from blocksnap.errors import UsageError
 from blocksnap.quantities import parse_size
 
@@ -274,10 +274,11 @@ def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
             }
         print_json_line(facts)
         return
+    target, name = printable(plan.target), printable(backup.volume.name)
     if result.missing:
         click.echo(
-            f"INCOMPLETE: {plan.target} has zeros for {format_size(result.missing_bytes)} of "
-            f"{backup.id[:8]} of {backup.volume.name} in {len(result.missing)} ranges, "
+            f"INCOMPLETE: {target} has zeros for {format_size(result.missing_bytes)} of "
+            f"{backup.id[:8]} of {name} in {len(result.missing)} ranges, "
             "which the repository has lost",
             err=True,
         )
@@ -288,10 +289,7 @@ def _show(settings: Settings, backup: Backup, result: RestoreResult) -> None:
     much = format_size(backup.size)
     if found is not None:
         much = f"{format_size(found.written_bytes)} of {much} differed"
-    click.echo(
-        f"restored {backup.id[:8]} of {backup.volume.name} to {plan.target}: "
-        f"{much} in {result.seconds:.1f} s{checked}"
-    )
+    click.echo(f"restored {backup.id[:8]} of {name} to {target}: {much} in {result.seconds:.1f} s{checked}")
     if found is not None and found.way_back:
         click.echo(
             f"restored over it; what it held before is {found.way_back}: "

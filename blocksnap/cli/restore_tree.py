@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from blocksnap.cli.output import format_size, print_json_line
+from blocksnap.cli.output import format_size, print_json_line, printable
 from blocksnap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def restore_tree_command(
         if settings.verbosity >= 0:
             what = "a new subvolume" if done.is_subvolume else "a new directory"
             checked = ", read back and found identical" if done.verified else ""
+            name = printable(backup.volume.name)
             click.echo(
-                f"restored {backup.id[:8]} of {backup.volume.name} to {target}, {what}: "
+                f"restored {backup.id[:8]} of {name} to {printable(target)}, {what}: "
                 f"{format_size(backup.size)} in {done.result.inodes} inodes, {done.seconds:.1f} s{checked}"
             )
     if done.missing or done.unkept:

@@ -15,6 +15,7 @@ from blocksnap.cli.output import (
     print_json_line,
     print_lines,
     print_table,
+    printable,
 )
 from blocksnap.errors import BlocksnapError, DamageError, UsageError
 
@@ -229,10 +230,11 @@ def verify_command(settings: Settings, *, backup: str, volume: str | None) -> No
         )
     else:
         for problem in problems:
-            click.echo(f"error: {problem.brief}", err=True)
+            click.echo(printable(f"error: {problem.brief}"), err=True)
         if not problems and settings.verbosity >= 0:
             what = f"equals {volume}" if volume else "every chunk is in the repository and unharmed"
-            click.echo(f"backup {stored.backup.id[:8]} of {stored.backup.volume.name}: {what}")
+            name = printable(stored.backup.volume.name)
+            click.echo(f"backup {stored.backup.id[:8]} of {name}: {printable(what)}")
     if any(isinstance(problem, DamageError) for problem in problems):
         code = DamageError.exit_code
     if code:
@@ -263,13 +265,16 @@ def _volumes_of(settings: Settings, job: Job) -> tuple[list[Volume], dict[str, L
 
     from blocksnap.volumes.resolve import resolve_volumes
 
+    def left_out(err: BlocksnapError) -> None:
+        settings.reporter.warn(f"left out: {err.brief}", resolution=err.resolution)
+
     configuration = settings.configuration
     resolved: list[Volume] = []
     of_volumes: dict[str, LimitSettings] = {}
     for text in job.volumes:
         name, limits = configuration.volume(text, job) if configuration else (text, job.limits)
         of_snapshots = replace(limits.for_volumes(), quiet_files=job.quiet_files)
-        for volume in resolve_volumes(name, of_snapshots):
+        for volume in resolve_volumes(name, of_snapshots, left_out):
             resolved.append(volume)
             of_volumes[volume.key] = limits
     if len(of_volumes) != len(resolved):

@@ -11,6 +11,7 @@ from blocksnap.errors import BlocksnapError
 from blocksnap.operations.catalogue import of_volume, this_origin
 from blocksnap.repository.repository import Repository, StoredBackup
 from blocksnap.volumes.discover import Candidate, describe_image, discover
+from blocksnap.volumes.errors import NameNotTextError
 from blocksnap.volumes.resolve import resolve_volumes
 
 
@@ -77,11 +78,18 @@ def _match_jobs(
 
 def _named(path: str, by_key: Mapping[str, Candidate]) -> list[Candidate]:
     """Return what a job names in another way than it is called: mostly files; or why there is none."""
+    left_out: list[NameNotTextError] = []
     try:
-        return [by_key.get(volume.key) or describe_image(volume.name) for volume in resolve_volumes(path)]
+        found = resolve_volumes(path, left_out=left_out.append)
     except BlocksnapError as err:
-        nothing = Candidate(path, "missing", 0, "", (), (), None, supported=False)
-        return [replace(nothing, obstacle=err.brief, advice=err.resolution)]
+        return [_missing(path, err)]
+    volumes = [by_key.get(volume.key) or describe_image(volume.name) for volume in found]
+    return volumes + [_missing(err.name, err) for err in left_out]
+
+
+def _missing(name: str, err: BlocksnapError) -> Candidate:
+    nothing = Candidate(name, "missing", 0, "", (), (), None, supported=False)
+    return replace(nothing, obstacle=err.brief, advice=err.resolution)
 
 
 def _surveyed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from blocksnap.errors import UsageError, VolumeError
 
 SUPPORTED = (
@@ -26,6 +28,16 @@ class UnsupportedVolumeError(VolumeError):
         self.name = name
         self.what = what
         super().__init__(f"{name} cannot be backed up: it is {what}", resolution=advice or SUPPORTED)
+
+
+class NameNotTextError(VolumeError):
+    """Its name has bytes that are no UTF-8, and what is recorded of a backup is text."""
+
+    def __init__(self, name: str) -> None:
+        self.name = os.fsencode(name).decode(errors="backslashreplace")
+        super().__init__(
+            f"{self.name} cannot be backed up: its name is no UTF-8", resolution="rename it (convmv, mv)"
+        )
 
 
 class NoImageError(UsageError):

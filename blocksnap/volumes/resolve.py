@@ -9,12 +9,13 @@ import glob
 import os
 import re
 import stat
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blocksnap.errors import UsageError
 from blocksnap.system import blockdev
 from blocksnap.volumes.base import Volume, VolumeLimits
-from blocksnap.volumes.errors import SUPPORTED, NoSuchVolumeError, UnsupportedVolumeError
+from blocksnap.volumes.errors import SUPPORTED, NameNotTextError, NoSuchVolumeError, UnsupportedVolumeError
 
 if TYPE_CHECKING:
     from blocksnap.system.lvm_report import LvRecord, LvReport
@@ -52,13 +53,21 @@ def resolve_volume(text: str, limits: VolumeLimits | None = None) -> Volume:
         if named is None:
             raise NoSuchVolumeError(text, os.strerror(err.errno or 0)) from err
         return _logical_volume(text, *named, limits=limits)
-    return _from_status(text, status, limits)
+    volume = _from_status(text, status, limits)
+    if not _is_text(volume.name):
+        raise NameNotTextError(volume.name)
+    return volume
 
 
-def resolve_volumes(text: str, limits: VolumeLimits | None = None) -> list[Volume]:
+def resolve_volumes(
+    text: str,
+    limits: VolumeLimits | None = None,
+    left_out: Callable[[NameNotTextError], None] | None = None,
+) -> list[Volume]:
     """Return the volumes that ``text`` names: several where it ends in a pattern, ``/srv/images/*.qcow2``.
 
-    A pattern means the files that fit it now, hidden ones left out. Raises as ``resolve_volume``.
+    A pattern means the files that fit it now, hidden ones left out. Those whose names are no text, as anybody
+    who may make files there can make one, are told to ``left_out``. Raises as ``resolve_volume``.
     """
     folder, _, pattern = text.rpartition("/")
     if not folder or not _PATTERN.search(pattern) or os.path.lexists(text):
@@ -66,7 +75,23 @@ def resolve_volumes(text: str, limits: VolumeLimits | None = None) -> list[Volum
     paths = [path for path in glob.glob(pattern, root_dir=folder) if os.path.isfile(f"{folder}/{path}")]
     if not paths:
         raise NoSuchVolumeError(text, "no file fits the pattern")
-    return [resolve_volume(f"{folder}/{path}", limits) for path in sorted(paths)]
+    found = []
+    for path in sorted(paths):
+        try:
+            found.append(resolve_volume(f"{folder}/{path}", limits))
+        except NameNotTextError as err:
+            if left_out is None or len(paths) == 1:
+                raise
+            left_out(err)
+    return found
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_status(text: str, status: os.stat_result, limits: VolumeLimits | None) -> Volume:
