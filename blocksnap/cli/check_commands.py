@@ -90,7 +90,7 @@ def check_command(
             "--budget and --max-age say what of the packs to read, and this level reads none",
             resolution="add --scrub or --read-data",
         )
-    reporter = Quiet() if settings.json else settings.reporter
+    reporter = Quiet(settings.warnings) if settings.json else settings.reporter
     if keyless:
         result = check_without_key(settings.open_backend(), settings.state_directory, options, reporter)
     else:

@@ -41,6 +41,8 @@ class Settings:
     no_cache: bool = False
     opened: list[Repository] = field(default_factory=list)
     damage: list[BlocksnapError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """All that the command has warned of: with any of them it ends with EXIT_WARNINGS at best."""
 
     @functools.cached_property
     def loaded(self) -> Loaded | None:
@@ -66,7 +68,9 @@ class Settings:
     @functools.cached_property
     def reporter(self) -> TextReporter | JsonReporter:
         """How this command reports."""
-        return JsonReporter() if self.json else TextReporter(verbosity=self.verbosity)
+        if self.json:
+            return JsonReporter(self.warnings)
+        return TextReporter(verbosity=self.verbosity, warnings=self.warnings)
 
     def of_job(self, name: str) -> tuple[Settings, Job]:
         """Return a configured job, and these settings with its repository; raises UsageError."""
@@ -188,7 +192,7 @@ def common_options(command: _Command) -> _Command:
             repo, passphrase_file, json, -1 if quiet else verbose, key, config, cache_dir, no_cache
         )
         result = command(settings=settings, **arguments)
-        if settings.warn_of_damage():
+        if settings.warn_of_damage() or settings.warnings:
             click.get_current_context().exit(EXIT_WARNINGS)
         return result
 

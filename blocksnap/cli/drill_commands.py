@@ -45,8 +45,6 @@ def drill_command(settings: Settings, *, backup: str, job: str | None) -> None:
         settings, _ = settings.of_job(job)
     plan = partial(plan_drill, configuration=settings.configuration, name=backup, job=job)
     run_drills(settings.open_repository, plan, settings.reporter, partial(_show, settings))
-    if settings.reporter.warnings:
-        click.get_current_context().exit(EXIT_WARNINGS)
 
 
 def _show(settings: Settings, result: Drilled) -> None:

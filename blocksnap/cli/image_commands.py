@@ -13,8 +13,6 @@ from blocksnap.cli.context import Settings, common_options
 from blocksnap.cli.output import format_size, print_json, print_json_line, printable
 from blocksnap.errors import UsageError
 
-EXIT_WARNINGS = 3
-
 
 @click.command("mount")
 @click.argument("backup", metavar="BACKUP|VOLUME")
@@ -43,8 +41,6 @@ def mount_command(settings: Settings, *, backup: str, folder: str) -> None:
     show_backups(settings.open_repository, backup, folder, settings.reporter, mounted)
     if settings.json:
         print_json_line({"event": "done"})
-    if settings.reporter.warnings:
-        click.get_current_context().exit(EXIT_WARNINGS)
 
 
 @click.command("files")
@@ -81,8 +77,6 @@ def files_command(
         else:
             for entry in files.entries(path, recursive=recursive, find=find):
                 click.echo(_line(entry))
-    if settings.reporter.warnings:
-        click.get_current_context().exit(EXIT_WARNINGS)
 
 
 def _show_copied(settings: Settings, backup: str, made: list[str]) -> None:

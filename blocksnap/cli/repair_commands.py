@@ -55,7 +55,7 @@ def repair_command(
             "--heal-from reads and stores, and --dry-run does nothing", resolution="leave one out"
         )
     repository = settings.open_repository()
-    reporter = Quiet() if settings.json else settings.reporter
+    reporter = Quiet(settings.warnings) if settings.json else settings.reporter
     acts = not dry_run and (repository.keys.may(Right.COLLECT) or not heal_from)
     if acts:
         repository.keys.require(Right.COLLECT)

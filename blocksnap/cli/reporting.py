@@ -64,8 +64,8 @@ _SENTENCES: dict[str, Callable[[_Facts], str | None]] = {
 class TextReporter(Quiet):
     """Talks on standard error; draws progress only where it is a terminal."""
 
-    def __init__(self, *, verbosity: int) -> None:
-        super().__init__()
+    def __init__(self, *, verbosity: int, warnings: list[str] | None = None) -> None:
+        super().__init__(warnings)
         self._verbosity = verbosity
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -121,8 +121,8 @@ class TextReporter(Quiet):
 class JsonReporter(Quiet):
     """One JSON event a line on standard output; progress at most once a second."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, warnings: list[str] | None = None) -> None:
+        super().__init__(warnings)
         self._phase = ""
         self._done = self._total = 0
         self._told = 0.0

@@ -238,8 +238,6 @@ def _restore_instantly(
             f"usable after {result.usable_seconds:.1f} s, whole after {result.seconds:.1f} s"
             + (", read back and found identical" if result.verified else "")
         )
-    if settings.reporter.warnings:
-        click.get_current_context().exit(EXIT_WARNINGS)
 
 
 def _new_volume(pool: str | None, *, classic: bool, size: str | None) -> NewVolumeOptions | None:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from blocksnap.repository.repository import Repository, StoredBackup
     from blocksnap.volumes.base import Volume
 
-EXIT_WARNINGS = 3
-
 
 class TagType(click.ParamType[tuple[str, str]]):
     """A tag given as K=V."""
@@ -183,8 +181,8 @@ def backup_command(
         return
     results, failed = _back_up_groups(settings, repository, groups, options)
     _show_backups(settings, results)
-    if failed or settings.reporter.warnings:
-        click.get_current_context().exit(failed[0].exit_code if failed else EXIT_WARNINGS)
+    if failed:
+        click.get_current_context().exit(failed[0].exit_code)
 
 
 @click.command("verify")

@@ -56,10 +56,10 @@ def phase(report: Reporter, name: str, total_bytes: int) -> Iterator[None]:
 
 
 class Quiet:
-    """A reporter that remembers warnings and says nothing."""
+    """A reporter that remembers warnings, in a list that others may have too, and says nothing."""
 
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
+    def __init__(self, warnings: list[str] | None = None) -> None:
+        self.warnings = [] if warnings is None else warnings
 
     def event(self, name: str, **facts: object) -> None:
         """Ignore it."""

@@ -36,3 +36,10 @@ def test_a_restore_to_an_odd_name_is_done(blocksnap: CommandLine, tmp_path: Path
     assert target.read_bytes() == volume.read_bytes()
     process = blocksnap.start("files", "latest", target, PYTHONIOENCODING="utf-8:strict")
     assert b"codec" not in b"".join(process.communicate(timeout=60))
+
+
+def test_a_dry_run_that_has_warned_ends_with_3(blocksnap: CommandLine, tmp_path: Path) -> None:
+    for name in (b"a.img", b"\xff.img"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"x" * 5000)
+    assert blocksnap("backup", "--dry-run", f"{tmp_path}/*.img").code == 3
+    assert blocksnap("backup", "--dry-run", f"{tmp_path}/a.img").code == 0
