@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from blake3 import blake3
-
 import blocksnap
 from blocksnap.controller.guard import Guard
 from blocksnap.controller.quiescing import QuiesceRequest
@@ -253,7 +251,7 @@ def _store(run: _Run, guard: Guard, known: list[StoredBackup], began: float) -> 
             recovery=recovery,
             backups=tuple(
                 draft.finish(
-                    _backup_id(writer.id, number),
+                    writer.backup_id(number),
                     base,
                     quiesced=session.quiesced,
                     skew_seconds=session.skew_seconds,
@@ -267,7 +265,3 @@ def _store(run: _Run, guard: Guard, known: list[StoredBackup], began: float) -> 
     writer.stop()
     session.settle(run.repository.config.id[:_OWNER_DIGITS], bases)
     return [StoredBackup(backup, manifest, size) for backup in manifest.backups]
-
-
-def _backup_id(writer: bytes, number: int) -> str:
-    return blake3(writer + number.to_bytes(4, "little")).hexdigest()[:32]

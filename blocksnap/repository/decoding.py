@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TypeVar
 
+from blake3 import blake3
 from pydantic import BaseModel, ValidationError
 
 from blocksnap.repository import documents
@@ -94,7 +95,18 @@ def decode_manifest(plain: bytes | memoryview, name: str, keys: KeyRing) -> Mani
     manifest = validate(open_signed(plain, name, keys, Right.STORE), name, Manifest)
     if manifest.writer != writer:
         raise DamagedObjectError(name, "it belongs to another run")
+    # One that may write must not speak of another's backup: whoever forgets the one would forget the other.
+    if any(
+        backup.id != backup_id(bytes.fromhex(writer), number)
+        for number, backup in enumerate(manifest.backups)
+    ):
+        raise DamagedObjectError(name, "a backup in it has the id of another run's")
     return manifest
+
+
+def backup_id(writer: bytes, number: int) -> str:
+    """Return the id of a run's n-th backup, counted from 0."""
+    return blake3(writer + number.to_bytes(4, "little")).hexdigest()[:32]
 
 
 def _require_format(plain: bytes | memoryview, name: str) -> dict[str, object]:

@@ -19,7 +19,7 @@ from typing import Self
 
 from blocksnap.backends.errors import ObjectExistsError
 from blocksnap.errors import BlocksnapError, DamageError
-from blocksnap.repository.decoding import encode_signed
+from blocksnap.repository.decoding import backup_id, encode_signed
 from blocksnap.repository.documents import Manifest, WriterRecord
 from blocksnap.repository.epochs import Epoch, read_epoch
 from blocksnap.repository.errors import FencedError
@@ -160,6 +160,10 @@ class RepositoryWriter:
         self._ended.set()
         self._heart.join()
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def backup_id(self, number: int) -> str:
+        """Return the id that the n-th backup of this run has to have, counted from 0."""
+        return backup_id(self.id, number)
 
     def identify(self, kind: FrameType, plain: bytes | memoryview) -> bytes:
         """Return the id of a blob."""

@@ -142,7 +142,7 @@ class Year:
             metadata_bytes=run.stored.metadata_bytes, new_chunks=0, freeze_ms=0, skew_ms=0, seconds=0,
         )  # fmt: skip
         backup = Backup(
-            id=blake3(run.id).hexdigest()[:32],
+            id=run.backup_id(0),
             volume=VolumeRecord(name="vg0/year", key="vg0/year", kind="thin"),
             time=when,
             kind="incremental" if parent else "full",

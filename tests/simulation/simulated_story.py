@@ -141,7 +141,7 @@ class Story:
                 builder.set(number, run.store_blob(FrameType.DATA, changes[number]))
             document = root_document(builder.finish())
             backup = Backup(
-                id=run.id.hex(),
+                id=run.backup_id(0),
                 volume=VolumeRecord(name=volume, key=volume, kind="file"),
                 time=now,
                 kind="incremental" if parent else "full",

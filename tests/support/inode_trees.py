@@ -105,7 +105,7 @@ def store_tree(
 def _manifest(run: RepositoryWriter, found: InodeMap, parent: Backup | None) -> Manifest:
     now = datetime.now(UTC)
     backup = Backup(
-        id=run.id.hex(), volume=VolumeRecord(name="tree", key="tree", kind="subvolume"), time=now,
+        id=run.backup_id(0), volume=VolumeRecord(name="tree", key="tree", kind="subvolume"), time=now,
         kind="incremental" if parent else "full", parent=parent.id if parent else None, method="btrfs-tree",
         reason="test", size=found.file_bytes, chunk_size=CHUNK, map=root_document(found.root),
         inodes=Inodes(pages=found.pages, count=found.count), source={}, statistics=NOTHING,

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from blocksnap.errors import DamageError, PassphraseError
-from blocksnap.repository.decoding import decode_manifest, encode, encode_signed, open_signed
+from blocksnap.repository.decoding import backup_id, decode_manifest, encode, encode_signed, open_signed
 from blocksnap.repository.documents import (
     Backup,
     Fence,
@@ -52,7 +52,7 @@ def opened(ring: KeyRing, frame: bytes) -> bytes:
 def manifest() -> Manifest:
     figures = dict.fromkeys(Statistics.model_fields, 0)
     backup = Backup(
-        id="cd" * 16,
+        id=backup_id(bytes.fromhex(WRITER), 0),
         volume=VolumeRecord(name="v", key="v", kind="file"),
         time=datetime.now(UTC),
         kind="full",

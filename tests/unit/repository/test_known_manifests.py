@@ -28,7 +28,8 @@ def back_up(path: Path) -> str:
         def compose(run: RepositoryWriter) -> Manifest:
             now = datetime.now(UTC)
             backup = Backup(
-                id=run.id.hex(), volume=VolumeRecord(name="v", key="v", kind="file"), time=now, kind="full",
+                id=run.backup_id(0), volume=VolumeRecord(name="v", key="v", kind="file"), time=now,
+                kind="full",
                 parent=None, method="compare", reason="test", size=CHUNK, chunk_size=CHUNK,
                 map=Root(levels=1, root="zero"), source={}, statistics=_NOTHING,
             )  # fmt: skip

@@ -48,7 +48,7 @@ def store_backup(repository: Repository, content: bytes, folder: Path, *, volume
         def compose(_: RepositoryWriter) -> Manifest:
             now = datetime.now(UTC)
             backup = Backup(
-                id=writer.id.hex(),
+                id=writer.backup_id(0),
                 volume=VolumeRecord(name=volume, key=volume, kind="file"),
                 time=now,
                 kind="full",
@@ -313,7 +313,8 @@ def test_a_bad_sector_under_an_object_costs_no_more_than_damage(tmp_path: Path, 
     backend = BadSectors(str(tmp_path / "r"))
     names = sorted(info.name for info in backend.list(folder + "/"))
     # Of the manifests that of the other backup.
-    victim = f"manifests/{other.id}" if folder == "manifests" else names[0]
+    runs = {stored.backup.id: stored.manifest.writer for stored in repository.backups()}
+    victim = f"manifests/{runs[other.id]}" if folder == "manifests" else names[0]
     backend.unreadable = frozenset({victim})
     secret = PASSPHRASE if folder != "keys" or not opens(tmp_path / "r", victim) else b"another"
     seen = Repository.open(backend, lambda: secret)

@@ -250,13 +250,14 @@ def test_a_node_of_a_later_version(blocksnap: InProcess) -> None:
 
         def compose(_: object) -> documents.Manifest:
             map_ = stored.backup.map.model_copy(update={"root": id_.hex()})
-            backup = stored.backup.model_copy(update={"id": "f" * 32, "map": map_})
+            backup = stored.backup.model_copy(update={"id": writer.backup_id(0), "map": map_})
             return stored.manifest.model_copy(update={"writer": writer.id.hex(), "backups": (backup,)})
 
         writer.commit(compose)
-    for words in (["restore", "ffff", "-"], ["verify", "ffff"]):
+    id_ = writer.backup_id(0)
+    for words in (["restore", id_, "-"], ["verify", id_]):
         code, _, said = blocksnap(*words)
         assert code == 1
         assert "needs a newer blocksnap: map nodes of version 2" in said
-    assert findings(blocksnap) == {("newer", f"backup ffffffff of {stored.backup.volume.name}")}
+    assert findings(blocksnap) == {("newer", f"backup {id_[:8]} of {stored.backup.volume.name}")}
     assert Repository.open(LocalBackend(str(blocksnap.folder / "repository")), lambda: None).backups()
