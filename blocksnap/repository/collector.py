@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Literal
 
 from blocksnap.errors import DamageError
@@ -25,6 +26,7 @@ from blocksnap.repository.marking import (
     Marker,
     maps_of,
     mark_backups,
+    raise_mistaken,
     require_nothing_lost,
 )
 from blocksnap.repository.moving import copy_needed
@@ -118,6 +120,9 @@ class Collector:
         marker = self._marker = self._new_marker(index, sizes, aside)
         needed = [each for manifest in manifests for each in manifest.backups if each.id not in forgotten]
         mark_backups(marker, needed, self._roots)
+        if marker.mistaken:
+            fresh = partial(self._new_marker, index, sizes, aside)
+            raise_mistaken(needed, fresh, self._roots)
         require_nothing_lost(marker)
         return Plan(
             choice=choose_victims(self._uses(index, marker, sizes, aside), self._limits),

@@ -1,8 +1,13 @@
 """Which rows of the index are needed: one bit for each of them, set by a walk over the maps of all backups.
 
 Many backups are walked together, place by place: at each place the nodes that any of them has there are read,
-once, and of what they lead to only what differs is looked up. A node whose bit is set has been seen with all
-that is below it. So the work is that of the nodes and chunks there are, and not of how often they are shared.
+once, and of what they lead to only what differs is looked up. A second bit, one for each type of leaf, says
+that a node was entered: then all that is below it was seen as what leads to such leaves. So the work is that
+of the nodes and chunks there are, and not of how often they are shared.
+
+Nothing here is proven but nodes and pages: rows, and which map a backup leads to, are the word of whoever
+holds a key. So every row of a needed id is marked, as the true one may be any of them; and what was entered
+under one type of leaf says nothing about another.
 
 The leaves of a subvolume's map are pages of inode records, and these refer to maps of their own. A page is
 entered like a node, and what it refers to is walked right away, so nothing of it waits in memory.
@@ -10,8 +15,9 @@ entered like a node, and what it refers to is walked right away, so nothing of i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import FANOUT, HOLE, Entry, MapRoot, decode_node
@@ -27,6 +33,7 @@ UNUSABLE, LAST_RESORT, TRUSTED = 0, 1, 2
 TOGETHER = 256
 """Backups that are walked together: each has a stream of nodes of its own, which is read in blocks."""
 _ID = 32
+_NAMED = 5
 _Found = TypeVar("_Found")
 
 
@@ -37,7 +44,8 @@ class Marker:
     the middle sort is ``accepted`` one by one. Of an id that is in no such row, and of a node that cannot be
     read, ``gives_up`` tells whether to go on without. A node that cannot be read is told to ``on_damage``
     instead, if there is one. ``nodes`` counts the nodes and pages that were read, and ``leaves`` what they
-    lead to, each once.
+    lead to, each once. Ids that are needed as one type and stored as another are ``mistaken``: no loss that
+    could be given up, but a map that is wrong.
     """
 
     def __init__(
@@ -57,6 +65,9 @@ class Marker:
         self._gives_up = gives_up
         self._on_damage = on_damage
         self._bits = bytearray(-(-len(index) // 8))
+        self._entered: defaultdict[FrameType, bytearray] = defaultdict(lambda: bytearray(len(self._bits)))
+        self._stuck: set[tuple[bytes, int, FrameType]] = set()
+        """Nodes that could not be entered, or have no row, by level and type of leaf."""
         self._names = [pack.name for pack in index.packs]
         self.nodes = 0
         self.leaves = 0
@@ -64,10 +75,12 @@ class Marker:
         """Ids that are needed and in no usable pack."""
         self.lost_nodes: set[bytes] = set()
         """Those of them that are nodes, which may be readable all the same."""
+        self.mistaken: set[bytes] = set()
+        """Those of them that are stored, as another type."""
 
     def is_marked(self, number: int) -> bool:
         """Tell whether a row is needed."""
-        return bool(self._bits[number // 8] >> number % 8 & 1)
+        return _has(self._bits, number)
 
     def mark(self, roots: Iterable[MapRoot], leaf: FrameType) -> None:
         """Mark everything below roots whose leaves lead to blobs of one type; raises DamageError."""
@@ -154,43 +167,78 @@ class Marker:
         """
         if level < 0:
             if leaf != FrameType.INODES:
-                self._mark_id(entry, leaf, leads_on=False)
+                self._mark_leaf(entry, leaf)
             for each in self._enter_page(entry) if leaf == FrameType.INODES else ():
                 self._walk([each.root.entry], each.root.levels - 1, each.leaf)
             return None
-        is_new, row = self._mark_id(entry, FrameType.NODE, leads_on=True)
+        is_new, row = self._mark_node(entry, FrameType.NODE, level, leaf)
         if not is_new:
             return None
-        self.nodes += 1
-        return self._try(entry, lambda: self._decode(entry, level, row))
+        return self._try(entry, lambda: self._decode(entry, level, row), (level, leaf, row))
 
     def _enter_page(self, entry: Entry) -> list[Reference]:
         """Mark a page; return what its records refer to, if it was not entered yet."""
-        is_new, row = self._mark_id(entry, FrameType.INODES, leads_on=True)
+        is_new, row = self._mark_node(entry, FrameType.INODES, -1, FrameType.INODES)
         if not is_new:
             return []
-        self.nodes += 1
-        return self._try(entry, lambda: self._decode_page(entry, row)) or []
+        return self._try(entry, lambda: self._decode_page(entry, row), (-1, FrameType.INODES, row)) or []
 
-    def _mark_id(self, entry: Entry, kind: FrameType, *, leads_on: bool) -> tuple[bool, NumberedRow | None]:
-        """Mark an id; tell whether it was not marked yet, and the row that has it."""
-        row = self._best(entry, kind)
-        if row is None:
-            if entry in self.lost or self._gives_up(entry):
-                return False, None
-            self.lost.add(entry)
-            if leads_on:
-                self.lost_nodes.add(entry)
-        elif self.is_marked(row.number):
-            return False, row
-        else:
-            self._bits[row.number // 8] |= 1 << row.number % 8
-        if not leads_on:
+    def _mark_leaf(self, entry: Entry, kind: FrameType) -> None:
+        rows = self._rows_of(entry, kind)
+        if rows:
+            self.leaves += self._mark(rows)
+        elif entry not in self.lost and not self._is_given_up(entry, kind):
             self.leaves += 1
-        return True, row
 
-    def _try(self, entry: Entry, decode: Callable[[], _Found]) -> _Found | None:
+    def _mark_node(
+        self, entry: Entry, kind: FrameType, level: int, leaf: FrameType
+    ) -> tuple[bool, NumberedRow | None]:
+        """Mark a node or page; tell whether it has to be entered, and a row that has it."""
+        if (entry, level, leaf) in self._stuck:
+            return False, None
+        rows = self._rows_of(entry, kind)
+        if rows:
+            self._mark(rows)
+            row, entered = rows[0], self._entered[leaf]
+            if _has(entered, row.number):
+                return False, row
+            _set(entered, row.number)
+            self.nodes += 1
+            return True, row
+        self._stuck.add((entry, level, leaf))
+        if entry not in self.lost:
+            if self._is_given_up(entry, kind):
+                return False, None
+            self.lost_nodes.add(entry)
+        if entry in self.mistaken:
+            return False, None
+        self.nodes += 1
+        return True, None
+
+    def _mark(self, rows: Iterable[NumberedRow]) -> bool:
+        """Mark rows of one id, all that it has; tell whether they were not marked yet."""
+        is_new = False
+        for row in rows:
+            if not self.is_marked(row.number):
+                is_new = True
+                _set(self._bits, row.number)
+        return is_new
+
+    def _is_given_up(self, entry: Entry, kind: FrameType) -> bool:
+        """Tell whether to go on without an id that has no usable row; if not it is lost, or mistaken."""
+        types = {row.type for row in self._index.find(entry) if self._trust[row.pack] != UNUSABLE}
+        if types and kind not in types:
+            self.mistaken.add(entry)
+        elif self._gives_up(entry):
+            return True
+        self.lost.add(entry)
+        return False
+
+    def _try(
+        self, entry: Entry, decode: Callable[[], _Found], entered: tuple[int, FrameType, NumberedRow | None]
+    ) -> _Found | None:
         """Return what a node or page leads to; None where it cannot be read and that is no reason to end."""
+        level, leaf, row = entered
         try:
             return decode()
         except (DamageError, NewerFormatError) as err:
@@ -198,6 +246,10 @@ class Marker:
                 self._on_damage(entry, err)
             elif isinstance(err, NewerFormatError) or not self._gives_up(entry):
                 raise
+            # As something else, at the level where it belongs, it may be whole.
+            self._stuck.add((entry, level, leaf))
+            if row is not None:
+                _clear(self._entered[leaf], row.number)
             return None
 
     def _decode(self, entry: Entry, level: int, row: NumberedRow | None) -> list[Entry]:
@@ -215,18 +267,31 @@ class Marker:
         pack, size = self._names[row.pack], self._index.sizes[row.pack]
         return self._loader.load(entry, pack, size, row.offset, row.length, kind)
 
-    def _best(self, id_: bytes, kind: FrameType) -> NumberedRow | None:
-        """Return the row of an id that is to be marked."""
+    def _rows_of(self, id_: bytes, kind: FrameType) -> list[NumberedRow]:
+        """Return the rows of an id that are to be marked: all that are trusted, each place once, or one."""
+        found: dict[tuple[int, int, int], NumberedRow] = {}
         last_resort = None
         for row in self._index.find(id_):
             trust = self._trust[row.pack]
             if row.type != kind:
                 continue
             if trust == TRUSTED:
-                return row
-            if trust == LAST_RESORT and last_resort is None and self._accepts(row, id_):
+                found.setdefault((row.pack, row.offset, row.length), row)
+            elif trust == LAST_RESORT and not found and last_resort is None and self._accepts(row, id_):
                 last_resort = row
-        return last_resort
+        return list(found.values()) or ([last_resort] if last_resort else [])
+
+
+def _has(bits: bytearray, number: int) -> bool:
+    return bool(bits[number >> 3] >> (number & 7) & 1)
+
+
+def _set(bits: bytearray, number: int) -> None:
+    bits[number >> 3] |= 1 << (number & 7)
+
+
+def _clear(bits: bytearray, number: int) -> None:
+    bits[number >> 3] &= ~(1 << (number & 7))
 
 
 def maps_of(backup: Backup) -> dict[FrameType, Root]:
@@ -257,3 +322,21 @@ def require_nothing_lost(marker: Marker) -> None:
             f"{len(marker.lost)} chunks or map nodes that backups need are in no pack",
             resolution="nothing was deleted; run: blocksnap check, then: blocksnap repair",
         )
+
+
+def raise_mistaken(
+    backups: Iterable[Backup], new_marker: Callable[[], Marker], roots: Callable[[Root], MapRoot]
+) -> NoReturn:
+    """Raise DamageError that names the backups whose maps lead to what is stored as something else."""
+    wrong = []
+    for backup in backups:
+        marker = new_marker()
+        mark_backups(marker, [backup], roots)
+        if marker.mistaken:
+            wrong.append(backup)
+    names = ", ".join(f"{each.id[:8]} of {each.volume.name}" for each in wrong[:_NAMED])
+    raise DamageError(
+        f"the maps of {len(wrong)} backups lead to what is stored as something else: {names}",
+        resolution="nothing was deleted; no such backup can be restored and no program of ours makes one: "
+        "find out who did (blocksnap show), and give it up: blocksnap forget ID",
+    )

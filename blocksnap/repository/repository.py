@@ -290,14 +290,17 @@ class Repository:
         return self._places(kind, id_)[0]
 
     def _places(self, kind: FrameType, id_: bytes) -> list[Location]:
-        found = self.index.find_all(id_)
+        found = self._rows(kind, id_)
         if not found and (self._is_behind or time.monotonic() - self._refreshed > _REFRESH_SECONDS):
             # A run that finished meanwhile may have stored it.
             self.refresh_index()
-            found = self.index.find_all(id_)
-        if not found or found[0].type != kind:
+            found = self._rows(kind, id_)
+        if not found:
             raise MissingChunkError({FrameType.DATA: "chunk"}.get(kind, "map node"), id_)
         return found
+
+    def _rows(self, kind: FrameType, id_: bytes) -> list[Location]:
+        return [found for found in self.index.find_all(id_) if found.type == kind]
 
     def load(self, kind: FrameType, id_: bytes) -> bytes:
         """Return a blob, from any place that has it unharmed; raises DamageError.
@@ -309,7 +312,7 @@ class Repository:
         for attempt in range(2):
             if attempt:
                 self.refresh_index()
-                places = self.index.find_all(id_)
+                places = self._rows(kind, id_)
             for location in places:
                 try:
                     return self._load_from(location, kind, id_)

@@ -126,14 +126,15 @@ def _encode_shard(rows: list[bytes], index: NumberedIndex, index_key: bytes) -> 
 
 def _without_repeats(rows: Iterable[Entry]) -> Iterator[Entry]:
     last = b""
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, ...]] = set()
     for row in rows:
-        id_, _, pack, offset, _, _ = row
+        id_, _, *place = row
         if id_ != last:
             seen.clear()
             last = id_
-        if (pack, offset) not in seen:
-            seen.add((pack, offset))
+        # All of it: one that says the length wrong must not stand for the true one.
+        if (where := tuple(place)) not in seen:
+            seen.add(where)
             yield row
 
 

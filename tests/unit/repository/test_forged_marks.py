@@ -1,0 +1,234 @@
+"""What somebody with a stolen key adds has no collection delete what others need."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from blocksnap.backends.local import LocalBackend
+from blocksnap.errors import DamageError
+from blocksnap.operations.catalogue import map_root
+from blocksnap.repository.blockmap import MapReader
+from blocksnap.repository.collector import Collector, Outcome
+from blocksnap.repository.documents import Backup, Forgotten, Manifest, VolumeRecord
+from blocksnap.repository.epochs import create_forgotten
+from blocksnap.repository.frame import FrameHeader, FrameType
+from blocksnap.repository.index import encode_rows, segment_name
+from blocksnap.repository.keys import KeyRing, Role
+from blocksnap.repository.marking import TRUSTED, Marker
+from blocksnap.repository.nodes import NodeLoader
+from blocksnap.repository.numbered import NumberedIndex
+from blocksnap.repository.pack import PackWriter
+from blocksnap.repository.repair_plan import Planner
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.victims import Limits
+from blocksnap.repository.writer import Author, RepositoryWriter
+from support.inode_trees import NOTHING, Node, chunk, read_tree, store_tree
+from support.repositories import CHUNK, make_repository, open_repository
+
+HOST = Author("host", "host.example", pid=1, boot="b", started=1)
+NODES = {256 + at * 16: Node({place: (at * 7 + place) % 60 for place in range(5)}, 5) for at in range(30)}
+Row = tuple[bytes, int, int, int, int]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    make_repository(tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+def with_role(path: Path, role: Role) -> Repository:
+    repository = open_repository(path)
+    held = repository.keys.held_by(role)
+    repository.keys = KeyRing.of_role(role, held, repository_id=repository.keys.repository_id)
+    return repository
+
+
+def store_victim(path: Path) -> str:
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        return store_tree(run, repository, NODES)()
+
+
+def backup_of(repository: Repository) -> Backup:
+    return next(stored.backup for stored in repository.backups())
+
+
+def numbered(repository: Repository) -> NumberedIndex:
+    repository.refresh_index()
+    return NumberedIndex(repository.index.views)
+
+
+def prune(path: Path, limits: Limits | None = None) -> Outcome:
+    repository = open_repository(path)
+    collector = Collector(
+        repository, map_root, limits or Limits(), now=lambda: datetime.now(UTC), advance=lambda _: None
+    )
+    with RepositoryWriter(repository, HOST, collects=True) as run:
+        return collector.collect(run, lambda _: False)
+
+
+def forge_rows(path: Path, repository: Repository, first: bytes, as_data: FrameType | None = None) -> None:
+    """List every id that there is in another pack, too; ``first`` is the writer that the segment names.
+
+    Or list only those of one type, as data.
+    """
+    index = numbered(repository)
+    entries = list(index.entries())
+    pack = entries[0][2]
+    at = next(entry for entry in entries if entry[2] == pack)
+    rows = [
+        (id_, 0, at[3], at[4], kind if as_data is None else FrameType.DATA)
+        for id_, _, _, _, _, kind in entries
+        if (id_ != at[0] if as_data is None else kind == as_data)
+    ]
+    where = [(index.packs[pack], index.sizes[pack])]
+    LocalBackend(str(path)).put(
+        segment_name(0, first, 0), encode_rows(rows, where, repository.keys.index_key)
+    )
+
+
+@pytest.mark.parametrize("first", [bytes(16), b"\xff" * 16])
+@pytest.mark.parametrize("role", [Role.RESTORE, Role.GC])
+def test_forged_rows_take_nothing_from_those_that_are_true(path: Path, role: Role, first: bytes) -> None:
+    victim = store_victim(path)
+    repository = with_role(path, role)
+    forge_rows(path, repository, first)
+    packs = sorted((path / "packs").rglob("*-*"))
+    assert prune(path).sweep is None
+    assert sorted((path / "packs").rglob("*-*")) == packs
+    assert read_tree(path, victim) == NODES
+
+
+def test_every_row_of_a_needed_id_is_marked(path: Path) -> None:
+    store_victim(path)
+    repository = open_repository(path)
+    forge_rows(path, repository, bytes(16))
+    index = numbered(repository)
+    marker = Marker(index, [TRUSTED] * len(index.packs), NodeLoader(repository))
+    backup = backup_of(repository)
+    marker.mark([map_root(backup.map)], FrameType.INODES)
+    needed = {id_ for id_, number, *_ in index.entries() if marker.is_marked(number)}
+    assert needed
+    assert all(marker.is_marked(number) for id_, number, *_ in index.entries() if id_ in needed)
+
+
+def forge_pack(path: Path, repository: Repository) -> None:
+    """Store frames with the headers of the true ones and nothing in them, listed as theirs."""
+    index = numbered(repository)
+    packs = PackWriter(repository.backend, repository.keys, os.urandom(16))
+    rows: list[Row] = []
+    for id_, _, pack, offset, length, kind in index.entries():
+        frame = memoryview(bytearray(length))
+        repository.read_range(index.packs[pack].name, offset, frame)
+        header = FrameHeader.parse(frame, where="test")
+        frame[-16:] = bytes(16)
+        rows.append((id_, 0, packs.size, length, kind))
+        packs.add(frame, id_=id_, kind=FrameType(kind), plain_length=header.plain_length)
+    sealed = packs.seal()
+    data = encode_rows(rows, [(sealed.id, sealed.size)], repository.keys.index_key)
+    LocalBackend(str(path)).put(segment_name(0, bytes(16), 0), data)
+
+
+@pytest.mark.parametrize("role", [Role.GC, Role.ADMIN])
+def test_what_is_copied_is_not_the_forged_frame_instead_of_the_true_one(path: Path, role: Role) -> None:
+    victim = store_victim(path)
+    forge_pack(path, open_repository(path))
+    repository = with_role(path, role)
+    collector = Collector(
+        repository, map_root, Limits(dead_percent=-1.0), now=lambda: datetime.now(UTC), advance=lambda _: None
+    )
+    with RepositoryWriter(repository, HOST, collects=True) as run:
+        outcome = collector.collect(run, lambda _: False)
+    assert outcome.sweep is not None
+    assert outcome.sweep.packs
+    assert read_tree(path, victim) == NODES
+
+
+def test_what_is_twice_and_opens_is_copied_once(path: Path) -> None:
+    victim = store_victim(path)
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        for seed in {seed for node in NODES.values() for seed in node.chunks.values()}:
+            run.store_again(FrameType.DATA, run.identify(FrameType.DATA, chunk(seed)), chunk(seed))
+        run.flush()
+        backup = backup_of(repository)
+        run.commit(lambda _: bogus(run, backup, map_root(backup.map).levels, inodes=True))
+    prune(path, Limits(dead_percent=-1.0))
+    index = numbered(open_repository(path))
+    ids = [id_ for id_, _, _, _, _, kind in index.entries() if kind == FrameType.DATA]
+    assert len(ids) == len(set(ids)) > 0
+    assert read_tree(path, victim) == NODES
+
+
+def bogus(run: RepositoryWriter, victim: Backup, levels: int, *, inodes: bool = False) -> Manifest:
+    """Make a backup of a volume whose map is that of the inodes of another host's subvolume."""
+    now = datetime.now(UTC)
+    backup = Backup(
+        id=run.backup_id(0), volume=VolumeRecord(name="x", key="x", kind="file"), time=now, kind="full",
+        parent=None, method="compare", reason="t", size=victim.size if inodes else 64**levels * CHUNK,
+        chunk_size=CHUNK, map=victim.map.model_copy(update={"levels": levels}),
+        inodes=victim.inodes if inodes else None, source={}, statistics=NOTHING,
+    )  # fmt: skip
+    return Manifest(writer=run.id.hex(), time=now, host="h", hostname="h", program="p", backups=(backup,))
+
+
+def commit_bogus(path: Path, *, forges: bool, deeper: int = 0) -> str:
+    repository = with_role(path, Role.BACKUP)
+    victim = backup_of(repository)
+    if forges:
+        forge_rows(path, repository, bytes(16), FrameType.INODES)
+    with RepositoryWriter(repository, HOST) as run:
+        run.commit(lambda _: bogus(run, victim, victim.map.levels + deeper))
+        return run.backup_id(0)
+
+
+def forget(path: Path, id_: str) -> None:
+    run = os.urandom(16).hex()
+    create_forgotten(open_repository(path), Forgotten(run=run, time=datetime.now(UTC), backups=(id_,)))
+
+
+def test_what_was_entered_as_something_else_is_entered_all_the_same(path: Path) -> None:
+    victim = store_victim(path)
+    commit_bogus(path, forges=True)
+    prune(path)
+    assert read_tree(path, victim) == NODES
+
+
+def test_a_map_that_leads_to_what_is_something_else_is_named_and_no_loss(path: Path) -> None:
+    victim = store_victim(path)
+    wrong = commit_bogus(path, forges=False)
+    with pytest.raises(DamageError) as caught:
+        prune(path)
+    assert f"{wrong[:8]} of x" in caught.value.brief
+    assert victim[:8] not in caught.value.brief
+    plan = Planner(open_repository(path), map_root).plan()
+    assert not plan.lost
+    assert not plan.losses
+    forget(path, wrong)
+    assert prune(path).state == "done"
+    assert read_tree(path, victim) == NODES
+
+
+def test_a_node_that_is_needed_at_another_level_is_entered_at_its_own(path: Path) -> None:
+    victim = store_victim(path)
+    repository = open_repository(path)
+    index = numbered(repository)
+    root = map_root(backup_of(repository).map)
+    failed = []
+    marker = Marker(
+        index, [TRUSTED] * len(index.packs), NodeLoader(repository), on_damage=lambda *err: failed.append(err)
+    )
+    wrong = type(root)(root.levels + 1, root.entry)
+    for leaf, each in itertools.product((FrameType.INODES, FrameType.DATA), (wrong, root)):
+        marker.mark([each], leaf)
+    assert len(failed) == 2
+    reader = MapReader(repository.load_node)
+    pages = [entry for _, _, entry in reader.runs(root, 0, root.capacity) if len(entry) == 32]
+    assert pages
+    assert all(marker.is_marked(row.number) for page in pages for row in index.find(page))
+    assert read_tree(path, victim) == NODES
