@@ -232,3 +232,15 @@ def test_a_node_that_is_needed_at_another_level_is_entered_at_its_own(path: Path
     assert pages
     assert all(marker.is_marked(row.number) for page in pages for row in index.find(page))
     assert read_tree(path, victim) == NODES
+
+
+def test_a_backup_under_the_id_of_another_runs_is_damage(path: Path) -> None:
+    victim = store_victim(path)
+    repository = with_role(path, Role.BACKUP)
+    with RepositoryWriter(repository, HOST) as run:
+        manifest = bogus(run, backup_of(repository), 3)
+        stolen = manifest.backups[0].model_copy(update={"id": victim})
+        run.commit(lambda _: manifest.model_copy(update={"backups": (stolen,)}))
+    seen = open_repository(path)
+    assert [stored.backup.volume.name for stored in seen.backups()] == ["tree"]
+    assert ["id of another run" in problem.brief for problem in seen.damage] == [True]
