@@ -26,6 +26,8 @@ HEADER = struct.Struct("<8sIIIIQ")
 ROW = struct.Struct("<32sIII")
 PACK = struct.Struct("<16s32sQ")
 CHECK_SIZE = 32
+_ORDER = struct.Struct("<32sI8x")
+_ROWS_AT_ONCE = 4096
 MAX_FRAME = (1 << 24) - 1
 SEGMENT_ROWS = 65_536
 """A writer's segment is stored when it has this many rows, which bounds the memory of a run."""
@@ -88,6 +90,7 @@ class Segment:
         end = HEADER.size + rows * ROW.size + packs * PACK.size
         if (row_size, zero) != (ROW.size, 0) or end + CHECK_SIZE != len(data):
             raise DamagedObjectError(name, "it contradicts itself")
+        _require_in_order(data[HEADER.size : HEADER.size + rows * ROW.size], packs, name)
         self._rows: memoryview = data[HEADER.size : HEADER.size + rows * ROW.size]
         self._packs: memoryview = data[HEADER.size + rows * ROW.size : end]
         self._count: int = rows
@@ -108,5 +111,19 @@ class Segment:
     @property
     def packs(self) -> Iterator[tuple[PackId, int]]:
         """Yield the packs with their sizes, in the order of their ordinals."""
-        for writer, digest, size in PACK.iter_unpack(self._packs):
+        for writer, digest, size in PACK.iter_unpack(bytes(self._packs)):
             yield PackId(writer, digest), size
+
+
+def _require_in_order(rows: memoryview, packs: int, name: str) -> None:
+    """Raise DamagedObjectError unless ids ascend and each row names one of so many packs."""
+    # Copied, part by part: CPython 3.11 dies when an iterator over a view is collected as garbage.
+    last = b""
+    for at in range(0, len(rows), _ROWS_AT_ONCE * ROW.size):
+        part = bytes(rows[at : at + _ROWS_AT_ONCE * ROW.size])
+        ids, ordinals = zip(*_ORDER.iter_unpack(part), strict=True)
+        if max(ordinals) >= packs:
+            raise DamagedObjectError(name, "a row points nowhere")
+        if last > ids[0] or sorted(ids) != list(ids):
+            raise DamagedObjectError(name, "its rows are not in order")
+        last = ids[-1]

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from blocksnap.repository.errors import DamagedObjectError
 from blocksnap.repository.index import ROW as SEGMENT_ROW
 from blocksnap.repository.index import Segment
 from blocksnap.repository.keys import KeyRing
@@ -57,12 +56,9 @@ class _SegmentSource:
             return bytes(rows[number * size : number * size + _ID])
 
         end = bisect_left(range(len(self.segment)), bound, self.done, key=id_of)
-        part = rows[self.done * size : end * size]
+        part = bytes(rows[self.done * size : end * size])
         self.done = end
-        try:
-            return [id_ + labels[pack] + rest for id_, pack, rest in _SEGMENT_PARTS.iter_unpack(part)]
-        except IndexError as err:
-            raise DamagedObjectError(self.segment.name, "a row points nowhere") from err
+        return [id_ + labels[pack] + rest for id_, pack, rest in _SEGMENT_PARTS.iter_unpack(part)]
 
 
 class _TableSource:

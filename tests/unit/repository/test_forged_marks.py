@@ -13,11 +13,12 @@ from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import map_root
 from blocksnap.repository.blockmap import MapReader
+from blocksnap.repository.check import Checker
 from blocksnap.repository.collector import Collector, Outcome
 from blocksnap.repository.documents import Backup, Forgotten, Manifest, VolumeRecord
 from blocksnap.repository.epochs import create_forgotten
 from blocksnap.repository.frame import FrameHeader, FrameType
-from blocksnap.repository.index import encode_rows, segment_name
+from blocksnap.repository.index import ROW, encode_rows, encode_sorted, segment_name
 from blocksnap.repository.keys import KeyRing, Role
 from blocksnap.repository.marking import TRUSTED, Marker
 from blocksnap.repository.nodes import NodeLoader
@@ -244,3 +245,28 @@ def test_a_backup_under_the_id_of_another_runs_is_damage(path: Path) -> None:
     seen = open_repository(path)
     assert [stored.backup.volume.name for stored in seen.backups()] == ["tree"]
     assert ["id of another run" in problem.brief for problem in seen.damage] == [True]
+
+
+@pytest.mark.parametrize(
+    ("ids", "ordinal", "packs"), [((0, 1), 7, 0), ((0, 1), 1, 1), ((1, 0), 0, 1)], ids=["no", "few", "order"]
+)
+def test_a_segment_that_contradicts_itself_costs_no_more_than_damage(
+    path: Path, ids: tuple[int, ...], ordinal: int, packs: int
+) -> None:
+    victim = store_victim(path)
+    repository = open_repository(path)
+    index = numbered(repository)
+    rows = [ROW.pack(bytes([id_]) * 32, ordinal, 64, 100 | 1 << 24) for id_ in ids]
+    known = [(index.packs[0], index.sizes[0])] * packs
+    name = segment_name(0, bytes(16), 0)
+    repository.backend.put(name, encode_sorted(rows, known, repository.keys.index_key))
+    assert read_tree(path, victim) == NODES
+    seen = open_repository(path)
+    plan = Planner(seen, map_root).plan()
+    assert [segment.name for segment in plan.segments] == [name]
+    assert plan.is_whole
+    checker = Checker(open_repository(path), map_root, lambda _: None)
+    checker.check_structure()
+    assert name in {finding.object for finding in checker.result.findings}
+    with RepositoryWriter(open_repository(path), HOST) as run:
+        assert run.store_blob(FrameType.DATA, b"more")
