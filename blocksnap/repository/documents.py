@@ -6,10 +6,11 @@ fields are refused: a newer version that needs one says so through ``Config.feat
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import (
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -33,6 +34,10 @@ Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 Line = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """Text that somebody typed, on one line."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Moment = Annotated[
+    AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9000, 1, 1, tzinfo=UTC))
+]
+"""When something was, with its offset: within what any time zone can show, and what can be reckoned with."""
 ChunkSize = Annotated[int, Field(ge=16 << 10, le=4 << 20)]
 
 MIN_CHUNK_SIZE, MAX_CHUNK_SIZE, DEFAULT_CHUNK_SIZE = 16 << 10, 4 << 20, 128 << 10
@@ -59,7 +64,7 @@ class Config(Document):
 
     format: int
     id: Hex16
-    created: datetime
+    created: Moment
     chunk_size: ChunkSize
     encryption: Literal["aes-256-gcm", "none"]
     features: Features = Features()
@@ -83,7 +88,7 @@ class KeyAbout(Document):
     """
 
     id: Hex16
-    created: datetime
+    created: Moment
     label: Line = ""
     role: Role
     host: Line = ""
@@ -128,7 +133,7 @@ class WriterRecord(Document):
     pid: Count
     boot: str = ""
     started: Count = 0
-    time: datetime
+    time: Moment
     packs: tuple[str, ...] = ()
     epoch: Count | None = None
     collects: bool = False
@@ -211,7 +216,7 @@ class Backup(Document):
 
     id: Hex16
     volume: VolumeRecord
-    time: datetime
+    time: Moment
     kind: Literal["full", "incremental"]
     parent: Hex16 | None
     method: str
@@ -288,7 +293,7 @@ class Manifest(Document):
 
     format: int = FORMAT_VERSION
     writer: Hex16
-    time: datetime
+    time: Moment
     host: str
     hostname: str
     program: str
@@ -317,7 +322,7 @@ class Fence(Document):
 
     format: int = FORMAT_VERSION
     writer: Hex16
-    time: datetime
+    time: Moment
     fenced: Literal[True]
 
 
@@ -326,7 +331,7 @@ class Forgotten(Document):
 
     format: int = FORMAT_VERSION
     run: Hex16
-    time: datetime
+    time: Moment
     backups: Annotated[tuple[Hex16, ...], Field(min_length=1)]
 
 
@@ -340,7 +345,7 @@ class Condemned(Document):
     format: int = FORMAT_VERSION
     epoch: Count
     run: Hex16
-    time: datetime
+    time: Moment
     packs: tuple[str, ...]
     marked: tuple[Hex16, ...]
     forgotten: tuple[Hex16, ...]
@@ -353,7 +358,7 @@ class Sweep(Document):
     format: int = FORMAT_VERSION
     epoch: Count
     run: Hex16
-    time: datetime
+    time: Moment
     packs: tuple[str, ...]
     manifests: tuple[Hex16, ...]
 
@@ -387,7 +392,7 @@ class SetAside(Document):
 
     format: int = FORMAT_VERSION
     run: Hex16
-    time: datetime
+    time: Moment
     packs: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
     lost: tuple[Hex32, ...] = ()
@@ -399,7 +404,7 @@ class Checked(Document):
 
     format: int = FORMAT_VERSION
     run: Hex16
-    time: datetime
+    time: Moment
     hostname: str
     level: Literal[3, 4]
     good: tuple[str, ...] = ()
@@ -423,7 +428,7 @@ class Drilled(Document):
 
     format: int = FORMAT_VERSION
     run: Hex16
-    time: datetime
+    time: Moment
     hostname: str
     backup: Hex16
     volume: VolumeRecord
@@ -440,4 +445,4 @@ class Done(Document):
     format: int = FORMAT_VERSION
     epoch: Count
     run: Hex16
-    time: datetime
+    time: Moment

@@ -15,9 +15,10 @@ from blocksnap.operations.catalogue import map_root
 from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.check import Checker
 from blocksnap.repository.collector import Collector, Outcome
-from blocksnap.repository.documents import Backup, Forgotten, Manifest, VolumeRecord
+from blocksnap.repository.documents import Backup, Forgotten, Manifest, VolumeRecord, WriterRecord
 from blocksnap.repository.epochs import create_forgotten
-from blocksnap.repository.frame import FrameHeader, FrameType
+from blocksnap.repository.fencing import read_runs
+from blocksnap.repository.frame import FrameHeader, FrameType, Sealer
 from blocksnap.repository.index import ROW, encode_rows, encode_sorted, segment_name
 from blocksnap.repository.keys import KeyRing, Role
 from blocksnap.repository.marking import TRUSTED, Marker
@@ -270,3 +271,21 @@ def test_a_segment_that_contradicts_itself_costs_no_more_than_damage(
     assert name in {finding.object for finding in checker.result.findings}
     with RepositoryWriter(open_repository(path), HOST) as run:
         assert run.store_blob(FrameType.DATA, b"more")
+
+
+@pytest.mark.parametrize("time", ["2026-01-01T00:00:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:00Z"])
+def test_a_time_that_cannot_be_reckoned_with_is_damage(path: Path, time: str) -> None:
+    store_victim(path)
+    repository = open_repository(path)
+    with RepositoryWriter(repository, HOST) as run:
+        manifest = bogus(run, backup_of(repository), 3)
+        when = datetime.fromisoformat(time)
+        wrong = manifest.backups[0].model_copy(update={"time": when})
+        run.commit(lambda _: manifest.model_copy(update={"backups": (wrong,)}))
+    record = WriterRecord(writer="a" * 32, sequence=0, host="h", hostname="h", pid=1, time=datetime.now(UTC))
+    plain = record.model_copy(update={"time": when}).model_dump_json().encode()
+    repository.backend.put(f"writers/{'a' * 32}.0", Sealer(repository.keys).seal(FrameType.WRITER, plain))
+    seen = open_repository(path)
+    assert len(seen.backups()) == 1
+    assert len(seen.damage) == 1
+    assert read_runs(seen)["a" * 32].record is None
