@@ -28,12 +28,14 @@ IsGone = Callable[[WriterRecord], bool]
 class Run:
     """A run by its latest record, None when that cannot be read.
 
-    ``epoch`` is the last one that it has said to have heeded, or -1.
+    ``epoch`` is the last one that it has said to have heeded, or -1. ``received`` is when the storage got
+    its last record, by its own clock, if it has one.
     """
 
     writer: str
     record: WriterRecord | None
     epoch: int = -1
+    received: datetime | None = None
 
 
 def nobody_is_gone(_: WriterRecord) -> bool:
@@ -47,10 +49,13 @@ def read_runs(repository: Repository, *, is_newer_passed_over: bool = False) -> 
     A record that a later version wrote raises NewerFormatError, or is one that cannot be read.
     """
     names: dict[str, list[tuple[int, str]]] = {}
+    arrivals: dict[str, datetime] = {}
     for info in repository.backend.list("writers/"):
         writer, _, number = info.name.removeprefix("writers/").partition(".")
         if number.isdecimal():
             names.setdefault(writer, []).append((int(number), info.name))
+            if info.received:
+                arrivals[writer] = max(info.received, arrivals.get(writer, info.received))
     runs = {}
     for writer, records in names.items():
         # The epoch is said in the second record or never.
@@ -61,7 +66,7 @@ def read_runs(repository: Repository, *, is_newer_passed_over: bool = False) -> 
         known = [record for record in read if record is not None]
         latest = max(known, key=lambda record: record.sequence, default=None)
         epochs = [record.epoch for record in known if record.epoch is not None]
-        runs[writer] = Run(writer, latest, max(epochs, default=-1))
+        runs[writer] = Run(writer, latest, max(epochs, default=-1), arrivals.get(writer))
     return runs
 
 
@@ -82,9 +87,16 @@ def settled_runs(repository: Repository) -> set[str]:
 
 
 def is_silent(run: Run, now: datetime, is_gone: IsGone) -> bool:
-    """Tell whether it is worth trying to shut a run out: one whose records cannot be read, too."""
+    """Tell whether it is worth trying to shut a run out: one whose records cannot be read, too.
+
+    A record that is dated in the future, which may be decades, says nothing of when it was made: then the
+    storage's clock does.
+    """
     record = run.record
-    return record is None or is_gone(record) or record.time < now - SILENCE
+    if record is None or is_gone(record):
+        return True
+    heard = min(record.time, run.received) if run.received and record.time > now else record.time
+    return heard < now - SILENCE
 
 
 def fence(repository: Repository, writer: str, now: datetime) -> bool:

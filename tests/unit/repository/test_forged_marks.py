@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from blocksnap.repository.check import Checker
 from blocksnap.repository.collector import Collector, Outcome
 from blocksnap.repository.documents import Backup, Forgotten, Manifest, VolumeRecord, WriterRecord
 from blocksnap.repository.epochs import create_forgotten
-from blocksnap.repository.fencing import read_runs
+from blocksnap.repository.fencing import SILENCE, is_silent, read_runs
 from blocksnap.repository.frame import FrameHeader, FrameType, Sealer
 from blocksnap.repository.index import ROW, encode_rows, encode_sorted, segment_name
 from blocksnap.repository.keys import KeyRing, Role
@@ -289,3 +289,17 @@ def test_a_time_that_cannot_be_reckoned_with_is_damage(path: Path, time: str) ->
     assert len(seen.backups()) == 1
     assert len(seen.damage) == 1
     assert read_runs(seen)["a" * 32].record is None
+
+
+def test_a_record_of_a_clock_that_was_wrong_does_not_last_for_ever(path: Path) -> None:
+    repository = open_repository(path)
+    now = datetime.now(UTC)
+    record = WriterRecord(
+        writer="a" * 32, sequence=0, host="h", hostname="h", pid=1, time=now.replace(year=2099)
+    )
+    name = f"writers/{'a' * 32}.0"
+    sealed = Sealer(repository.keys).seal(FrameType.WRITER, record.model_dump_json().encode())
+    repository.backend.put(name, sealed)
+    run = read_runs(repository)["a" * 32]
+    assert not is_silent(run, now, lambda _: False)
+    assert is_silent(run, now + SILENCE + timedelta(minutes=1), lambda _: False)
