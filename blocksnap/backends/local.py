@@ -326,13 +326,18 @@ class LocalBackend(Backend):
         try:
             os.fsync(fd)
             self._make_folder(folder)
-            os.link(
-                source,
-                name,
-                src_dir_fd=root if temporary else None,
-                dst_dir_fd=root,
-                follow_symlinks=not temporary,
-            )
+            try:
+                os.link(
+                    source,
+                    name,
+                    src_dir_fd=root if temporary else None,
+                    dst_dir_fd=root,
+                    follow_symlinks=not temporary,
+                )
+            except FileExistsError:
+                # NFS repeats a call whose answer was lost, and meets its own first try.
+                if not os.path.samestat(os.stat(name, dir_fd=root, follow_symlinks=False), os.fstat(fd)):
+                    raise
             self._sync_folder(folder)
         except FileExistsError as err:
             raise ObjectExistsError(name) from err

@@ -325,9 +325,10 @@ class RepositoryWriter:
             collects=self._collects,
         )
         sealed = self._announcer.seal(FrameType.WRITER, record.model_dump_json().encode())
-        self._repository.backend.put(f"writers/{self.id.hex()}.{self._sequence}", sealed)
-        self.stored.metadata_bytes += len(sealed)
+        # Before it is tried: a creation that failed may have taken the name all the same.
         self._sequence += 1
+        self._repository.backend.put(f"writers/{self.id.hex()}.{record.sequence}", sealed)
+        self.stored.metadata_bytes += len(sealed)
         del self._unreported[: len(record.packs)]
 
     def _publish(self, flow: _Flow) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from blocksnap.backends.base import Buffer
+from blocksnap.backends.errors import BackendFailedError
 from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import map_root
+from blocksnap.repository import writer as writing
 from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.check import Checker
 from blocksnap.repository.collector import Collector, Outcome
@@ -30,7 +35,7 @@ from blocksnap.repository.repository import Repository
 from blocksnap.repository.victims import Limits
 from blocksnap.repository.writer import Author, RepositoryWriter
 from support.inode_trees import NOTHING, Node, chunk, read_tree, store_tree
-from support.repositories import CHUNK, make_repository, open_repository
+from support.repositories import CHUNK, PASSPHRASE, make_repository, open_repository
 
 HOST = Author("host", "host.example", pid=1, boot="b", started=1)
 NODES = {256 + at * 16: Node({place: (at * 7 + place) % 60 for place in range(5)}, 5) for at in range(30)}
@@ -303,3 +308,21 @@ def test_a_record_of_a_clock_that_was_wrong_does_not_last_for_ever(path: Path) -
     run = read_runs(repository)["a" * 32]
     assert not is_silent(run, now, lambda _: False)
     assert is_silent(run, now + SILENCE + timedelta(minutes=1), lambda _: False)
+
+
+def test_a_beat_that_failed_after_it_was_made_is_not_the_last(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "HEARTBEAT_SECONDS", 0.01)
+    beaten = threading.Event()
+
+    class Ambiguous(LocalBackend):
+        def put(self, name: str, data: Buffer) -> None:
+            super().put(name, data)
+            if name.endswith(".1"):
+                raise BackendFailedError("create", self.place, OSError(errno.EIO, ""))
+            if name.endswith(".3"):
+                beaten.set()
+
+    with RepositoryWriter(Repository.open(Ambiguous(str(path)), lambda: PASSPHRASE), HOST):
+        assert beaten.wait(30)
