@@ -31,6 +31,11 @@ from blocksnap.backends.errors import (
 
 _TEMPORARY = "tmp"
 _OPEN_FILES = 64
+_MOST_BYTES = 256 << 20
+"""Of an object that is read whole: nothing that is meant to be has a third of that."""
+_LAST_SECOND = int(datetime(9000, 1, 1, tzinfo=UTC).timestamp())
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Without waiting for whoever writes to a pipe that lies where an object should."""
 _ALWAYS_THERE = "config"
 """An object that every repository has."""
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
@@ -97,7 +102,10 @@ class LocalBackend(Backend):
         with self._or_away(name):
             fd = self._open(name)
             try:
-                data = bytearray(os.fstat(fd).st_size)
+                size = os.fstat(fd).st_size
+                if size > _MOST_BYTES:
+                    raise BackendFailedError(f"read {name}", self._path, OSError(errno.EFBIG, ""))
+                data = bytearray(size)
                 self._fill(fd, name, 0, memoryview(data))
             finally:
                 os.close(fd)
@@ -166,7 +174,12 @@ class LocalBackend(Backend):
     def _open(self, name: str) -> int:
         root = self._open_root()
         try:
-            return os.open(validate_name(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
+            fd = os.open(validate_name(name), _READ_FLAGS, dir_fd=root)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            # Passed over in listings, too.
+            os.close(fd)
+            raise ObjectMissingError(name)
         except (FileNotFoundError, NotADirectoryError) as err:
             raise ObjectMissingError(name) from err
         except OSError as err:
@@ -224,7 +237,7 @@ class LocalBackend(Backend):
     def _reads(self, name: str, whence: int) -> bool:
         """Tell whether the first or the last byte of an object can be read, past the page cache."""
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._root)
+            fd = os.open(name, _READ_FLAGS, dir_fd=self._root)
         except OSError:
             return False
         try:
@@ -257,7 +270,7 @@ class LocalBackend(Backend):
                 if path != _TEMPORARY:
                     yield from self._walk(path)
             elif stat.S_ISREG(status.st_mode) and is_name(path):
-                yield ObjectInfo(path, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+                yield ObjectInfo(path, status.st_size, _received(status))
 
     def _open_temporary(self) -> tuple[int, str | None]:
         root = self._open_root()
@@ -354,6 +367,13 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
         return entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _received(status: os.stat_result) -> datetime | None:
+    """Return when a file arrived; None for what no clock says."""
+    if not 0 <= status.st_mtime < _LAST_SECOND:
+        return None
+    return datetime.fromtimestamp(status.st_mtime, UTC)
 
 
 def _remove_unlocked(name: str, folder: int) -> None:

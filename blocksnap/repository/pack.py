@@ -188,10 +188,10 @@ def read_object(backend: Backend, name: str) -> bytes:
 
 
 def _damage_of(err: BackendFailedError, name: str, what: str) -> BlocksnapError:
-    """Return what a failed read says: a bad sector is damage like any other, and all else is no damage."""
-    if err.errno != errno.EIO or isinstance(err, BackendAwayError):
+    """Return what a failed read says: a bad sector, and what is far too large, is damage; all else is not."""
+    if err.errno not in (errno.EIO, errno.EFBIG) or isinstance(err, BackendAwayError):
         return err
-    return DamagedObjectError(name, f"{what}: {os.strerror(errno.EIO)}")
+    return DamagedObjectError(name, f"{what}: {os.strerror(err.errno)}")
 
 
 def check_header(header: bytes, pack: PackId, repository_id: bytes) -> None:
