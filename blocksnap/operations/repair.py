@@ -76,7 +76,7 @@ def repair(
     repository.keys.require(Right.COLLECT)
     plan = plan_repair(repository, suspects)
     record = compose_record(repository, plan, NO_RUN, accept_loss=options.accept_loss, now=datetime.now(UTC))
-    if not plan.acts and record is None:
+    if not plan.acts and record is None and not (options.accept_loss and plan.gone):
         return RepairResult(plan)
     for _ in range(_ATTEMPTS):
         # The plan that counts is made when everybody can know of the run.

@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 
+from blocksnap.backends.base import ObjectInfo
 from blocksnap.errors import BlocksnapError, DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
 from blocksnap.repository.checked import CHECKS, read_checked
@@ -25,6 +27,7 @@ from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
 from blocksnap.repository.losses import LossFinder
 from blocksnap.repository.marking import mark_backups
+from blocksnap.repository.missing import missing_manifests
 from blocksnap.repository.repository import Repository, StoredBackup, load_config
 from blocksnap.repository.scrubbing import ALL, CONTENTS, HASHES, Budget, PackVerdict, check_pack, read_packs
 
@@ -51,6 +54,7 @@ class Checker:
         self._sizes: dict[str, int] = {}
         self._index = CheckedIndex(repository)
         self._listed: list[StoredBackup] = []
+        self._any_manifest = False
         self._config_hash = ""
         self._aside: frozenset[str] = frozenset()
         self.result = CheckResult(level=level)
@@ -77,8 +81,10 @@ class Checker:
         self._listed = list(self._backups())
         self._documents()
         self._load_segments()
-        self._sizes = {info.name: info.size for info in self._repository.backend.list("packs/")}
+        packs = list(self._repository.backend.list("packs/"))
+        self._sizes = {info.name: info.size for info in packs}
         self._packs_against_index()
+        self._missing_manifests(packs)
         if self._level >= MAPS:
             self._maps(self._listed)
 
@@ -156,10 +162,12 @@ class Checker:
             try:
                 manifest = self._repository.load_manifest(info.name)
             except BlocksnapError as err:
+                self._any_manifest = True
                 self.result.trouble(info.name, err)
                 continue
             if manifest is None:
                 continue
+            self._any_manifest = True
             for backup in manifest.backups:
                 if backup.id in forgotten:
                     # Whatever it needs may be gone already.
@@ -240,6 +248,17 @@ class Checker:
         for name in sorted(self._sizes.keys() - listed) if self._index.is_whole else []:
             self.result.garbage(name, "no index segment lists it: an interrupted run left it")
         self.result.packs = len(self._sizes)
+
+    def _missing_manifests(self, packs: Iterable[ObjectInfo]) -> None:
+        try:
+            gone = missing_manifests(
+                self._repository, packs, datetime.now(UTC), any_manifest=self._any_manifest
+            )
+        except BlocksnapError:
+            # An epoch that cannot be read is told of with the documents.
+            return
+        for run in gone:
+            self.result.damage(f"manifests/{run}", "it is gone, and no garbage collection has deleted it")
 
     def _maps(self, backups: Iterable[StoredBackup]) -> None:
         newer: dict[bytes, BlocksnapError] = {}

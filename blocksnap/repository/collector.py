@@ -7,12 +7,13 @@ up by the next one, and any number may run at once: what has to be agreed on is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Literal
 
+from blocksnap.backends.base import ObjectInfo
 from blocksnap.errors import DamageError
 from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.documents import Backup, Condemned, Manifest, Root, Sweep
@@ -29,6 +30,7 @@ from blocksnap.repository.marking import (
     raise_mistaken,
     require_nothing_lost,
 )
+from blocksnap.repository.missing import MissingManifestsError, missing_manifests
 from blocksnap.repository.moving import copy_needed
 from blocksnap.repository.nodes import NodeLoader
 from blocksnap.repository.numbered import NumberedIndex
@@ -115,7 +117,9 @@ class Collector:
         manifests = [manifest for manifest, _ in repository.manifests()]
         repository.refresh_index()
         _require_sound(repository)
-        sizes = {info.name: info.size for info in repository.backend.list("packs/")}
+        packs = list(repository.backend.list("packs/"))
+        self._require_manifests(packs, any_manifest=bool(manifests))
+        sizes = {info.name: info.size for info in packs}
         index = self._index = NumberedIndex(repository.index.views)
         marker = self._marker = self._new_marker(index, sizes, aside)
         needed = [each for manifest in manifests for each in manifest.backups if each.id not in forgotten]
@@ -146,6 +150,8 @@ class Collector:
     def _collect(self, writer: RepositoryWriter, is_gone: IsGone) -> Outcome:
         epoch, plan = read_epoch(self._repository), None
         problems: tuple[DamageError, ...] = ()
+        # Before any run without a manifest is shut out, as that would take the name of one that is gone.
+        self._require_manifests(self._repository.backend.list("packs/"))
         self._shut_out_silent(writer, is_gone)
         if not epoch.is_open:
             plan = self.plan()
@@ -238,6 +244,7 @@ class Collector:
         repository.refresh_index()
         aside = repository.aside()
         _require_sound(repository)
+        self._require_manifests(repository.backend.list("packs/"), any_manifest=bool(manifests))
         if aside.runs <= set(condemned.aside):
             kept = self._needed_since(condemned, manifests, aside)
         else:
@@ -263,6 +270,11 @@ class Collector:
                 ),
             ),
         )
+
+    def _require_manifests(self, packs: Iterable[ObjectInfo], *, any_manifest: bool = True) -> None:
+        gone = missing_manifests(self._repository, packs, self._now(), any_manifest=any_manifest)
+        if gone:
+            raise MissingManifestsError(gone)
 
     def _needed_since(self, condemned: Condemned, manifests: dict[str, Manifest], aside: Aside) -> set[str]:
         """Return the condemned packs that have the only copy of something that new backups need."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 
+from blocksnap.backends.base import ObjectInfo
 from blocksnap.backends.errors import ObjectMissingError
 from blocksnap.errors import DamageError
 from blocksnap.repository.blockmap import MapReader, MapRoot
@@ -24,6 +26,7 @@ from blocksnap.repository.frame_scan import scan_frames
 from blocksnap.repository.index import SEGMENT_ROWS, Segment, encode_segment
 from blocksnap.repository.losses import LossFinder
 from blocksnap.repository.marking import LAST_RESORT, TRUSTED, UNUSABLE, Marker, mark_backups
+from blocksnap.repository.missing import missing_manifests
 from blocksnap.repository.nodes import NodeLoader
 from blocksnap.repository.numbered import NumberedIndex, NumberedRow
 from blocksnap.repository.pack import PackId, PackRow, SealedPack, read_footer
@@ -39,6 +42,7 @@ class BadObject:
 
     name: str
     reason: str
+    is_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,11 @@ class RepairPlan:
         return bool(self.segments or self.packs or self.listed or self.rescued)
 
     @property
+    def gone(self) -> tuple[str, ...]:
+        """Runs whose manifests are gone (``missing_manifests``)."""
+        return tuple(bad.name.removeprefix("manifests/") for bad in self.manifests if bad.is_gone)
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing is lost once it is done."""
         return not self.lost and not self.manifests and not self.documents
@@ -102,6 +111,7 @@ class Planner:
         self._sizes: dict[str, int] = {}
         self._lost: set[bytes] = set()
         self._loose: set[str] = set()
+        self._any_manifest = False
         self._made_up: list[Segment] = []
 
     def plan(self) -> RepairPlan:
@@ -116,7 +126,9 @@ class Planner:
         repository.refresh_index()
         repository.index.replace_made_up(())
         segments = list(self._bad_segments())
-        self._sizes = {info.name: info.size for info in repository.backend.list("packs/")}
+        packs = list(repository.backend.list("packs/"))
+        manifests += self._gone_manifests(packs)
+        self._sizes = {info.name: info.size for info in packs}
         self._suspects |= self._of_wrong_size()
         for _ in range(_ROUNDS):
             self._examine_all()
@@ -163,10 +175,17 @@ class Planner:
             except ObjectMissingError:
                 continue
             except DamageError as err:
+                self._any_manifest = True
                 bad.append(BadObject(info.name, err.brief))
                 continue
+            self._any_manifest |= manifest is not None
             backups += [each for each in (manifest.backups if manifest else ()) if each.id not in forgotten]
         return bad, sorted(backups, key=lambda backup: (backup.time, backup.id))
+
+    def _gone_manifests(self, packs: Iterable[ObjectInfo]) -> Iterator[BadObject]:
+        runs = missing_manifests(self._repository, packs, datetime.now(UTC), any_manifest=self._any_manifest)
+        for run in runs:
+            yield BadObject(f"manifests/{run}", "it is gone", is_gone=True)
 
     def _bad_segments(self) -> Iterator[BadObject]:
         for info in self._repository.backend.list("index/"):

@@ -66,6 +66,9 @@ def execute_repair(
             advance(row.length)
     writer.flush()
     writer.adopt(filter(None, map(planner.sealed_pack, plan.listed)))
+    for run in plan.gone if complete and accept_loss else ():
+        # What stands in its place says that somebody knows; should the manifest be there by now, it stays.
+        fence(repository, run, now)
     record = compose_record(repository, plan, writer.id.hex(), accept_loss=accept_loss, now=now)
     if complete and record is not None:
         create_set_aside(repository, record)
@@ -98,7 +101,7 @@ def compose_record(
     objects = [bad.name for bad in plan.segments]
     lost: list[str] = []
     if accept_loss:
-        objects += [bad.name for bad in (*plan.manifests, *plan.documents)]
+        objects += [bad.name for bad in (*plan.manifests, *plan.documents) if not bad.is_gone]
         lost = sorted(id_.hex() for id_ in plan.lost - plan.given_up)[:_MOST_LOST]
     known = {
         (backup, *each)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import islice
 
 from blocksnap.backends.errors import ObjectMissingError
 from blocksnap.repository.checked import superseded
 from blocksnap.repository.documents import Done, Sweep
 from blocksnap.repository.drills import superseded_drills
-from blocksnap.repository.epochs import create_part, epoch_numbers, part_names, read_done
+from blocksnap.repository.epochs import create_part, epoch_numbers, part_names, read_done, read_epoch
 from blocksnap.repository.fencing import fence, settled_runs
 from blocksnap.repository.index import ROW, encode_sorted, segment_name
+from blocksnap.repository.missing import KEPT_FOR
 from blocksnap.repository.numbered import Entry, NumberedIndex
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter
@@ -23,8 +24,6 @@ _PACK = slice(32, 36)
 """Where a row has its pack."""
 MANY_SEGMENTS = 16
 """From this number on the smaller ones are merged."""
-KEPT_FOR = timedelta(days=365)
-"""How long fences and the objects of an epoch stay: four times as long as any run may last."""
 
 
 def execute_sweep(repository: Repository, writer: RepositoryWriter, sweep: Sweep, now: datetime) -> None:
@@ -76,9 +75,16 @@ def _tidy_aside(repository: Repository, packs: set[str], backups: set[str]) -> N
 
 
 def _forget_history(repository: Repository, epoch: int, settled: set[str], now: datetime) -> None:
-    for run in sorted(settled):
+    arrived = {info.name: info.received for info in repository.backend.list("manifests/")}
+    condemned = read_epoch(repository).condemned
+    # A manifest that the last epoch knew has to be there, or what stands for it.
+    for run in sorted(settled - set(condemned.marked if condemned else ())):
         found = repository.find_fence(run)
-        if found is not None and found.time < now - KEPT_FOR:
+        # By both clocks, or whoever shut it out with a wrong one would have it go at once.
+        if (
+            found is not None
+            and max(found.time, arrived.get(f"manifests/{run}") or found.time) < now - KEPT_FOR
+        ):
             _delete(repository, f"manifests/{run}")
     numbers = {number for number in epoch_numbers(repository) if number < epoch}
     for number in sorted(numbers):
