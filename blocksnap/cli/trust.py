@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from blocksnap.errors import UsageError
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 
 _FOLDER = "repositories"
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from blocksnap.controller.settings import LimitSettings
     from blocksnap.extents.changes import BasePolicy
     from blocksnap.operations.draft import BackupOptions
-    from blocksnap.repository.repository import Repository, StoredBackup
+    from blocksnap.repository.repository import Repository
+    from blocksnap.repository.stored import StoredBackup
     from blocksnap.volumes.base import Volume
 
 

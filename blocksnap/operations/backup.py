@@ -24,7 +24,8 @@ from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import plan_backup, store_volume
 from blocksnap.repository.documents import Backup, Manifest
 from blocksnap.repository.errors import FencedError
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.system.host import host_id, host_name
 from blocksnap.volumes.base import Snapshot, Volume, as_image, is_tree

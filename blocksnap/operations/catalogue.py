@@ -9,7 +9,8 @@ from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.repository.blockmap import HOLE, ZERO, MapRoot
 from blocksnap.repository.documents import Backup, Root
 from blocksnap.repository.errors import NoSuchBackupError
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.system.host import host_id, host_name
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{4,32}")
@@ -100,7 +101,8 @@ def find_backup(repository: Repository, name: str) -> StoredBackup:
         backups = _of_one_host(of_volume(backups, volume), volume)
         if when != "latest":
             limit = _parse_time(when)
-            backups = [stored for stored in backups if stored.backup.time <= limit]
+            backups = [stored for stored in backups if stored.oldest <= limit]
+            backups.sort(key=lambda stored: stored.oldest)
     elif name == "latest":
         backups = [stored for stored in backups if not is_luks_header(stored.backup)]
     if at or name == "latest":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blocksnap.repository.documents import Backup
-from blocksnap.repository.repository import StoredBackup
+from blocksnap.repository.stored import StoredBackup
 
 
 def describe_brief(stored: StoredBackup) -> dict[str, object]:

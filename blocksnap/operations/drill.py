@@ -26,7 +26,8 @@ from blocksnap.repository.documents import Backup, Drilled, DrillStep
 from blocksnap.repository.drills import store_drilled
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.keys import Right
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.restore.drilling import answers
 from blocksnap.restore.inside import InsideError, ask, fork_inner
 from blocksnap.system import namespace

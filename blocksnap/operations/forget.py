@@ -12,8 +12,9 @@ from blocksnap.errors import BusyError, UsageError
 from blocksnap.operations.catalogue import find_backup
 from blocksnap.repository.documents import Forgotten
 from blocksnap.repository.epochs import create_forgotten
-from blocksnap.repository.repository import Repository, StoredBackup
-from blocksnap.retention import CLOCK_TOLERANCE, Candidate, Decision, Policy, apply_policy, require_modest
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
+from blocksnap.retention import Candidate, Decision, Policy, apply_policy, require_modest
 
 
 class NewestBackupError(UsageError):
@@ -96,7 +97,7 @@ def plan_by_policy(
         replace(decision, keep=True, reasons=(f"being restored to {volume}",))
         if not decision.keep and (volume := arriving.get(decision.candidate.id)) is not None
         else decision
-        for decision in apply_policy(_candidates(backups), policy, now)
+        for decision in apply_policy(map(_candidate, backups), policy, now)
     )
     if not force:
         require_modest(decisions)
@@ -136,24 +137,14 @@ def execute_forget(repository: Repository, plan: ForgetPlan) -> None:
         )
 
 
-def _candidates(backups: Sequence[StoredBackup]) -> list[Candidate]:
-    """Describe backups; what is older than the first arrival was copied here with its repository."""
-    arrivals = [stored.received for stored in backups if stored.received is not None]
-    first = min(arrivals) - CLOCK_TOLERANCE if arrivals else None
-    return [
-        _candidate(stored, stored.received if first is not None and stored.backup.time >= first else None)
-        for stored in backups
-    ]
-
-
-def _candidate(stored: StoredBackup, received: datetime | None = None) -> Candidate:
+def _candidate(stored: StoredBackup) -> Candidate:
     backup = stored.backup
     return Candidate(
         id=backup.id,
         volume=backup.volume.key,
         name=backup.volume.name,
         time=backup.time,
-        received=received,
+        received=stored.dated,
         tags=stored.manifest.tags,
         host=stored.manifest.host,
         hostname=stored.manifest.hostname,

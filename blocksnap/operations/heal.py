@@ -28,7 +28,8 @@ from blocksnap.repository.frame import FrameType
 from blocksnap.repository.keys import Right
 from blocksnap.repository.repair_plan import Planner, RepairPlan
 from blocksnap.repository.repairing import settle
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.repository.writer import RepositoryWriter
 from blocksnap.volumes.base import Volume, as_image
 

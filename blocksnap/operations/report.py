@@ -13,8 +13,9 @@ from blocksnap.operations.losses import current_losses
 from blocksnap.repository.checked import load_states, newest
 from blocksnap.repository.documents import Drilled
 from blocksnap.repository.drills import drills
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
 from blocksnap.repository.scrubbing import HASHES
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.retention import PolicyError, Span
 
 
@@ -152,7 +153,7 @@ def _report(
         host=last.manifest.hostname,
         backups=len(backups),
         backup=last.backup.id,
-        time=last.backup.time,
+        time=last.oldest,
         drill=drill,
         warnings=tuple(_warnings(repository, last, drill, ages, now)),
     )
@@ -161,8 +162,8 @@ def _report(
 def _warnings(
     repository: Repository, last: StoredBackup, drill: Drilled | None, ages: Ages, now: datetime
 ) -> Iterator[str]:
-    if ages.backup and last.backup.time < ages.backup.before(now):
-        yield f"the last backup is {_hours(last.backup.time, now)} old"
+    if ages.backup and last.oldest < ages.backup.before(now):
+        yield f"the last backup is {_hours(last.oldest, now)} old"
     if drill is not None and not drill.good:
         step = next((step for step in drill.steps if not step.ok), None)
         yield f"the last drill, of backup {drill.backup[:8]}, failed{f' at {step.step}' if step else ''}"

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from blocksnap.config import JOB_TAG, Configuration
 from blocksnap.controller.settings import LimitSettings
-from blocksnap.repository.repository import StoredBackup
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.restore.pool_watch import USUAL_LIMITS, RestoreLimits
 
 LimitsOf = Callable[[StoredBackup], RestoreLimits]

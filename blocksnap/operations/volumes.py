@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from blocksnap.config import Configuration
 from blocksnap.errors import BlocksnapError
 from blocksnap.operations.catalogue import of_volume, this_origin
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.volumes.discover import Candidate, describe_image, discover
 from blocksnap.volumes.errors import NameNotTextError
 from blocksnap.volumes.resolve import resolve_volumes

@@ -31,7 +31,7 @@ from blocksnap.repository.decoding import (
     seal_public,
     validate,
 )
-from blocksnap.repository.documents import Backup, Config, Fence, Forgotten, Manifest, Operation, SetAside
+from blocksnap.repository.documents import Config, Fence, Forgotten, Manifest, Operation, SetAside
 from blocksnap.repository.errors import (
     DamagedObjectError,
     MissingChunkError,
@@ -56,6 +56,7 @@ from blocksnap.repository.keys import KdfCost, KeyRing, Right, Role, new_master
 from blocksnap.repository.known_manifests import KnownManifests
 from blocksnap.repository.lookup import Index, Location
 from blocksnap.repository.pack import PackId, SealedPack, read_footer, read_object, read_pack_range
+from blocksnap.repository.stored import StoredBackup, dated
 
 _REFRESH_SECONDS = 2.0
 FORGET = "gc/forget/"
@@ -63,27 +64,6 @@ ASIDE = "gc/aside/"
 _Model = TypeVar("_Model", bound=BaseModel)
 ASKED = Callable[[], bytes | None]
 """Returns the passphrase, or None when the user gave none; called only when one is needed."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBackup:
-    """A backup together with the run that stored it."""
-
-    backup: Backup
-    manifest: Manifest
-    manifest_bytes: int
-    received: datetime | None = None
-    """When the manifest arrived, by the storage's clock."""
-
-    @property
-    def origin(self) -> tuple[str, str]:
-        """The host that made it, by id and name: machines made from one template may share either."""
-        return self.manifest.host, self.manifest.hostname
-
-    @property
-    def lineage(self) -> tuple[str, str, str]:
-        """The volume and the host: the same for what one host made of one volume."""
-        return self.backup.volume.key, *self.origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,7 +430,7 @@ class Repository:
         )
 
     def backups(self) -> list[StoredBackup]:
-        """Return all backups that are not forgotten, oldest first."""
+        """Return all backups that are not forgotten, oldest first, by ``StoredBackup.moment``."""
         # In this order: a backup is forgotten after it was committed.
         stored = list(self.manifests())
         forgotten = {id_ for document in self.forgotten().values() for id_ in document.backups}
@@ -460,7 +440,7 @@ class Repository:
             for backup in manifest.backups
             if backup.id not in forgotten
         ]
-        return sorted(found, key=lambda stored: (stored.backup.time, stored.backup.id))
+        return sorted(dated(found), key=lambda stored: (stored.moment, stored.backup.time, stored.backup.id))
 
     def read_document(self, name: str, kind: FrameType, model: type[_Model]) -> _Model:
         """Return a document that is not a manifest; raises DamagedObjectError."""

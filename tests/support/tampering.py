@@ -23,7 +23,8 @@ from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.check import Checker
 from blocksnap.repository.documents import Manifest
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.repository.writer import RepositoryWriter
 from blocksnap.restore.engine import restore_to_stream
 from blocksnap.volumes.resolve import resolve_volume

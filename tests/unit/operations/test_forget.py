@@ -125,3 +125,40 @@ def test_a_report_speaks_of_each_host(repository: Repository) -> None:
     report = make_report(repository, Ages.parse("26h", None, None), NOW)
     assert [volume.host for volume in report.volumes] == ["vm-a", "vm-b"]
     assert report.warnings == ("vg0/root on vm-a: the last backup is 9 days old",)
+
+
+def test_a_clock_that_was_ahead_does_not_make_a_backup_the_newest(repository: Repository) -> None:
+    ahead = store(repository, NOW + timedelta(days=300), received=NOW - timedelta(days=40))
+    days = {day: store(repository, NOW - timedelta(days=day)) for day in range(39, 2, -1)}
+    assert repository.backups()[0].backup.id == ahead
+    for name in ("latest", "vg0/root@latest", "vg0/root@2027-12-31"):
+        assert find_backup(repository, name).backup.id == days[3], name
+    assert find_backup(repository, "vg0/root@2026-10-18T00:00Z").backup.id == ahead
+    found = newest_of(repository.backups(), "lvm:VG/LV")
+    assert found is not None
+    assert found.id == days[3]
+    report = make_report(repository, Ages.parse("26h", None, None), NOW)
+    assert report.warnings == ("vg0/root: the last backup is 3 days old",)
+
+
+def test_a_clock_that_was_behind_does_not_hide_the_newest(repository: Repository) -> None:
+    for day in range(9, 2, -1):
+        store(repository, NOW - timedelta(days=day))
+    behind = store(repository, NOW - timedelta(days=8, hours=3), received=NOW)
+    assert find_backup(repository, "latest").backup.id == behind
+    # What is restored by its time is what the listing shows with it; monitoring fears the worse.
+    assert find_backup(repository, "vg0/root@2026-11-18T10:00Z").backup.id == behind
+    assert make_report(repository, Ages.parse("26h", None, None), NOW).warnings
+
+
+def test_what_was_copied_in_two_parts_keeps_its_order(repository: Repository) -> None:
+    first, second = NOW - timedelta(days=30), NOW
+    made = [
+        store(
+            repository,
+            NOW - timedelta(days=day),
+            received=first if day >= 30 else second - timedelta(seconds=60 - day),
+        )
+        for day in range(60, 0, -1)
+    ]
+    assert [stored.backup.id for stored in repository.backups()] == made

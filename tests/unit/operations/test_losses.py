@@ -22,7 +22,8 @@ from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import BackupOptions, plan_backup, store_volume
 from blocksnap.pipeline.selection import subtract
 from blocksnap.repository.blockmap import ZERO, MapReader
-from blocksnap.repository.repository import Repository, StoredBackup
+from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
 from blocksnap.repository.writer import RepositoryWriter, Stored
 from blocksnap.volumes.base import Snapshot, Volume
 from blocksnap.volumes.resolve import resolve_volume
