@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from blocksnap.backends.base import ObjectInfo
 from blocksnap.backends.local import LocalBackend
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import map_root, newest_of, root_document
@@ -479,3 +480,26 @@ def newest(repository: Repository) -> Backup:
     found = newest_of(repository.backups(), "v")
     assert found is not None
     return found
+
+
+def test_a_check_beside_a_collection_takes_nothing_for_damage(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records go at the end of a prune that has nothing to collect, so nothing in gc/ tells of it."""
+    for number in range(3):
+        back_up(path, {number: number})
+    repository = open_repository(path)
+    listing, states = repository.backend.list, []
+
+    def list_objects(prefix: str) -> Iterator[ObjectInfo]:
+        found = list(listing(prefix))
+        if prefix == "writers/" and not states:
+            states.append("begun")
+            states.append(prune(path).state)
+        return iter(found)
+
+    monkeypatch.setattr(repository.backend, "list", list_objects)
+    checker = Checker(repository, map_root, lambda _: None, level=2)
+    checker.check_structure()
+    assert states == ["begun", "nothing"]
+    assert not checker.result.damaged
