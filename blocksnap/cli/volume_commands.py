@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -254,14 +255,14 @@ def _job_of(
     if not volumes:
         raise UsageError("no volume was named", resolution="see what there is with: blocksnap volumes")
     configuration = settings.configuration
-    job = configuration.job_for(volumes) if configuration else Job.model_construct(volumes=volumes)
-    return settings, job, job.tags
+    if configuration is None:
+        return settings, Job.model_construct(volumes=volumes), {}
+    job = configuration.job_for(volumes)
+    return replace(settings, repo=settings.repo or configuration.repository_of(job)), job, job.tags
 
 
 def _volumes_of(settings: Settings, job: Job) -> tuple[list[Volume], dict[str, LimitSettings]]:
     """Look the volumes of a job up, and their limits by their keys; raises UsageError, VolumeError."""
-    from dataclasses import replace
-
     from blocksnap.volumes.resolve import resolve_volumes
 
     def left_out(err: BlocksnapError) -> None:

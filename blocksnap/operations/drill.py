@@ -69,12 +69,12 @@ def plan_drill(
 ) -> list[DrillPlan]:
     """Return what is to be drilled: one backup, or the newest of each volume that a job backs up.
 
-    The settings are those of the job of a backup, by its tag, if this host knows it.
+    The settings are those of the job of a backup, by its tag, if this host knows it, else the defaults.
     """
     backups = repository.backups()
     if job is None:
         stored = find_backup(repository, name)
-        return [DrillPlan(stored.backup, _settings(stored, configuration))]
+        return [DrillPlan(stored.backup, drill_settings(stored, configuration))]
     of_job = [
         stored
         for stored in backups
@@ -83,7 +83,7 @@ def plan_drill(
     newest = {stored.lineage: stored for stored in of_job}
     if not newest:
         raise UsageError(f"there is no backup of job {job!r}", resolution=f"blocksnap backup --job {job}")
-    return [DrillPlan(stored.backup, _settings(stored, configuration)) for stored in newest.values()]
+    return [DrillPlan(stored.backup, drill_settings(stored, configuration)) for stored in newest.values()]
 
 
 def run_drills(
@@ -197,7 +197,10 @@ def _some_entries(repository: Repository, backup: Backup, wanted: int) -> Iterat
                 yield entry
 
 
-def _settings(stored: StoredBackup, configuration: Configuration | None) -> DrillSettings:
+def drill_settings(stored: StoredBackup, configuration: Configuration | None) -> DrillSettings:
+    """Return how a backup is to be drilled."""
     job = stored.manifest.tags.get(JOB_TAG)
-    known = configuration.jobs.get(job) if configuration and job else None
-    return (known.drill if known else None) or DrillSettings()
+    if configuration is None:
+        return DrillSettings()
+    known = configuration.jobs.get(job) if job else None
+    return (known or configuration.defaults).drill or DrillSettings()

@@ -1,8 +1,9 @@
-"""What the commands share: how warnings end a command."""
+"""What the commands share: how warnings end a command, and which repository is meant."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import click
 import pytest
@@ -25,3 +26,17 @@ def test_a_command_that_has_warned_ends_with_3(*, as_json: bool, warns: bool, of
 
     code = command.main(args=["--json"] if as_json else [], standalone_mode=False)
     assert code == (3 if warns else None)
+
+
+def test_the_repository_of_the_defaults_is_that_of_volumes_that_are_named(tmp_path: Path) -> None:
+    from blocksnap.cli.volume_commands import _job_of
+
+    path = tmp_path / "blocksnap.toml"
+    path.write_text('repository = "/srv/top"\n[defaults]\nrepository = "/srv/offsite"\n')
+    settings = Settings(None, None, json=False, verbosity=0, config=str(path))
+    assert _job_of(settings, ("vg0/x",), None)[0].repository_url == "/srv/offsite"
+    said = replace(settings, repo="/srv/said")
+    assert _job_of(said, ("vg0/x",), None)[0].repository_url == "/srv/said"
+    path.write_text('repository = "/srv/top"\n')
+    settings = replace(settings)
+    assert _job_of(settings, ("vg0/x",), None)[0].repository_url == "/srv/top"

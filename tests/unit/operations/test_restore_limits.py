@@ -11,6 +11,7 @@ import pytest
 
 from blocksnap.config_files import load
 from blocksnap.controller.settings import LimitSettings
+from blocksnap.operations.drill import drill_settings
 from blocksnap.operations.restore_limits import restore_limits
 from blocksnap.restore.pool_watch import RestoreLimits, room_left
 
@@ -60,6 +61,18 @@ def test_the_limits_are_those_of_the_job(
     configuration = load(str(path), required=True).configuration
     stored = stored_backup(volume, {"job": job} if job else {})
     assert restore_limits(configuration, stored) == wanted
+
+
+def test_drills_of_backups_without_a_job_go_by_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "b.toml"
+    drill = "drill.command"
+    path.write_text(
+        f'[defaults]\n{drill} = ["/bin/false"]\n[jobs.a]\nvolumes = ["vg0/a"]\n{drill} = ["/bin/true"]\n'
+    )
+    configuration = load(str(path), required=True).configuration
+    for tags, command in (({}, "/bin/false"), ({"job": "gone"}, "/bin/false"), ({"job": "a"}, "/bin/true")):
+        assert drill_settings(stored_backup("vg0/a", tags), configuration).command == (command,)
+    assert drill_settings(stored_backup("vg0/a", {}), None).command is None
 
 
 def test_without_a_configuration_they_are_the_defaults() -> None:
