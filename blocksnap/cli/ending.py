@@ -35,10 +35,12 @@ def end_before(err: BaseException) -> Ended | None:
 def ended_by_signals() -> Iterator[None]:
     """Raise Ended in this block, once, when one of SIGNALS arrives; further ones are ignored.
 
+    One that was ignored before stays so, as nohup(1) and shells want it for what they start.
     Python runs a handler between any two instructions, also in a finalizer or around a fork, and there
     no exception gets out: it is printed, and the run goes on, deaf. Such a one is raised again soon.
     """
-    handlers = {number: signal.signal(number, _end) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _end) for number in heeded}
     alarm = signal.getsignal(signal.SIGALRM)
     unraisable = sys.unraisablehook
 

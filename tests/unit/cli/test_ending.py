@@ -35,6 +35,17 @@ def test_a_signal_in_a_finalizer_is_not_lost() -> None:
     assert (caught.value.exit_code, caught.value.word) == (143, "terminated")
 
 
+def test_a_signal_that_was_ignored_before_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_does_not_stop_the_cleaning() -> None:
     cleaned = []
 
