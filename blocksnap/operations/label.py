@@ -7,6 +7,7 @@ the one that recovery has to begin with.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from blocksnap.errors import TargetError, UsageError
 from blocksnap.operations.reporting import Reporter
 from blocksnap.repository.documents import ApplicationRecord, Backup
+from blocksnap.restore.naming import give_name, hidden_name
 
 _ROOM = 1 << 20
 
@@ -75,7 +77,8 @@ def find_label(backup: Backup, server: str | None) -> Label:
 def write_label(label: Label, directory: str) -> list[str]:
     """Write it to a data directory, durably and as its owner; return the paths of what was written.
 
-    Raises NotItsDirectoryError when the directory is another server's, is in use, or has a label.
+    Raises NotItsDirectoryError when the directory is another server's, is in use, has a label, or cannot be
+    written to: then nothing is there that was not before.
     """
     try:
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -84,20 +87,15 @@ def write_label(label: Label, directory: str) -> list[str]:
     try:
         owner = _require_its(label, directory, folder)
         texts = {"tablespace_map": _current_map(label.tablespace_map, folder), "backup_label": label.text}
-        written = []
         # The label is the last: with it there, everything is.
-        for name, text in texts.items():
-            if text:
-                _write(folder, name, text, owner)
-                written.append(os.path.join(directory, name))
-        os.fsync(folder)
+        written = _write_all(folder, {name: text for name, text in texts.items() if text}, owner)
     except OSError as err:
         raise NotItsDirectoryError(
             directory, f"cannot be written to ({err.filename or 'a file in it'}: {err.strerror})"
         ) from err
     finally:
         os.close(folder)
-    return written
+    return [os.path.join(directory, name) for name in written]
 
 
 def _labelled(backup: Backup) -> list[ApplicationRecord]:
@@ -183,6 +181,36 @@ def _exists(folder: int, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _write_all(folder: int, texts: dict[str, str], owner: os.stat_result) -> list[str]:
+    """Give files their names, in this order, when all are durable; remove them when that fails."""
+    made: list[str] = []
+    try:
+        hidden = {name: hidden_name(name) for name in texts}
+        for name, text in texts.items():
+            made.append(hidden[name])
+            _write(folder, hidden[name], text, owner)
+        for name, text in texts.items():
+            _replace_same(folder, name, text)
+            try:
+                give_name(f"/proc/self/fd/{folder}/{hidden[name]}", f"/proc/self/fd/{folder}/{name}")
+            except OSError as err:
+                raise OSError(err.errno, err.strerror, name) from err
+            made.append(name)
+            os.fsync(folder)
+    except BaseException:
+        for name in made:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=folder)
+        raise
+    return list(texts)
+
+
+def _replace_same(folder: int, name: str, text: str) -> None:
+    """Make way where the very same is there already: one who was killed before the label has left it."""
+    if _exists(folder, name) and _read(folder, name) == text.encode():
+        os.unlink(name, dir_fd=folder)
 
 
 def _write(folder: int, name: str, text: str, owner: os.stat_result) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -144,3 +147,36 @@ def test_a_manifest_without_records_is_what_it_was_before_there_were_any() -> No
     assert "records" not in backup_of().model_dump_json()
     kept = backup_of(record("a", label="A\n"))
     assert Backup.model_validate_json(kept.model_dump_json()) == kept
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(tmp_path: Path) -> None:
+    """A limit of file sizes is as good as a full disk: it fails in the middle of the label."""
+    data = data_directory(tmp_path)
+    long = replace(LABEL, text="x" * 5000)
+    before = sorted(os.listdir(data))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(NotItsDirectoryError, match="File too large"):
+            write_label(long, str(data))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(os.listdir(data)) == before
+    write_label(long, str(data))
+    assert (data / "backup_label").read_text() == long.text
+
+
+def test_one_that_was_killed_before_the_label_is_gone_on_with(tmp_path: Path) -> None:
+    data = data_directory(tmp_path)
+    write_label(LABEL, str(data))
+    (data / "backup_label").unlink()
+    assert len(write_label(LABEL, str(data))) == 2
+    (data / "backup_label").unlink()
+    (data / "tablespace_map").write_text("another's")
+    with pytest.raises(NotItsDirectoryError, match=r"cannot be written to \(tablespace_map: File exists"):
+        write_label(LABEL, str(data))
+    assert (data / "tablespace_map").read_text() == "another's"
+    assert not (data / "backup_label").exists()
+    assert not list(data.glob(".*"))
