@@ -127,7 +127,8 @@ def test_every_row_of_a_needed_id_is_marked(path: Path) -> None:
 def forge_pack(path: Path, repository: Repository) -> None:
     """Store frames with the headers of the true ones and nothing in them, listed as theirs."""
     index = numbered(repository)
-    packs = PackWriter(repository.backend, repository.keys, os.urandom(16))
+    owner = next(stored.manifest.writer for stored in repository.backups())
+    packs = PackWriter(repository.backend, repository.keys, bytes.fromhex(owner))
     rows: list[Row] = []
     for id_, _, pack, offset, length, kind in index.entries():
         frame = memoryview(bytearray(length))
