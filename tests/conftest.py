@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,16 @@ settings.load_profile("blocksnap")
 
 # argon2id is made to take long, and gives the same for the same: tests open one repository many times.
 key_objects.passphrase_key = functools.cache(key_objects.passphrase_key)
+
+
+def _take_note_of(*_: object) -> None:
+    """Nothing is done; but what is handled here is not ignored by the programs that tests start."""
+
+
+# Under nohup, or in the background of a script, blocksnap would ignore them, as it should.
+for _number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _take_note_of)
 
 
 def shared_directories() -> dict[str, tuple[int, int, int, list[str]]]:
