@@ -10,6 +10,7 @@ from pathlib import Path
 
 _SOURCES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 _PURPOSE = b"blocksnap host id"
+_ENDED = frozenset("ZX")
 
 
 @cache
@@ -55,15 +56,16 @@ def process_start(pid: int) -> int | None:
 
 
 def processes(names: Collection[str]) -> list[int]:
-    """Return the processes that run a program of one of these names."""
+    """Return the processes that run a program of one of these names; one that has ended does so no more."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             name = (folder / "comm").read_text().rstrip("\n")
+            # Whoever started it may never ask what became of it. Its state follows the name (proc(5)).
+            if name in names and (folder / "stat").read_text().rpartition(")")[2].split()[0] not in _ENDED:
+                found.append(int(folder.name))
         except OSError:
             continue
-        if name in names:
-            found.append(int(folder.name))
     return found
 
 

@@ -59,3 +59,20 @@ def test_a_process_is_told_from_its_remains() -> None:
 def test_boot() -> None:
     assert len(host.boot_id()) == 36
     assert 0 < host.boot_time() < time.time()
+
+
+def test_a_program_that_has_ended_is_not_at_work(tmp_path: Path) -> None:
+    program = tmp_path / "a (strange) n"
+    program.symlink_to("/bin/sleep")
+    running = subprocess.Popen([program, "60"])
+    try:
+        while not (found := host.processes({program.name})):
+            time.sleep(0.01)
+        assert found == [running.pid]
+        running.kill()
+        # It stays until it is waited for.
+        os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
+        assert host.processes({program.name}) == []
+    finally:
+        running.kill()
+        running.wait()
