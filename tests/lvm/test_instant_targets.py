@@ -56,13 +56,20 @@ ArrivalDevices.merge = merged
 """
 SERVED_BY_ONE_THAT_STANDS_STILL = """
 import os
+from pathlib import Path
+from blocksnap.system import nbd
 bringing._ANSWER_SECONDS = 2
-start = bringing.ImageServer.start
-def started(self):
-    number = start(self)
-    os.kill(self._server.pid, 19)
-    return number
-bringing.ImageServer.start = started
+connect, reconnect = bringing.ImageServer._connect, nbd.reconnect
+def connected(self, server, connection):
+    def standing_still(*words):
+        # Before the kernel has it: once it does, it may have answered who waits.
+        os.kill(server.pid, 19)
+        while "State:\tT" not in Path(f"/proc/{server.pid}/status").read_text():
+            pass
+        reconnect(*words)
+    nbd.reconnect = standing_still
+    return connect(self, server, connection)
+bringing.ImageServer._connect = connected
 """
 
 
