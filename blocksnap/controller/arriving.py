@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from blocksnap.controller.journal import StateError
 from blocksnap.errors import BlocksnapError, BusyError
 from blocksnap.system.devmapper import encode_name
-from blocksnap.system.flock import try_lock
+from blocksnap.system.flock import lock_within, try_lock
 from blocksnap.system.lvm_config import ARRIVING_SUFFIX
 
 _FOLDER = "instant"
@@ -105,12 +104,8 @@ class ArrivalFile:
         except OSError as err:
             raise StateError(str(self._folder), err) from err
         try:
-            deadline = time.monotonic() + _LOCK_SECONDS
-            while not try_lock(fd):
-                # Whoever only looks has it for an instant.
-                if time.monotonic() > deadline:
-                    raise InstantBusyError(self._volume)
-                time.sleep(0.05)
+            if not lock_within(fd, _LOCK_SECONDS):
+                raise InstantBusyError(self._volume)
             yield
         finally:
             os.close(fd)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from blocksnap.controller.arriving import Arrival, ArrivalFile, InstantBusyError, Stage, read_arrivals
 from blocksnap.controller.examine_host import examine_arrivals
+from blocksnap.system.flock import try_lock
 
 ARRIVAL = Arrival(
     stage="making",
@@ -38,6 +40,18 @@ def test_one_holds_it_and_others_see_that(tmp_path: Path) -> None:
         file.remove()
     assert read_arrivals(state) == []
     assert file.read() is None
+
+
+def test_who_only_looks_keeps_nobody_from_it(tmp_path: Path) -> None:
+    with ArrivalFile(str(tmp_path), "vg-1", "data").held():
+        pass
+    with (tmp_path / "instant" / "vg--1-data.lock").open("r+b") as looking:
+        assert try_lock(looking.fileno(), shared=True)
+        ends = Timer(0.2, looking.close)
+        ends.start()
+        with ArrivalFile(str(tmp_path), "vg-1", "data").held():
+            assert looking.closed
+        ends.join()
 
 
 @pytest.mark.parametrize(
