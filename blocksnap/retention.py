@@ -181,9 +181,14 @@ class Candidate:
     hostname: str = ""
 
     @property
+    def origin(self) -> tuple[str, str]:
+        """The host that made it, by id and name."""
+        return self.host, self.hostname
+
+    @property
     def lineage(self) -> tuple[str, str, str]:
         """The volume and the host: the same for what one host made of one volume."""
-        return self.volume, self.host, self.hostname
+        return self.volume, *self.origin
 
     @property
     def dated_by_arrival(self) -> bool:

@@ -168,18 +168,20 @@ def _show_forget(settings: Settings, plan: ForgetPlan, *, dry_run: bool) -> None
         return
     if settings.verbosity < 0:
         return
-    names = plan.volume_names()
+    hosts = plan.hosts()
     rows = [
         (
             decision.candidate.id[:8],
-            names[decision.candidate.id],
+            decision.candidate.name,
+            hosts[decision.candidate.origin],
             format_time(decision.candidate.time),
             "keep" if decision.keep else "forget",
             "; ".join(decision.reasons),
         )
         for decision in plan.decisions
     ]
-    print_table(("ID", "VOLUME", "TIME", "", "WHY"), rows, right=())
+    without = () if len(hosts) > 1 else (2,)
+    print_table(("ID", "VOLUME", "HOST", "TIME", "", "WHY"), rows, without=without)
     word = "would be forgotten" if dry_run else "forgotten"
     click.echo(f"{len(plan.forgotten)} of {len(plan.decisions)} {word}")
 

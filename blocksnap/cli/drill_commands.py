@@ -88,7 +88,9 @@ def report_command(
     else:
         if found.volumes:
             rows = [_row(volume) for volume in found.volumes]
-            print_table(("VOLUME", "LAST BACKUP", "BACKUPS", "LAST DRILL", "RESULT"), rows, right=(2,))
+            header = ("VOLUME", "HOST", "LAST BACKUP", "BACKUPS", "LAST DRILL", "RESULT")
+            several = len({volume.called for volume in found.volumes}) > 1
+            print_table(header, rows, right=(3,), without=() if several else (1,))
         if settings.verbosity >= 0:
             when = format_time(found.checked) if found.checked else "never"
             click.echo(f"packs were last read by a check: {when}")
@@ -102,6 +104,7 @@ def _row(volume: VolumeReport) -> tuple[str, ...]:
     drill = volume.drill
     return (
         volume.name,
+        volume.called,
         format_time(volume.time),
         str(volume.backups),
         format_time(drill.time) if drill else "never",

@@ -52,14 +52,21 @@ def printable(text: str, *, kept: str = "\n\t") -> str:
     )
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    """Print aligned columns; those numbered in ``right`` to the right."""
+def print_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    without: Sequence[int] = (),
+) -> None:
+    """Print aligned columns; those numbered in ``right`` to the right, those in ``without`` not at all."""
     lines = [[printable(cell, kept="") for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         cells = [
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            if column not in without
         ]
         click.echo("  ".join(cells).rstrip())
 

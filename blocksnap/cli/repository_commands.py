@@ -68,11 +68,12 @@ def init_command(settings: Settings, *, chunk_size: str, no_encryption: bool) ->
 def list_command(settings: Settings, volume: str | None) -> None:
     """List backups, oldest first; those of VOLUME, or all."""
     from blocksnap.operations.catalogue import of_volume
-    from blocksnap.operations.describing import describe_brief, stored_bytes
+    from blocksnap.operations.describing import describe_brief, name_hosts, stored_bytes
     from blocksnap.operations.report import describe_drill, last_drills_of_backups
 
     repository = settings.open_repository()
     backups, drilled = repository.backups(), last_drills_of_backups(repository)
+    hosts = name_hosts(stored.origin for stored in backups)
     if volume:
         backups = of_volume(backups, volume)
     if settings.json:
@@ -89,6 +90,7 @@ def list_command(settings: Settings, volume: str | None) -> None:
         (
             stored.backup.id[:8],
             stored.backup.volume.name,
+            hosts[stored.origin],
             format_time(stored.backup.time),
             stored.backup.kind,
             format_size(stored.backup.size),
@@ -100,9 +102,10 @@ def list_command(settings: Settings, volume: str | None) -> None:
         for stored in backups
     ]
     print_table(
-        ("ID", "VOLUME", "TIME", "KIND", "SIZE", "CHANGED", "STORED", "DRILLED", "TAGS"),
+        ("ID", "VOLUME", "HOST", "TIME", "KIND", "SIZE", "CHANGED", "STORED", "DRILLED", "TAGS"),
         rows,
-        right=(4, 5, 6),
+        right=(5, 6, 7),
+        without=() if len(hosts) > 1 else (2,),
     )
 
 

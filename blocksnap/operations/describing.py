@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.stored import StoredBackup
+
+
+def name_hosts(origins: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return what to call hosts, each by id and name: those of one name by the beginning of the id too."""
+    found = set(origins)
+    ids: dict[str, list[str]] = {}
+    for id_, name in found:
+        ids.setdefault(name, []).append(id_)
+    return {(id_, name): f"{name} ({id_[:8]})" if len(ids[name]) > 1 else name for id_, name in found}
 
 
 def describe_brief(stored: StoredBackup) -> dict[str, object]:
@@ -12,6 +23,7 @@ def describe_brief(stored: StoredBackup) -> dict[str, object]:
     return {
         "id": backup.id,
         "volume": backup.volume.name,
+        "host": stored.manifest.hostname,
         "time": backup.time.isoformat(),
         "kind": backup.kind,
         "parent": backup.parent,
@@ -40,7 +52,6 @@ def describe(stored: StoredBackup) -> dict[str, object]:
         "freeze_ms": figures.freeze_ms,
         "skew_ms": figures.skew_ms,
         "seconds": figures.seconds,
-        "host": stored.manifest.hostname,
         "program": stored.manifest.program,
         "source": dict(backup.source),
     }

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from blocksnap.controller.arriving import read_arrivals
 from blocksnap.errors import BusyError, UsageError
 from blocksnap.operations.catalogue import find_backup
+from blocksnap.operations.describing import name_hosts
 from blocksnap.repository.documents import Forgotten
 from blocksnap.repository.epochs import create_forgotten
 from blocksnap.repository.repository import Repository
@@ -50,22 +51,9 @@ class ForgetPlan:
         """Ids of what is given up."""
         return tuple(decision.candidate.id for decision in self.decisions if not decision.keep)
 
-    def volume_names(self) -> dict[str, str]:
-        """Return what to call the volume of each backup: with its host, where several have one of that name.
-
-        Hosts of one name are told apart by the beginning of their ids.
-        """
-        hosts: dict[str, dict[str, set[str]]] = {}
-        for one in (decision.candidate for decision in self.decisions):
-            hosts.setdefault(one.name, {}).setdefault(one.hostname, set()).add(one.host)
-
-        def describe(one: Candidate) -> str:
-            of_name = hosts[one.name]
-            if len(of_name[one.hostname]) > 1:
-                return f"{one.name} on {one.hostname} ({one.host[:8]})"
-            return f"{one.name} on {one.hostname}" if len(of_name) > 1 else one.name
-
-        return {decision.candidate.id: describe(decision.candidate) for decision in self.decisions}
+    def hosts(self) -> dict[tuple[str, str], str]:
+        """Return what to call the hosts, by id and name."""
+        return name_hosts(decision.candidate.origin for decision in self.decisions)
 
 
 def backups_arriving(state_directory: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from blocksnap.errors import UsageError
 from blocksnap.operations.catalogue import is_luks_header
+from blocksnap.operations.describing import name_hosts
 from blocksnap.operations.losses import current_losses
 from blocksnap.repository.checked import load_states, newest
 from blocksnap.repository.documents import Drilled
@@ -43,6 +44,8 @@ class VolumeReport:
     key: str
     name: str
     host: str
+    called: str
+    """What tells the host from all others: its name, and more where several have it."""
     backups: int
     backup: str
     time: datetime
@@ -96,14 +99,15 @@ def make_report(repository: Repository, ages: Ages, now: datetime) -> Report:
     for stored in repository.backups():
         lineages.setdefault(stored.lineage, []).append(stored)
     last_drills = _last_drills(repository, lineages)
+    hosts = name_hosts((id_, name) for _, id_, name in lineages)
     volumes = tuple(
-        _report(repository, backups, last_drills.get(lineage), ages, now)
+        _report(repository, backups, hosts[lineage[1:]], last_drills.get(lineage), ages, now)
         for lineage, backups in lineages.items()
     )
     checked = newest(load_states(repository), HASHES)
     names = Counter(volume.name for volume in volumes)
     warnings = [
-        f"{volume.name}{f' on {volume.host}' if names[volume.name] > 1 else ''}: {text}"
+        f"{volume.name}{f' on {volume.called}' if names[volume.name] > 1 else ''}: {text}"
         for volume in volumes
         for text in volume.warnings
     ]
@@ -144,13 +148,19 @@ def last_drills_of_backups(repository: Repository) -> dict[str, Drilled]:
 
 
 def _report(
-    repository: Repository, backups: list[StoredBackup], drill: Drilled | None, ages: Ages, now: datetime
+    repository: Repository,
+    backups: list[StoredBackup],
+    host: str,
+    drill: Drilled | None,
+    ages: Ages,
+    now: datetime,
 ) -> VolumeReport:
     last = backups[-1]
     return VolumeReport(
         key=last.backup.volume.key,
         name=last.backup.volume.name,
         host=last.manifest.hostname,
+        called=host,
         backups=len(backups),
         backup=last.backup.id,
         time=last.oldest,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
+
+from blake3 import blake3
 
 from blocksnap.backends.local import LocalBackend
 from blocksnap.operations.sink import DataSink
 from blocksnap.pipeline.flow import Flow, Geometry
+from blocksnap.repository.documents import Backup, Manifest, Root, Statistics, VolumeRecord
 from blocksnap.repository.keys import MINIMUM_COST
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import Author, RepositoryWriter
@@ -50,6 +54,39 @@ def store_bytes(
         os.close(fd)
     assert [result.number for result in results] == list(range(geometry.count))
     return [result.id for result in results]
+
+
+def store_empty(
+    repository: Repository,
+    time: datetime,
+    *,
+    host: tuple[str, str] = ("id", "web"),
+    received: datetime | None = None,
+    seconds: float = 0,
+) -> str:
+    """Store an empty backup that took so long, and return its id.
+
+    By the storage's clock it arrives when it was made, or at ``received``.
+    """
+    figures = Statistics(
+        changed_bytes=0, read_bytes=0, new_bytes=0, stored_bytes=0, metadata_bytes=0, new_chunks=0,
+        freeze_ms=0, skew_ms=0, seconds=seconds,
+    )  # fmt: skip
+    with open_writer(repository) as run:
+        backup = Backup(
+            id=blake3(run.id + bytes(4)).hexdigest(length=16),
+            volume=VolumeRecord(name="vg0/root", key="lvm:VG/LV", kind="thin"), time=time, kind="full",
+            parent=None, method="compare", reason="", size=CHUNK, chunk_size=CHUNK,
+            map=Root(levels=1, root="hole"), source={}, statistics=figures,
+        )  # fmt: skip
+        run.commit(
+            lambda _: Manifest(
+                writer=run.id.hex(), time=time, host=host[0], hostname=host[1], program="p", backups=(backup,)
+            )
+        )
+        arrived = (received or time).timestamp()
+        os.utime(Path(repository.backend.place) / "manifests" / run.id.hex(), (arrived, arrived))
+    return backup.id
 
 
 def harm_largest_pack(repository: Path) -> None:

@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 
 from blocksnap.operations import catalogue
 from blocksnap.operations.catalogue import find_backup, newest_of
 from blocksnap.operations.forget import ForgetPlan, NewestBackupError, plan_by_name, plan_by_policy
 from blocksnap.operations.report import Ages, make_report
-from blocksnap.repository.documents import Backup, Manifest, Root, Statistics, VolumeRecord
 from blocksnap.repository.repository import Repository
 from blocksnap.retention import Keep, Policy, Rule
-from support.repositories import CHUNK, make_repository, open_writer
+from support.repositories import make_repository, store_empty
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 DAYS = Policy((Rule(Keep(daily=14, weekly=8)),))
-_NOTHING = Statistics(
-    changed_bytes=0, read_bytes=0, new_bytes=0, stored_bytes=0, metadata_bytes=0, new_chunks=0,
-    freeze_ms=0, skew_ms=0, seconds=0,
-)  # fmt: skip
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Repository:
     return make_repository(tmp_path / "r", encrypted=False)
-
-
-def store(
-    repository: Repository,
-    time: datetime,
-    *,
-    host: tuple[str, str] = ("id", "web"),
-    received: datetime | None = None,
-) -> str:
-    """Store an empty backup; by the storage's clock it arrives when it was made, or at ``received``."""
-    with open_writer(repository) as run:
-        backup = Backup(
-            id=blake3(run.id + bytes(4)).hexdigest(length=16),
-            volume=VolumeRecord(name="vg0/root", key="lvm:VG/LV", kind="thin"), time=time, kind="full",
-            parent=None, method="compare", reason="", size=CHUNK, chunk_size=CHUNK,
-            map=Root(levels=1, root="hole"), source={}, statistics=_NOTHING,
-        )  # fmt: skip
-        run.commit(
-            lambda _: Manifest(
-                writer=run.id.hex(), time=time, host=host[0], hostname=host[1], program="p", backups=(backup,)
-            )
-        )
-        arrived = (received or time).timestamp()
-        os.utime(Path(repository.backend.place) / "manifests" / run.id.hex(), (arrived, arrived))
-    return backup.id
 
 
 def plan(repository: Repository, policy: Policy = DAYS) -> ForgetPlan:
@@ -76,40 +44,50 @@ def test_clones_do_not_lose_their_backups_to_each_other(
     for day in range(20, 0, -1):
         for place, host in enumerate((one, other)):
             time = NOW.replace(hour=2) - timedelta(days=day) + timedelta(minutes=5 * place)
-            hosts[store(repository, time, host=host)] = host
+            hosts[store_empty(repository, time, host=host)] = host
     decided = plan(repository)
     kept = Counter(hosts[each.candidate.id] for each in decided.decisions if each.keep)
     assert kept[one] == kept[other] >= 14
     # Nobody has to guess which is whose.
-    names = decided.volume_names()
-    assert len({(names[id_], host) for id_, host in hosts.items()}) == len(set(names.values())) == 2
-    assert all(hosts[id_][1] in name for id_, name in names.items())
+    names = decided.hosts()
+    assert set(names) == {one, other}
+    assert len(set(names.values())) == 2
+    assert all(name.startswith(hostname) for (_, hostname), name in names.items())
 
 
-def test_where_one_host_has_a_volume_its_name_is_enough(repository: Repository) -> None:
-    store(repository, NOW - timedelta(days=1))
-    assert set(plan(repository).volume_names().values()) == {"vg0/root"}
+def test_hosts_that_share_a_name_are_told_apart_in_a_report(repository: Repository) -> None:
+    for id_ in ("1" * 32, "2" * 32):
+        store_empty(repository, NOW - timedelta(days=9), host=(id_, "localhost"))
+    report = make_report(repository, Ages.parse("26h", None, None), NOW)
+    assert report.warnings == (
+        "vg0/root on localhost (11111111): the last backup is 9 days old",
+        "vg0/root on localhost (22222222): the last backup is 9 days old",
+    )
 
 
 def test_a_host_installed_anew_begins_again_and_loses_nothing(repository: Repository) -> None:
-    before = [store(repository, NOW - timedelta(days=day), host=("old", "web")) for day in range(60, 30, -1)]
+    before = [
+        store_empty(repository, NOW - timedelta(days=day), host=("old", "web")) for day in range(60, 30, -1)
+    ]
     plan(repository)
-    since = [store(repository, NOW - timedelta(days=day), host=("new", "web")) for day in range(30, 0, -1)]
+    since = [
+        store_empty(repository, NOW - timedelta(days=day), host=("new", "web")) for day in range(30, 0, -1)
+    ]
     kept = {each.candidate.id for each in plan(repository).decisions if each.keep}
     assert kept >= {*before[-14:], *since[-14:]}
 
 
 def test_the_newest_of_each_host_is_not_given_up_unasked(repository: Repository) -> None:
-    mine = store(repository, NOW - timedelta(days=2), host=("same", "vm-a"))
-    store(repository, NOW - timedelta(days=1), host=("same", "vm-b"))
+    mine = store_empty(repository, NOW - timedelta(days=2), host=("same", "vm-a"))
+    store_empty(repository, NOW - timedelta(days=1), host=("same", "vm-b"))
     with pytest.raises(NewestBackupError):
         plan_by_name(repository, [mine], arriving={}, force=False)
     assert plan_by_name(repository, [mine], arriving={}, force=True).forgotten == (mine,)
 
 
 def test_a_backup_builds_on_this_hosts_own(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = store(repository, NOW - timedelta(days=2), host=("same", "vm-a"))
-    other = store(repository, NOW - timedelta(days=1), host=("same", "vm-b"))
+    mine = store_empty(repository, NOW - timedelta(days=2), host=("same", "vm-a"))
+    other = store_empty(repository, NOW - timedelta(days=1), host=("same", "vm-b"))
     for hostname, expected in (("vm-a", mine), ("vm-b", other), ("vm-c", other)):
         monkeypatch.setattr(catalogue, "this_origin", lambda name=hostname: ("same", name))
         found = newest_of(repository.backups(), "lvm:VG/LV")
@@ -120,16 +98,16 @@ def test_a_backup_builds_on_this_hosts_own(repository: Repository, monkeypatch: 
 
 
 def test_a_report_speaks_of_each_host(repository: Repository) -> None:
-    store(repository, NOW - timedelta(days=9), host=("same", "vm-a"))
-    store(repository, NOW - timedelta(hours=9), host=("same", "vm-b"))
+    store_empty(repository, NOW - timedelta(days=9), host=("same", "vm-a"))
+    store_empty(repository, NOW - timedelta(hours=9), host=("same", "vm-b"))
     report = make_report(repository, Ages.parse("26h", None, None), NOW)
     assert [volume.host for volume in report.volumes] == ["vm-a", "vm-b"]
     assert report.warnings == ("vg0/root on vm-a: the last backup is 9 days old",)
 
 
 def test_a_clock_that_was_ahead_does_not_make_a_backup_the_newest(repository: Repository) -> None:
-    ahead = store(repository, NOW + timedelta(days=300), received=NOW - timedelta(days=40))
-    days = {day: store(repository, NOW - timedelta(days=day)) for day in range(39, 2, -1)}
+    ahead = store_empty(repository, NOW + timedelta(days=300), received=NOW - timedelta(days=40))
+    days = {day: store_empty(repository, NOW - timedelta(days=day)) for day in range(39, 2, -1)}
     assert repository.backups()[0].backup.id == ahead
     for name in ("latest", "vg0/root@latest", "vg0/root@2027-12-31"):
         assert find_backup(repository, name).backup.id == days[3], name
@@ -143,8 +121,8 @@ def test_a_clock_that_was_ahead_does_not_make_a_backup_the_newest(repository: Re
 
 def test_a_clock_that_was_behind_does_not_hide_the_newest(repository: Repository) -> None:
     for day in range(9, 2, -1):
-        store(repository, NOW - timedelta(days=day))
-    behind = store(repository, NOW - timedelta(days=8, hours=3), received=NOW)
+        store_empty(repository, NOW - timedelta(days=day))
+    behind = store_empty(repository, NOW - timedelta(days=8, hours=3), received=NOW)
     assert find_backup(repository, "latest").backup.id == behind
     # What is restored by its time is what the listing shows with it; monitoring fears the worse.
     assert find_backup(repository, "vg0/root@2026-11-18T10:00Z").backup.id == behind
@@ -154,7 +132,7 @@ def test_a_clock_that_was_behind_does_not_hide_the_newest(repository: Repository
 def test_what_was_copied_in_two_parts_keeps_its_order(repository: Repository) -> None:
     first, second = NOW - timedelta(days=30), NOW
     made = [
-        store(
+        store_empty(
             repository,
             NOW - timedelta(days=day),
             received=first if day >= 30 else second - timedelta(seconds=60 - day),

@@ -1,0 +1,52 @@
+"""Tables of what several hosts stored say whose it is, and what a wrong clock said."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from blocksnap.cli.main import run
+from support.repositories import make_repository, store_empty
+
+NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
+COMMANDS = (["list"], ["report"], ["forget", "--keep-last", "9", "--dry-run"])
+
+
+def printed(capsys: pytest.CaptureFixture[str], place: Path, *words: str) -> str:
+    capsys.readouterr()
+    assert run([*words, "--repo", str(place)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_where_one_host_has_it_all_nobody_needs_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    store_empty(make_repository(tmp_path / "r", encrypted=False), NOW)
+    said = printed(capsys, tmp_path / "r", *command)
+    assert "vg0/root" in said
+    assert "HOST" not in said
+    assert "web" not in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_of_several_hosts_each_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    repository = make_repository(tmp_path / "r", encrypted=False)
+    for host in (("1" * 32, "web"), ("2" * 32, "web"), ("3" * 32, "mail")):
+        store_empty(repository, NOW, host=host)
+    header, *rows = printed(capsys, tmp_path / "r", *command).splitlines()
+    at = header.index("HOST")
+    assert header[:at].split()[-1] == "VOLUME"
+    names = {row[at:].split("  ")[0] for row in rows if "vg0/root" in row}
+    assert names == {"web (11111111)", "web (22222222)", "mail"}
+
+
+def test_a_listing_says_the_host_to_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store_empty(make_repository(tmp_path / "r", encrypted=False), NOW)
+    (backup,) = json.loads(printed(capsys, tmp_path / "r", "list", "--json"))["backups"]
+    assert backup["host"] == "web"
