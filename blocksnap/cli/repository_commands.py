@@ -14,6 +14,11 @@ from blocksnap.quantities import parse_size
 
 if TYPE_CHECKING:
     from blocksnap.repository.documents import Drilled
+    from blocksnap.repository.stored import StoredBackup
+
+_CLOCK_NOTE = (
+    "* so said its host's clock, which was wrong: order and retention go by when it arrived (see: show)"
+)
 
 
 @click.command("init")
@@ -91,7 +96,7 @@ def list_command(settings: Settings, volume: str | None) -> None:
             stored.backup.id[:8],
             stored.backup.volume.name,
             hosts[stored.origin],
-            format_time(stored.backup.time),
+            format_time(stored.backup.time) + (" *" if stored.clock_was_wrong else ""),
             stored.backup.kind,
             format_size(stored.backup.size),
             format_size(stored.backup.statistics.changed_bytes),
@@ -107,12 +112,19 @@ def list_command(settings: Settings, volume: str | None) -> None:
         right=(5, 6, 7),
         without=() if len(hosts) > 1 else (2,),
     )
+    if any(stored.clock_was_wrong for stored in backups) and settings.verbosity >= 0:
+        click.echo(_CLOCK_NOTE)
 
 
 def _drilled(drill: Drilled | None) -> str:
     if drill is None:
         return "-"
     return format_time(drill.time) if drill.good else "FAILED"
+
+
+def _dated(stored: StoredBackup) -> str:
+    why = "its host's clock was wrong" if stored.clock_was_wrong else "storing it took that long"
+    return f"{format_time(stored.moment)}, by its arrival: {why}"
 
 
 def _show_host(settings: Settings, backup: str, folder: Path | None) -> None:
@@ -190,6 +202,8 @@ def show_command(settings: Settings, backup: str, *, host: bool, folder: Path | 
             ("backup", record.id),
             ("volume", f"{record.volume.name} ({record.volume.kind})"),
             ("time", format_time(record.time)),
+            *((("arrived", format_time(stored.received)),) if stored.received else ()),
+            *((("dated", _dated(stored)),) if stored.dated else ()),
             ("host", stored.manifest.hostname),
             ("kind", f"{record.kind}, parent {record.parent[:8]}" if record.parent else record.kind),
             ("method", f"{record.method}: {record.reason}"),

@@ -25,6 +25,8 @@ def describe_brief(stored: StoredBackup) -> dict[str, object]:
         "volume": backup.volume.name,
         "host": stored.manifest.hostname,
         "time": backup.time.isoformat(),
+        "arrived": stored.received.isoformat() if stored.received else None,
+        "dated": stored.moment.isoformat(),
         "kind": backup.kind,
         "parent": backup.parent,
         "volume_bytes": backup.size,

@@ -35,6 +35,14 @@ class StoredBackup:
         return min(self.moment, self.backup.time)
 
     @property
+    def clock_was_wrong(self) -> bool:
+        """Whether its arrival speaks against its host's clock, and the time that storing took is not why."""
+        if self.dated is None or self.received is None:
+            return False
+        stored = self.backup.time + timedelta(seconds=self.backup.statistics.seconds)
+        return abs(self.received - stored) > CLOCK_TOLERANCE
+
+    @property
     def origin(self) -> tuple[str, str]:
         """The host that made it, by id and name: machines made from one template may share either."""
         return self.manifest.host, self.manifest.hostname

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -50,3 +50,37 @@ def test_a_listing_says_the_host_to_programs(tmp_path: Path, capsys: pytest.Capt
     store_empty(make_repository(tmp_path / "r", encrypted=False), NOW)
     (backup,) = json.loads(printed(capsys, tmp_path / "r", "list", "--json"))["backups"]
     assert backup["host"] == "web"
+
+
+def test_a_time_that_is_not_believed_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repository, place = make_repository(tmp_path / "r", encrypted=False), tmp_path / "r"
+    ahead = store_empty(repository, NOW + timedelta(days=300), received=NOW - timedelta(days=2))
+    slow = store_empty(
+        repository, NOW - timedelta(hours=9), received=NOW, seconds=timedelta(hours=9).total_seconds()
+    )
+    fine = store_empty(repository, NOW + timedelta(hours=1))
+    listed = json.loads(printed(capsys, place, "list", "--json"))["backups"]
+    assert [each["id"] for each in listed] == [ahead, slow, fine]
+    assert [each["arrived"] for each in listed] == [
+        (NOW - timedelta(days=2)).isoformat(),
+        NOW.isoformat(),
+        (NOW + timedelta(hours=1)).isoformat(),
+    ]
+    assert [each["dated"] for each in listed] == [each["arrived"] for each in listed]
+    _, *rows, note = printed(capsys, place, "list").splitlines()
+    assert [" *  " in row for row in rows] == [True, False, False]
+    assert note.startswith("* ")
+    assert "clock, which was wrong" in note
+    assert note not in printed(capsys, place, "list", "--quiet")
+    assert "by its arrival: its host's clock was wrong" in printed(capsys, place, "show", ahead)
+    assert "by its arrival: storing it took that long" in printed(capsys, place, "show", slow)
+    assert "by its arrival" not in printed(capsys, place, "show", fine)
+
+
+def test_a_copied_repository_marks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repository, place = make_repository(tmp_path / "r", encrypted=False), tmp_path / "r"
+    for day in (3, 2, 1):
+        store_empty(repository, NOW - timedelta(days=day), received=NOW)
+    assert "*" not in printed(capsys, place, "list")
+    listed = json.loads(printed(capsys, place, "list", "--json"))["backups"]
+    assert [each["dated"] for each in listed] == [each["time"] for each in listed]
