@@ -8,7 +8,7 @@ from collections.abc import Callable
 from blocksnap.restore.place import Place
 from blocksnap.restore.pool_watch import PoolWatch, RestoreLimits
 from blocksnap.restore.record import RestoreRecord
-from blocksnap.restore.targets import TargetTooSmallError
+from blocksnap.restore.targets import Progress, TargetTooSmallError
 from blocksnap.system import blockdev
 
 
@@ -48,14 +48,16 @@ class DeviceTarget(Place):
         self._pool.before(len(data))
         super().write(offset, data)
 
-    def clear(self, offset: int, length: int, *, hole: bool) -> None:
+    def clear(self, offset: int, length: int, *, hole: bool, progress: Progress) -> None:
         """Discard a hole where that leaves zeros; write zeros otherwise, which takes room of a pool.
 
         Raises PoolFillingError.
         """
         before_zeros = self._pool.before if self._pool.is_there else None
         try:
-            blockdev.clear(self._fd, offset, length, discard=hole, before_zeros=before_zeros)
+            blockdev.clear(
+                self._fd, offset, length, discard=hole, before_zeros=before_zeros, progress=progress
+            )
         except OSError as err:
             raise self.failed(err) from err
 

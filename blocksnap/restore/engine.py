@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
-from typing import BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, TypeVar
 
 from blocksnap.errors import DamageError
 from blocksnap.pipeline.flow import Geometry
@@ -32,7 +32,7 @@ from blocksnap.restore.plan import (
     planned_ahead,
 )
 from blocksnap.restore.record import HEAD_BYTES
-from blocksnap.restore.targets import Target, write_stream
+from blocksnap.restore.targets import Progress, Target, write_stream
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -79,14 +79,6 @@ class Losses:
     def chunks(self) -> list[tuple[int, int]]:
         """Return the ranges of chunks, sorted by their beginnings."""
         return sorted(self._chunks)
-
-
-class Progress(Protocol):
-    """Told how many bytes of the volume are done."""
-
-    def __call__(self, done_bytes: int, /) -> None:
-        """Count ``done_bytes`` more."""
-        ...
 
 
 class ChunkFetcher:
@@ -265,8 +257,8 @@ class _Restoring:
         lost = _pass_over(window, self._geometry, self._losses)
         _clear(window, self._geometry, self._target, self._progress)
         for number in lost:
-            self._target.clear(number * size, self._geometry.length(number), hole=False)
-            self._progress(self._geometry.length(number))
+            length = self._geometry.length(number)
+            self._target.clear(number * size, length, hole=False, progress=self._progress)
         numbers = (n for fetch in window.ranges for frame in fetch.frames for n in frame.numbers)
         self._target.expect((begin * size, (end - begin) * size) for begin, end in _ranges(sorted(numbers)))
 
@@ -415,7 +407,7 @@ def verify_chunks(
         contextlib.closing(planned) as windows,
         ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-verify") as pool,
     ):
-        ranges = _note_missing(windows, geometry, damage)
+        ranges = _ranges_of(windows, geometry, damage, progress)
         try:
             for _, (done, errors) in _ahead(pool, prove, ranges):
                 progress(done)
@@ -442,22 +434,29 @@ def _pass_over(window: Window, geometry: Geometry, losses: Losses | None) -> lis
     return found
 
 
-def _note_missing(
-    windows: Iterator[Window], geometry: Geometry, damage: list[UnreadableChunkError]
+def _ranges_of(
+    windows: Iterator[Window], geometry: Geometry, damage: list[UnreadableChunkError], progress: Progress
 ) -> Iterator[RangeFetch]:
+    """Yield what is to be read; of the rest note what no pack holds, and count what is empty."""
     for window in windows:
+        progress(sum(length for _, length in _extents((*window.holes, *window.zeros), geometry)))
         damage.extend(UnreadableChunkError(numbers, geometry, err) for numbers, err in window.missing)
         yield from window.ranges
 
 
 def _clear(window: Window, geometry: Geometry, target: Target, progress: Progress) -> None:
     for ranges, hole in ((window.holes, True), (window.zeros, False)):
-        for begin, end in ranges:
-            offset = begin * geometry.chunk_size
-            length = min(end * geometry.chunk_size, geometry.size) - offset
-            if length > 0:
-                target.clear(offset, length, hole=hole)
-                progress(length)
+        for offset, length in _extents(ranges, geometry):
+            target.clear(offset, length, hole=hole, progress=progress)
+
+
+def _extents(ranges: Iterable[tuple[int, int]], geometry: Geometry) -> Iterator[tuple[int, int]]:
+    """Yield ranges of chunks as (offset, length), up to the end of the volume."""
+    for begin, end in ranges:
+        offset = begin * geometry.chunk_size
+        length = min(end * geometry.chunk_size, geometry.size) - offset
+        if length > 0:
+            yield offset, length
 
 
 def _ahead(

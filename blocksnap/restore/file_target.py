@@ -14,6 +14,7 @@ from blocksnap.restore.record import HEAD_BYTES, RestoreRecord
 from blocksnap.restore.targets import (
     NameFailedError,
     NameTakenError,
+    Progress,
     TargetBusyError,
     TargetExistsError,
     TargetFailedError,
@@ -95,10 +96,11 @@ class FileTarget(_FilePlace):
             raise self.failed(err) from err
         return self.begin_with(self.wanted)
 
-    def clear(self, offset: int, length: int, *, hole: bool) -> None:  # noqa: ARG002
+    def clear(self, offset: int, length: int, *, hole: bool, progress: Progress) -> None:  # noqa: ARG002
         """Leave it: what was never written of a new file reads as zeros, but for where the record was."""
         if offset < HEAD_BYTES:
             self.punch(offset, min(length, HEAD_BYTES - offset))
+        progress(length)
 
     def finish(self) -> None:
         """Flush and give the file its name.
@@ -220,9 +222,12 @@ class ExistingFileTarget(_FilePlace):
             raise self.failed(err) from err
         return self.begin_with(self.wanted)
 
-    def clear(self, offset: int, length: int, *, hole: bool) -> None:  # noqa: ARG002
-        """Punch a hole."""
-        self.punch(offset, length)
+    def clear(self, offset: int, length: int, *, hole: bool, progress: Progress) -> None:  # noqa: ARG002
+        """Punch holes."""
+        for at in range(offset, offset + length, blockdev.PIECE_BYTES):
+            part = min(blockdev.PIECE_BYTES, offset + length - at)
+            self.punch(at, part)
+            progress(part)
 
     def flush(self) -> None:
         """Cut the file to the backup's length, and make what was written durable."""

@@ -80,6 +80,14 @@ class TargetFailedError(TargetError):
         )
 
 
+class Progress(Protocol):
+    """Told how many bytes of the volume are done."""
+
+    def __call__(self, done_bytes: int, /) -> None:
+        """Count ``done_bytes`` more."""
+        ...
+
+
 class Target(Protocol):
     """A place of fixed size that takes bytes in any order, and the beginning last."""
 
@@ -100,8 +108,11 @@ class Target(Protocol):
         """Write bytes; several threads at once."""
         ...
 
-    def clear(self, offset: int, length: int, *, hole: bool) -> None:
-        """Make a range read as zeros, unallocated where it was a hole and the place can."""
+    def clear(self, offset: int, length: int, *, hole: bool, progress: Progress) -> None:
+        """Make a range read as zeros, unallocated where it was a hole and the place can.
+
+        It may take hours: ``progress`` is told of all of it, as it goes.
+        """
         ...
 
     def reached(self, offset: int) -> None:

@@ -24,10 +24,10 @@ from blocksnap.repository.listings import SUBVOLUME, DirectoryEntry
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import inode_attributes
 from blocksnap.restore.descent import Descent, identity_of
-from blocksnap.restore.engine import Losses, Progress, UnreadableRangeError, restore_runs
+from blocksnap.restore.engine import Losses, UnreadableRangeError, restore_runs
 from blocksnap.restore.inode_values import LARGEST_VALUE, link_target, state_of, xattrs_of
 from blocksnap.restore.naming import printable
-from blocksnap.restore.targets import TargetFailedError
+from blocksnap.restore.targets import Progress, TargetFailedError
 from blocksnap.restore.tree_files import OpenFile, TreeFiles
 from blocksnap.restore.unkept import Unkept
 

@@ -19,7 +19,7 @@ from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.inodes import InodeRecord
 from blocksnap.restore.naming import printable
-from blocksnap.restore.targets import TargetFailedError
+from blocksnap.restore.targets import Progress, TargetFailedError
 from blocksnap.restore.tree_layout import is_layout, read_layout
 from blocksnap.system import blockdev
 from blocksnap.system.file_attributes import clone_range
@@ -186,8 +186,9 @@ class TreeFiles:
             skipped = (file.first + file.count) * size - offset
             rest, offset = rest[skipped:], offset + skipped
 
-    def clear(self, offset: int, length: int, *, hole: bool) -> None:
+    def clear(self, offset: int, length: int, *, hole: bool, progress: Progress) -> None:  # noqa: ARG002
         """Files are made of holes."""
+        progress(length)
 
     def reached(self, offset: int) -> None:
         """Finish the files that are complete."""

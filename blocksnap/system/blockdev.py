@@ -34,7 +34,7 @@ _SYSFS = Path("/sys/dev/block")
 _MOMENT_SECONDS = 0.5
 _ZEROS_BYTES = 1 << 20
 _COUNTED_ZEROS_BYTES = 1 << 20
-_PIECE_BYTES = 256 << 20
+PIECE_BYTES = 256 << 20
 """What the kernel clears in one call: nothing ends that, and a disk may need seconds for so much."""
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 
@@ -225,43 +225,49 @@ def clear(
     *,
     discard: bool,
     before_zeros: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Make a range of a device read as zeros; unallocated if ``discard`` asks for it and the device can.
 
     The parts of blocks at both ends, which the device's commands do not reach, are written: there ``fd``
     must not be open with O_DIRECT. ``before_zeros`` is called with how many bytes of zeros, 8 MiB at most,
-    are written next.
+    are written next; ``progress`` with how many bytes more are done, ``PIECE_BYTES`` at a time or less.
     """
     block = logical_block_size(fd)
     begin, end = -(-offset // block) * block, (offset + length) // block * block
     if begin >= end:
         parts = [(offset, offset + length)]
     else:
-        _clear_blocks(fd, begin, end - begin, discard=discard, before_zeros=before_zeros)
+        told = begin
+        for done in _clear_blocks(fd, begin, end, discard=discard, before_zeros=before_zeros):
+            progress(done - told)
+            told = done
         parts = [(offset, begin), (end, offset + length)]
     for begin, end in parts:
         if before_zeros is not None and begin < end:
             before_zeros(end - begin)
         write_zeros(fd, begin, end)
+        progress(end - begin)
 
 
 def _clear_blocks(
-    fd: int, offset: int, length: int, *, discard: bool, before_zeros: Callable[[int], None] | None
-) -> None:
-    last = offset + length
-    while discard and offset < last and punch_hole(fd, offset, min(_PIECE_BYTES, last - offset)):
-        offset = min(offset + _PIECE_BYTES, last)
+    fd: int, offset: int, last: int, *, discard: bool, before_zeros: Callable[[int], None] | None
+) -> Iterator[int]:
+    """Clear whole blocks; yield again and again up to where that is done."""
+    while discard and offset < last and punch_hole(fd, offset, min(PIECE_BYTES, last - offset)):
+        offset = min(offset + PIECE_BYTES, last)
+        yield offset
     left = _unmap_thin(fd, offset, last - offset) if discard else iter([(offset, last)])
     for begin, end in left:
-        if begin >= end:
-            continue
-        step = _PIECE_BYTES if before_zeros is None else _COUNTED_ZEROS_BYTES
+        step = PIECE_BYTES if before_zeros is None else _COUNTED_ZEROS_BYTES
         for at in range(begin, end, step):
             part = min(step, end - at)
             if before_zeros is not None:
                 before_zeros(part)
             # The kernel writes zeros itself where the device has no command for it.
             fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", at, part))
+            yield at + part
+        yield end
 
 
 def holders(number: int) -> list[int]:
@@ -327,6 +333,8 @@ def preallocate(fd: int, offset: int, length: int) -> bool:
 def _unmap_thin(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
     """Discard the whole chunks of a range of a thin volume, and yield the parts that may not be zeros then.
 
+    They come in order; an empty one tells up to where all was looked at.
+
     BLKDISCARD promises nothing about what is read afterwards; dm-thin does: an unmapped chunk is zeros.
     Parts of chunks it ignores, so only whole ones are asked for. Where their size is no power of two the
     kernel cuts the range so that some of them become parts (docs/kernel-facts.md, dm-thin): then it is read.
@@ -340,13 +348,14 @@ def _unmap_thin(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
         yield offset, end
         return
     yield offset, first
-    step = max(_PIECE_BYTES // unit, 1) * unit
+    step = max(PIECE_BYTES // unit, 1) * unit
     for at in range(first, last, step):
         part = min(step, last - at)
         if not _range_ioctl(fd, _BLKDISCARD, at, part):
             yield at, at + part
         elif unit & (unit - 1):
             yield from _not_zeros(fd, at, at + part, math.gcd(unit, _ZEROS_BYTES))
+        yield at + part, at + part
     yield last, end
 
 

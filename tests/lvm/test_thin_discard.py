@@ -43,7 +43,10 @@ def test_what_is_cleared_is_zeros_and_mostly_unmapped(pool: ThinPool) -> None:
     try:
         for first in range(2, CHUNKS - 10, 8):
             begin, end = first * CHUNK - dice.randrange(CHUNK), (first + 6) * CHUNK + dice.randrange(CHUNK)
-            blockdev.clear(fd, begin, end - begin, discard=True)
+            told: list[int] = []
+            blockdev.clear(fd, begin, end - begin, discard=True, progress=told.append)
+            assert sum(told) == end - begin
+            assert max(told) <= blockdev.PIECE_BYTES
             content[begin:end] = bytes(end - begin)
             held -= 6
         blockdev.drop_cache(fd)

@@ -30,10 +30,11 @@ from blocksnap.restore.engine import (
     restore_to_target,
     verify_chunks,
 )
-from blocksnap.restore.file_target import FileTarget
+from blocksnap.restore.file_target import ExistingFileTarget, FileTarget
 from blocksnap.restore.plan import Window, plan_windows, planned_ahead
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import TargetExistsError
+from blocksnap.system import blockdev
 from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
 
 GEOMETRY = Geometry(CHUNK * 600 + 123, CHUNK)
@@ -71,10 +72,11 @@ def runs(
 
 
 class Counter:
-    total = 0
+    total = largest = 0
 
     def __call__(self, done_bytes: int, /) -> None:
         self.total += done_bytes
+        self.largest = max(self.largest, done_bytes)
 
 
 def test_a_file_is_sparse_and_identical(stored: tuple[Path, MapRoot, bytes], tmp_path: Path) -> None:
@@ -88,6 +90,35 @@ def test_a_file_is_sparse_and_identical(stored: tuple[Path, MapRoot, bytes], tmp
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out").read_bytes() == content
     assert (tmp_path / "out").stat().st_blocks * 512 < GEOMETRY.size * 0.8
+    assert counter.total == GEOMETRY.size
+
+
+@pytest.mark.parametrize("entry", [HOLE, ZERO])
+def test_a_large_hole_is_told_as_it_goes(
+    stored: tuple[Path, MapRoot, bytes], tmp_path: Path, entry: Entry
+) -> None:
+    """A disk that has to write all the zeros may need hours for one, in which nothing else is told."""
+    repository = open_repository(stored[0])
+    geometry = Geometry((5 * blockdev.PIECE_BYTES) // 2 + CHUNK, CHUNK)
+    (tmp_path / "out").write_bytes(b"x" * CHUNK * 600)
+
+    def empty(begin: int, end: int) -> Iterator[tuple[int, int, Entry]]:
+        return iter([(begin, end - begin, entry)])
+
+    target, counter = ExistingFileTarget(str(tmp_path / "out"), geometry.size, RECORD), Counter()
+    restore_to_target(repository, geometry, empty, target, counter)
+    target.finish()
+    target.close()
+    assert (counter.total, counter.largest) == (geometry.size, blockdev.PIECE_BYTES)
+    assert (tmp_path / "out").stat().st_blocks * 512 < CHUNK * 600
+    with (tmp_path / "out").open("rb") as file:
+        assert file.read(CHUNK * 600) == bytes(CHUNK * 600)
+
+
+def test_what_is_empty_counts_when_a_backup_is_proven(stored: tuple[Path, MapRoot, bytes]) -> None:
+    place, root, _ = stored
+    repository, counter = open_repository(place), Counter()
+    assert verify_chunks(repository, GEOMETRY, runs(repository, root), counter) == []
     assert counter.total == GEOMETRY.size
 
 

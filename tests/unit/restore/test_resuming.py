@@ -23,6 +23,7 @@ from blocksnap.restore.engine import restore_to_target
 from blocksnap.restore.file_target import ExistingFileTarget, FileTarget
 from blocksnap.restore.outstanding import Outstanding
 from blocksnap.restore.record import HEAD_BYTES, RestoreRecord, decode_record, encode_record
+from blocksnap.restore.targets import Progress
 from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
 
 RECORD = RestoreRecord(repository="00" * 16, backup="1234567890abcdef" * 2, mode="whole")
@@ -272,8 +273,9 @@ class Watched:
         assert self._content[offset : offset + len(data)] == data
         self._is_written[offset : offset + len(data)] = b"x" * len(data)
 
-    def clear(self, offset: int, length: int, *, hole: bool) -> None:
+    def clear(self, offset: int, length: int, *, hole: bool, progress: Progress) -> None:
         self._is_written[offset : offset + length] = b"x" * length
+        progress(length)
 
     def reached(self, offset: int) -> None:
         if self._head_is_due:

@@ -131,9 +131,9 @@ def test_zeros_are_told_before_they_are_written(loop: str, monkeypatch: pytest.M
 def test_a_large_range_is_cleared_in_pieces(
     loop: str, discard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In between signals are heard: a disk that has to write all the zeros may need an hour for a hole."""
-    monkeypatch.setattr(blockdev, "_PIECE_BYTES", 4 << 20)
-    begin, end, asked = 1 << 20, (11 << 20) + 512, []
+    """In between signals are heard, and it is told: a disk that writes zeros may need an hour for a hole."""
+    monkeypatch.setattr(blockdev, "PIECE_BYTES", 4 << 20)
+    begin, end, asked, told = 1 << 20, (11 << 20) + 512 + 100, [], list[int]()
     by_ioctl, by_fallocate = fcntl.ioctl, blockdev.punch_hole
 
     def ioctl(fd: int, request: int, argument: bytes) -> bytes:
@@ -151,7 +151,8 @@ def test_a_large_range_is_cleared_in_pieces(
     fd = blockdev.open_exclusive(loop)
     try:
         before = os.pread(fd, SIZE, 0)
-        blockdev.clear(fd, begin, end - begin, discard=discard)
+        blockdev.clear(fd, begin, end - begin, discard=discard, progress=told.append)
+        assert [length for length in told if length] == [4 << 20, 4 << 20, (2 << 20) + 512, 100]
         assert asked == [(1 << 20, 4 << 20), (5 << 20, 4 << 20), (9 << 20, (2 << 20) + 512)]
         monkeypatch.undo()
         blockdev.drop_cache(fd)
