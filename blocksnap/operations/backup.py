@@ -16,7 +16,7 @@ from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import newest_of
 from blocksnap.operations.draft import BackupOptions, Draft
-from blocksnap.operations.grouping import tell_of_skew
+from blocksnap.operations.grouping import tell_of_parts, tell_of_skew
 from blocksnap.operations.guarding import guarded, require_room
 from blocksnap.operations.recording import record_host
 from blocksnap.operations.reporting import Reporter
@@ -99,6 +99,7 @@ def back_up(
     Raises BusyError, VolumeError, QuiesceError, StorageError; the snapshots are gone whatever happens.
     """
     require_room(repository.backend, options.limits)
+    tell_of_parts(volumes, report)
     # The run announces itself first: a repository that cannot be written to costs no snapshot, and
     # whoever collects garbage knows of the run before it relies on what is stored.
     with RepositoryWriter(repository, this_author(), is_gone) as writer:
@@ -183,6 +184,7 @@ def plan_backups(
     Nobody stands still for that; a job whose applications could not is refused all the same.
     """
     QuiesceRequest(options.quiesce, job=options.job).check(volumes)
+    tell_of_parts(volumes, report)
     known = repository.backups()
     run = secrets.token_hex(16)
     with (

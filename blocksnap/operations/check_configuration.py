@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from blocksnap.backends import open_backend
-from blocksnap.config import Configuration, RepositorySettings
+from blocksnap.config import Configuration, Job, RepositorySettings
+from blocksnap.controller.parts import find_parts
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.quiesce.settings import LoginSettings, QuiesceSettings
 from blocksnap.system.command import CommandError, has_program, run
+from blocksnap.volumes.base import Volume
 from blocksnap.volumes.resolve import resolve_volumes
 
 
@@ -34,11 +36,7 @@ def find_surprises(configuration: Configuration) -> list[Surprise]:
         if configuration.repository_of(job) is None:
             found.append(Surprise(("jobs", name), "no repository is configured for it"))
         found += [*_databases(("jobs", name, "quiesce"), job.quiesce)]
-        for number, text in enumerate(job.volumes):
-            try:
-                resolve_volumes(configuration.volume(text, job)[0])
-            except BlocksnapError as err:
-                found.append(Surprise(("jobs", name, "volumes", number), err.brief, err.resolution))
+        found += [*_volumes(("jobs", name, "volumes"), configuration, job)]
     return found
 
 
@@ -95,6 +93,18 @@ def _secret(key: tuple[str | int, ...], path: str) -> Iterator[Surprise]:
     if mode & 0o077:
         shown = f"{stat.S_IMODE(mode):04o}"
         yield Surprise(key, f"{path} can be read by others (mode {shown})", f"chmod 600 {path}")
+
+
+def _volumes(key: tuple[str | int, ...], configuration: Configuration, job: Job) -> Iterator[Surprise]:
+    resolved: list[Volume] = []
+    for number, text in enumerate(job.volumes):
+        try:
+            resolved += resolve_volumes(configuration.volume(text, job)[0])
+        except BlocksnapError as err:
+            yield Surprise((*key, number), err.brief, err.resolution)
+    for group in [resolved] if job.group else [[volume] for volume in resolved]:
+        for part in find_parts(group):
+            yield Surprise(key, part.brief, part.resolution)
 
 
 def _databases(key: tuple[str | int, ...], quiesce: QuiesceSettings) -> Iterator[Surprise]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from blocksnap.controller.parts import find_parts
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.operations.reporting import Reporter
 from blocksnap.volumes.base import Volume
@@ -35,6 +36,12 @@ def with_nested(volumes: Sequence[Volume], report: Reporter) -> list[Volume]:
             "left-out", reason="read-only snapshots are not backed up", subvolumes=", ".join(left_out)
         )
     return found
+
+
+def tell_of_parts(volumes: Sequence[Volume], report: Reporter) -> None:
+    """Warn of volumes that hold only a part of a filesystem, an array or another volume."""
+    for part in find_parts(volumes):
+        report.warn(part.brief, resolution=part.resolution)
 
 
 def tell_of_skew(session: SnapshotSession, report: Reporter) -> None:

@@ -273,7 +273,7 @@ def _clear_blocks(
 def holders(number: int) -> list[int]:
     """Return the numbers of the devices stacked directly on a device and on its partitions."""
     folder = sysfs_folder(number)
-    found = [_number_in(path / "dev") for path in _listed(folder / "holders")]
+    found = [number_in(path / "dev") for path in _listed(folder / "holders")]
     for partition in partitions(number):
         found += holders(partition)
     return found
@@ -282,15 +282,21 @@ def holders(number: int) -> list[int]:
 def partitions(number: int) -> list[int]:
     """Return the numbers of a disk's partitions."""
     folder = sysfs_folder(number)
-    return [_number_in(path.parent / "dev") for path in folder.glob("*/partition")]
+    return [number_in(path.parent / "dev") for path in folder.glob("*/partition")]
 
 
 def slaves(number: int) -> list[int]:
     """Return the numbers of the devices that a device is directly stacked on; a partition's is its disk."""
     folder = sysfs_folder(number)
     if (folder / "partition").exists():
-        return [_number_in(folder.resolve().parent / "dev")]
-    return [_number_in(path / "dev") for path in _listed(folder / "slaves")]
+        return [number_in(folder.resolve().parent / "dev")]
+    return [number_in(path / "dev") for path in _listed(folder / "slaves")]
+
+
+def number_in(path: Path) -> int:
+    """Return the device number in a file of sysfs; raises OSError."""
+    major, minor = path.read_text().strip().split(":")
+    return os.makedev(int(major), int(minor))
 
 
 def aligned_buffer(length: int) -> mmap.mmap:
@@ -394,8 +400,3 @@ def _listed(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except FileNotFoundError:
         return []
-
-
-def _number_in(path: Path) -> int:
-    major, minor = path.read_text().strip().split(":")
-    return os.makedev(int(major), int(minor))

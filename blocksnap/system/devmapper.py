@@ -220,6 +220,18 @@ def release_metadata_snapshot(number: int) -> None:
     run("dmsetup", "message", *_selected(number), "0", "release_metadata_snap")
 
 
+def target_kinds(number: int) -> frozenset[str]:
+    """Return what a device is made of: ``linear``, ``striped``, of RAID its level; none when it is none.
+
+    Raises CommandError.
+    """
+    if dm_uuid(number) is None:
+        return frozenset()
+    # start length KIND ..., and of RAID: start length raid LEVEL ...
+    lines = [line.split() for line in run("dmsetup", "table", *_selected(number)).splitlines()]
+    return frozenset(words[3] if words[2] == "raid" else words[2] for words in lines if len(words) > 3)
+
+
 @cache
 def is_plain_thin(number: int) -> bool:
     """Tell whether a device is one thin volume without an external origin: the unmapped reads as zeros."""

@@ -31,6 +31,8 @@ class Mount:
     filesystem: str
     source: str
     read_only: bool
+    options: tuple[str, ...] = ()
+    """Those of the filesystem itself, not of this mount of it."""
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
@@ -51,6 +53,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
                 filesystem=tail[0],
                 source=unescape(tail[1]),
                 read_only="ro" in tail[2].split(","),
+                options=tuple(map(unescape, tail[2].split(","))),
             )
         )
     return mounts
@@ -65,7 +68,7 @@ def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
     """Return the mounts of the file system on a device."""
     mounts = read_mounts() if mounts is None else mounts
     # A btrfs over several devices names one of them.
-    numbers = _btrfs_members(number)
+    numbers = btrfs_members(number)
     return [mount for mount in mounts if mount.device == number or _source_number(mount) in numbers]
 
 
@@ -110,6 +113,32 @@ def device_of(mount: Mount) -> int | None:
     return mount.device if os.major(mount.device) else _source_number(mount)
 
 
+def btrfs_members(number: int) -> set[int]:
+    """Return all devices of the btrfs that is mounted from a device; itself where there is none.
+
+    ``/sys/fs/btrfs/UUID/devices`` has links to them (Documentation/ABI, fs/btrfs/sysfs.c).
+    """
+    for folder in _BTRFS.glob("*/devices"):
+        found = set()
+        for node in folder.glob("*/dev"):
+            # One that is taken out at the moment is gone.
+            with contextlib.suppress(OSError, ValueError):
+                major, minor = node.read_text().split(":")
+                found.add(os.makedev(int(major), int(minor)))
+        if number in found:
+            return found
+    return {number}
+
+
+def node_number(path: str) -> int | None:
+    """Return the number of the device that a path names; None where it names none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_rdev or None
+
+
 def swap_files() -> list[str]:
     """Return the files and devices that are used as swap."""
     try:
@@ -133,7 +162,7 @@ def users_of_device(number: int) -> list[str]:
 
 def swap_users(number: int) -> list[str]:
     """Say whether a device is used as swap."""
-    return ["used as swap" for path in swap_files() if _node_number(path) == number]
+    return ["used as swap" for path in swap_files() if node_number(path) == number]
 
 
 def loop_devices_of(path: str) -> list[str]:
@@ -186,34 +215,7 @@ def _folder(number: int, name: str) -> list[Path]:
 
 def _source_number(mount: Mount) -> int | None:
     """Return the device of a file system that hides it behind a number of its own (btrfs)."""
-    return (
-        _node_number(mount.source) if os.major(mount.device) == 0 and mount.source.startswith("/") else None
-    )
-
-
-def _btrfs_members(number: int) -> set[int]:
-    """Return all devices of the btrfs that is mounted from a device; itself where there is none.
-
-    ``/sys/fs/btrfs/UUID/devices`` has links to them (Documentation/ABI, fs/btrfs/sysfs.c).
-    """
-    for folder in _BTRFS.glob("*/devices"):
-        found = set()
-        for node in folder.glob("*/dev"):
-            # One that is taken out at the moment is gone.
-            with contextlib.suppress(OSError, ValueError):
-                major, minor = node.read_text().split(":")
-                found.add(os.makedev(int(major), int(minor)))
-        if number in found:
-            return found
-    return {number}
-
-
-def _node_number(path: str) -> int | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_rdev or None
+    return node_number(mount.source) if os.major(mount.device) == 0 and mount.source.startswith("/") else None
 
 
 def _contains(point: str, path: str) -> bool:

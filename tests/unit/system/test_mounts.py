@@ -17,7 +17,9 @@ broken line
 
 def test_mountinfo_is_unescaped_and_optional_fields_are_skipped() -> None:
     root, data, home, run = mounts.parse_mountinfo(TEXT)
-    assert root == mounts.Mount(os.makedev(254, 0), "/", "/", "ext4", "/dev/vda", read_only=False)
+    assert root == mounts.Mount(
+        os.makedev(254, 0), "/", "/", "ext4", "/dev/vda", read_only=False, options=("rw", "discard")
+    )
     assert (data.point, data.source, data.read_only) == ("/srv/my data", r"/dev/mapper/vg-a\b", True)
     assert (home.root, home.filesystem, home.source) == ("/@home", "btrfs", "/dev/sdc")
     assert run.point == "/run/user\t1"
@@ -25,7 +27,7 @@ def test_mountinfo_is_unescaped_and_optional_fields_are_skipped() -> None:
 
 def test_mounts_of_a_device_includes_file_systems_that_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = mounts.parse_mountinfo(TEXT)
-    monkeypatch.setattr(mounts, "_node_number", {"/dev/sdc": 77}.get)
+    monkeypatch.setattr(mounts, "node_number", {"/dev/sdc": 77}.get)
     assert [mount.point for mount in mounts.mounts_of(77, found)] == ["/home"]
     assert [mount.point for mount in mounts.mounts_of(os.makedev(254, 3), found)] == ["/srv/my data"]
 
@@ -51,6 +53,6 @@ def test_swap_is_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     table = tmp_path / "swaps"
     table.write_text("Filename Type Size Used Priority\n/dev/sdx partition 8 0 -2\n")
     monkeypatch.setattr(mounts, "_SWAPS", table)
-    monkeypatch.setattr(mounts, "_node_number", lambda path: 5 if path == "/dev/sdx" else None)
+    monkeypatch.setattr(mounts, "node_number", lambda path: 5 if path == "/dev/sdx" else None)
     assert mounts.swap_users(5) == ["used as swap"]
     assert mounts.swap_users(6) == []
