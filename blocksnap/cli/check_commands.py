@@ -132,6 +132,7 @@ def _show_check(settings: Settings, result: CheckResult) -> None:
                     for f in result.findings
                 ],
                 "losses": [{"backup": x.backup, "volume": x.volume, **x.extent} for x in result.losses],
+                "harmed": [each.figures for each in result.harmed],
             }
         )
     elif settings.verbosity < 0:

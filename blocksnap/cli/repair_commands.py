@@ -66,7 +66,7 @@ def repair_command(
         plan, done = result.plan, result.done
     else:
         plan = plan_repair(repository, suspects)
-    if heal_from and plan.losses:
+    if heal_from and plan.harmed:
         healed = _heal(settings, repository, heal_from, suspects, reporter)
     _show(settings, plan, done, healed, dry_run=dry_run)
     left = healed.left if healed else plan
@@ -101,15 +101,7 @@ def _show(
     bad = (*plan.segments, *plan.packs, *plan.manifests, *plan.documents)
     for each in bad if settings.verbosity >= 0 else (*plan.manifests, *plan.documents):
         click.echo(f"damaged: {each.name}: {each.reason}", err=True)
-    for loss in left.losses:
-        click.echo(
-            f"lost: backup {loss.backup[:8]} of {loss.volume}: {loss.place}",
-            err=True,
-        )
-    for who in left.unmapped:
-        click.echo(
-            f"lost: backup {who}: its set of mapped chunks; the next one compares everything", err=True
-        )
+    _show_losses(left)
     if settings.verbosity >= 0:
         would = "would be " if dry_run else ""
         if dry_run or done:
@@ -126,6 +118,18 @@ def _show(
             click.echo(_describe_losses(left))
 
 
+def _show_losses(plan: RepairPlan) -> None:
+    for harmed in plan.harmed:
+        for loss in harmed.first:
+            click.echo(f"lost: {harmed.who}: {loss.place}", err=True)
+        if harmed.left_out:
+            click.echo(f"lost: {harmed.who}: {harmed.left_out}", err=True)
+    for who in plan.unmapped:
+        click.echo(
+            f"lost: backup {who}: its set of mapped chunks; the next one compares everything", err=True
+        )
+
+
 def _describe_healed(healed: Healed) -> str:
     waiting = f"; {healed.waiting} wait for a repair by an admin or gc key" if healed.waiting else ""
     return (
@@ -135,10 +139,10 @@ def _describe_healed(healed: Healed) -> str:
 
 
 def _describe_losses(plan: RepairPlan) -> str:
-    backups = len({loss.backup for loss in plan.losses})
-    lost = format_size(sum(loss.length for loss in plan.losses))
+    lost = format_size(sum(each.size_bytes for each in plan.harmed))
+    ranges = sum(each.ranges for each in plan.harmed)
     unreadable = f"; {len(plan.manifests)} manifests cannot be read" if plan.manifests else ""
-    return f"LOST: {lost} of {backups} backups in {len(plan.losses)} ranges{unreadable}"
+    return f"LOST: {lost} of {len(plan.harmed)} backups in {ranges} ranges{unreadable}"
 
 
 def _document(
@@ -162,6 +166,7 @@ def _document(
         "bad_manifests": named("manifests"),
         "bad_documents": named("documents"),
         "losses": [{"backup": x.backup, "volume": x.volume, **x.extent} for x in left.losses],
+        "harmed": [each.figures for each in left.harmed],
         "unmapped": list(left.unmapped),
     }
 

@@ -192,8 +192,15 @@ def show_command(settings: Settings, backup: str, *, host: bool, folder: Path | 
     stored = find_backup(repository, backup)
     lost = current_losses(repository, stored.backup)
     if settings.json:
-        missing = [{"offset": offset, "length": length} for offset, length in lost]
-        print_json({**describe(stored), "lost": missing})
+        listed = [{"offset": offset, "length": length} for offset, length in lost.extents()]
+        print_json(
+            {
+                **describe(stored),
+                "lost": listed,
+                "lost_bytes": lost.total_bytes,
+                "lost_ranges": lost.total.ranges,
+            }
+        )
         return
     record, figures = stored.backup, stored.backup.statistics
     total, data = stored_bytes(stored), figures.stored_bytes - figures.metadata_bytes
@@ -218,7 +225,8 @@ def show_command(settings: Settings, backup: str, *, host: bool, folder: Path | 
             ("freeze", f"{figures.freeze_ms:.0f} ms; skew in its group {figures.skew_ms:.0f} ms"),
             ("took", f"{figures.seconds:.1f} s"),
             ("tags", " ".join(f"{key}={value}" for key, value in stored.manifest.tags.items()) or "none"),
-            *(("LOST", f"bytes {offset} to {offset + length}") for offset, length in lost),
+            *(("LOST", f"bytes {offset} to {offset + length}") for offset, length in lost.extents()),
+            *((("LOST", lost.left_out),) if lost.left_out else ()),
             *((f"source {name}", str(value)) for name, value in record.source.items()),
         )
     )

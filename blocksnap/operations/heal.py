@@ -21,20 +21,21 @@ from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.sink import DataSink
 from blocksnap.pipeline.flow import Flow, Geometry
-from blocksnap.pipeline.selection import Ranges, chunks_of
+from blocksnap.pipeline.selection import Ranges, chunks_of, select_either
 from blocksnap.repository.blockmap import HOLE, ZERO, MapReader, MapWriter
-from blocksnap.repository.findings import Loss
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.keys import Right
+from blocksnap.repository.losses import LossFinder
 from blocksnap.repository.repair_plan import Planner, RepairPlan
 from blocksnap.repository.repairing import settle
 from blocksnap.repository.repository import Repository
-from blocksnap.repository.stored import StoredBackup
 from blocksnap.repository.writer import RepositoryWriter
 from blocksnap.volumes.base import Volume, as_image
 
 _ROUNDS = 12
 """Each brings back a level of lost nodes, and maps have at most ten."""
+_MOST_RANGES = 50_000
+"""Of one backup, that are read one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def heal_from(
         try:
             plan = _look(repository, suspects)
             waiting = _waiting(repository, plan)
-            if plan.losses:
+            if plan.harmed:
                 with open_session([volume], writer.id.hex(), state_directory, report) as session:
                     snapshot = as_image(session.snapshots[0])
                     allocated = snapshot.find_changes(None).allocated
@@ -184,24 +185,27 @@ def _waiting(repository: Repository, plan: RepairPlan) -> frozenset[bytes]:
 def _targets(
     repository: Repository, plan: RepairPlan, volume: Volume, size: int
 ) -> list[tuple[Geometry, Ranges]]:
-    """Return what to read: the lost ranges, by the size of the backups, on which the last chunk depends."""
-    backups = {stored.backup.id: stored for stored in repository.backups()}
-    own = {id_ for id_, stored in backups.items() if stored.backup.volume.key == volume.key}
-    of_images = [loss for loss in plan.losses if not loss.inode]
-    losses = [loss for loss in of_images if loss.backup in own] or of_images
-    by_size: dict[int, list[Loss]] = {}
-    for loss in losses:
-        by_size.setdefault(min(_size_of(backups, loss), size), []).append(loss)
-    chunk = repository.chunk_size
-    found = []
-    for length, group in sorted(by_size.items()):
-        geometry = Geometry(length, chunk)
-        extents = sorted((loss.offset, loss.length) for loss in group)
-        ranges = Ranges(sorted(chunks_of(geometry, extents)))
-        if ranges:
-            found.append((geometry, ranges))
-    return found
+    """Return what to read: the lost ranges, by the size of the backups, on which the last chunk depends.
 
-
-def _size_of(backups: dict[str, StoredBackup], loss: Loss) -> int:
-    return backups[loss.backup].backup.size if loss.backup in backups else loss.offset + loss.length
+    All of them, and what lies between where there are very many.
+    """
+    harmed = {each.backup for each in plan.harmed}
+    images = [
+        stored.backup
+        for stored in repository.backups()
+        if stored.backup.id in harmed and stored.backup.inodes is None
+    ]
+    own = [backup for backup in images if backup.volume.key == volume.key]
+    finder = LossFinder(repository, map_root, plan.lost)
+    by_size: dict[int, Ranges] = {}
+    for backup in own or images:
+        length = min(backup.size, size)
+        geometry = Geometry(length, repository.chunk_size)
+        lost = finder.look_closely(backup, _MOST_RANGES)
+        extents = ((loss.offset, loss.length) for loss in (lost.at_most(_MOST_RANGES) if lost else ()))
+        by_size[length] = select_either(by_size.get(length, Ranges()), chunks_of(geometry, extents))
+    return [
+        (Geometry(length, repository.chunk_size), ranges)
+        for length, ranges in sorted(by_size.items())
+        if ranges
+    ]

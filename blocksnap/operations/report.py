@@ -184,8 +184,7 @@ def _warnings(
         yield "it was never drilled"
     elif ages.drill and drill is not None and drill.time < ages.drill.before(now):
         yield f"the last drill was {_hours(drill.time, now)} ago"
-    if lost := current_losses(repository, last.backup):
-        total = sum(length for _, length in lost)
+    if total := current_losses(repository, last.backup).total_bytes:
         yield f"{total} bytes of the last backup are lost: blocksnap show {last.backup.id[:8]}"
 
 

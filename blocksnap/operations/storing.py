@@ -86,7 +86,8 @@ def plan_backup(
         remembered = Parent(parent.size, parent.source, known_here, lambda: load_mapped(repository, mapped))
     changes = snapshot.find_changes(remembered)
     if parent is not None and changes.inherits:
-        changes = _with_lost(changes, ExtentList.of(current_losses(repository, parent)).clip(snapshot.size))
+        lost = current_losses(repository, parent).covering()
+        changes = _with_lost(changes, ExtentList.of(lost).clip(snapshot.size))
     if parent is None or not changes.inherits:
         selection = select_all(geometry, changes.allocated)
     else:

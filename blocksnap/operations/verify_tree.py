@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from blocksnap.errors import DamageError
 from blocksnap.operations.reporting import Reporter, phase
@@ -16,11 +17,13 @@ from blocksnap.repository.documents import Backup
 from blocksnap.repository.inode_map import InodeReader
 from blocksnap.repository.inodes import PAGE_INODES, InodeRecord, levels_of
 from blocksnap.repository.keys import Right
+from blocksnap.repository.map_losses import MapLosses
 from blocksnap.repository.repository import Repository
 from blocksnap.restore.engine import verify_chunks
 from blocksnap.restore.inode_values import LARGEST_VALUE, link_target, state_of, xattrs_of
 
 _ID = 32
+_MOST_TOLD = 1000
 
 
 class UnreadableInodeError(DamageError):
@@ -125,9 +128,15 @@ def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems
         places = -(-record.size // chunk_size)
         if record.is_file and record.content.levels != levels_of(places):
             raise DamageError("its content does not fit its size")
-        for begin, end in reader.maps.losses(record.content, places, frozenset()):
+        losses = MapLosses(reader.maps, (), ())
+        ranges = losses.ranges(record.content, 0, places)
+        for begin, end in islice(ranges, _MOST_TOLD):
             lost = DamageError("a map node is lost")
             where = f"bytes {begin * chunk_size} to {min(end * chunk_size, record.size)}"
             problems.append(UnreadableInodeError(record.number, where, lost))
+        more = losses.measure(record.content, 0, places).ranges - _MOST_TOLD
+        if more > 0:
+            lost = DamageError("map nodes are lost")
+            problems.append(UnreadableInodeError(record.number, f"{more} more ranges", lost))
     except DamageError as err:
         problems.append(UnreadableInodeError(record.number, "the record", err))

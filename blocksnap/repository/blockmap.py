@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from blocksnap.errors import DamageError
@@ -234,40 +234,6 @@ class MapReader:
                     stack.extend((child, level - 1) for child in reversed(self.node(entry, level)))
                 except DamageError as err:
                     on_damage(entry, err)
-
-    def losses(
-        self, root: MapRoot, count: int, bad: Container[bytes], clean: set[bytes] | None = None
-    ) -> Iterator[tuple[int, int]]:
-        """Yield the chunk ranges below ``count`` that are ``bad`` or below a bad or unreadable node.
-
-        ``clean`` remembers inner nodes below which there is nothing of that, for the next of many maps.
-        """
-        yield from self._losses(root.entry, root.levels, 0, count, bad, set() if clean is None else clean)
-
-    def _losses(
-        self, entry: Entry, level: int, at: int, end: int, bad: Container[bytes], clean: set[bytes]
-    ) -> Iterator[tuple[int, int]]:
-        if at >= end or len(entry) != _ID or entry in clean:
-            return
-        last = min(at + FANOUT**level, end)
-        if entry in bad:
-            yield at, last
-            return
-        if level == 0:
-            return
-        try:
-            children = self.node(entry, level - 1)
-        except DamageError:
-            yield at, last
-            return
-        is_clean = at + FANOUT**level <= end
-        for slot, child in enumerate(children):
-            below = at + slot * FANOUT ** (level - 1)
-            for lost in self._losses(child, level - 1, below, end, bad, clean):
-                is_clean = False
-                yield lost
-        if is_clean and level > 1:
-            clean.add(entry)
 
 
 def _refuse(_begin: int, _end: int, err: DamageError) -> None:

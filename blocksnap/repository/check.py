@@ -14,14 +14,14 @@ from functools import partial
 
 from blocksnap.backends.base import ObjectInfo
 from blocksnap.errors import BlocksnapError, DamageError
-from blocksnap.repository.blockmap import MapReader, MapRoot
+from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.checked import CHECKS, read_checked
 from blocksnap.repository.checked_index import CheckedIndex
-from blocksnap.repository.documents import Root, WriterRecord
+from blocksnap.repository.documents import Backup, Root, WriterRecord
 from blocksnap.repository.drills import DRILLS, read_drilled
 from blocksnap.repository.epochs import read_object
 from blocksnap.repository.errors import DamagedObjectError, NewerFormatError
-from blocksnap.repository.findings import CheckResult
+from blocksnap.repository.findings import CheckResult, named
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
@@ -89,7 +89,7 @@ class Checker:
         self._packs_against_index()
         self._missing_manifests(packs)
         if self._level >= MAPS:
-            self._maps(self._listed)
+            self._maps([stored.backup for stored in self._listed])
 
     def check_packs(
         self,
@@ -123,19 +123,14 @@ class Checker:
         lost = {id_ for id_ in self.result.bad_ids if self._is_lost(id_)}
         if not lost:
             return
-        reader = MapReader(self._repository.load_node)
-        losses = LossFinder(self._repository, self._root, lost)
+        finder = LossFinder(self._repository, self._root, lost)
         for stored in self._listed:
-            backup = stored.backup
-            who = f"backup {backup.id[:8]} of {backup.volume.name}"
-            for loss in losses.find(backup):
-                self.result.damage(who, f"{loss.place} cannot be restored")
-                self.result.losses.append(loss)
-            mapped = backup.mapped
-            if mapped and next(reader.losses(self._root(mapped.map), 1 << 40, lost), None):
-                self.result.damage(
-                    who, "its set of mapped chunks is lost: the next backup compares everything"
-                )
+            harmed = finder.look_at(stored.backup)
+            if harmed is not None:
+                self.result.lose(harmed)
+            if finder.has_lost_mapped(stored.backup):
+                message = "its set of mapped chunks is lost: the next backup compares everything"
+                self.result.damage(named(stored.backup), message)
 
     def _is_lost(self, id_: bytes) -> bool:
         """Tell whether no place has a blob unharmed; a data chunk that the key cannot open counts as lost."""
@@ -263,7 +258,7 @@ class Checker:
         for run in gone:
             self.result.damage(f"manifests/{run}", "it is gone, and no garbage collection has deleted it")
 
-    def _maps(self, backups: Iterable[StoredBackup]) -> None:
+    def _maps(self, backups: Sequence[Backup]) -> None:
         newer: dict[bytes, BlocksnapError] = {}
 
         def note(id_: bytes, err: BlocksnapError) -> None:
@@ -274,23 +269,17 @@ class Checker:
             self.result.trouble(f"map node {id_.hex()[:16]}", err)
 
         marker = self._index.marker(self._sizes.keys() - self._aside, note)
-        mark_backups(marker, (stored.backup for stored in backups), self._root)
+        mark_backups(marker, backups, self._root)
         self.result.nodes, self.result.chunks = marker.nodes, marker.leaves
         self.result.bad_ids |= marker.lost - marker.lost_nodes
         if newer:
             self._name_newer(backups, newer)
 
-    def _name_newer(self, backups: Iterable[StoredBackup], newer: Mapping[bytes, BlocksnapError]) -> None:
-        reader = MapReader(self._repository.load_node)
-        concerned = LossFinder(self._repository, self._root, newer)
-        for stored in backups:
-            backup = stored.backup
-            mapped = self._root(backup.mapped.map) if backup.mapped else None
-            if next(concerned.find(backup), None) or (
-                mapped and next(reader.losses(mapped, mapped.capacity, newer), None)
-            ):
-                name = f"backup {backup.id[:8]} of {backup.volume.name}"
-                self.result.trouble(name, next(iter(newer.values())))
+    def _name_newer(self, backups: Iterable[Backup], newer: Mapping[bytes, BlocksnapError]) -> None:
+        finder = LossFinder(self._repository, self._root, newer)
+        for backup in backups:
+            if finder.is_touched(backup):
+                self.result.trouble(named(backup), next(iter(newer.values())))
 
     def _try(self, name: str, read: Callable[[], object]) -> None:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.repository.documents import Backup
 from blocksnap.repository.errors import NewerFormatError
 
 
@@ -45,6 +46,54 @@ class Loss:
         return f"bytes {self.offset} to {self.offset + self.length}{of}"
 
 
+@dataclass(frozen=True, slots=True)
+class BackupLosses:
+    """What cannot be restored of one backup: all of it in figures, and the ``first`` ranges, at least one.
+
+    A chunk that is lost once may stand in a map millions of times. ``end`` is where the last range ends;
+    of a subvolume it is 0.
+    """
+
+    backup: str
+    volume: str
+    ranges: int
+    size_bytes: int
+    end: int
+    first: tuple[Loss, ...]
+
+    @property
+    def who(self) -> str:
+        """Which backup it is, as people say it."""
+        return f"backup {self.backup[:8]} of {self.volume}"
+
+    @property
+    def left_out(self) -> str:
+        """What is to be said of the ranges that are not listed, if there are any."""
+        more = self.ranges - len(self.first)
+        return f"{more} more ranges, {self.size_bytes} bytes in all" if more else ""
+
+    @property
+    def figures(self) -> dict[str, str | int]:
+        """Return them for a document."""
+        return {
+            "backup": self.backup,
+            "volume": self.volume,
+            "ranges": self.ranges,
+            "bytes": self.size_bytes,
+            "listed": len(self.first),
+        }
+
+    def at_most(self, count: int) -> tuple[Loss, ...]:
+        """Return no more than ``count`` ranges that all lost ones are in, the last as wide as it takes.
+
+        Of a subvolume they are the first ones: whoever hears of one takes all of it for lost.
+        """
+        if self.ranges <= min(count, len(self.first)) or not self.end:
+            return self.first[:count]
+        *kept, last = self.first[:count]
+        return (*kept, replace(last, length=self.end - last.offset))
+
+
 @dataclass(slots=True)
 class CheckResult:
     """What a check has looked at and found.
@@ -53,7 +102,7 @@ class CheckResult:
     """
 
     findings: list[Finding] = field(default_factory=list)
-    losses: list[Loss] = field(default_factory=list)
+    harmed: list[BackupLosses] = field(default_factory=list)
     level: int = 2
     backups: int = 0
     nodes: int = 0
@@ -63,6 +112,11 @@ class CheckResult:
     packs_left: int = 0
     read_bytes: int = 0
     bad_ids: set[bytes] = field(default_factory=set)
+
+    @property
+    def losses(self) -> list[Loss]:
+        """The ranges that are listed, of all backups."""
+        return [loss for each in self.harmed for loss in each.first]
 
     @property
     def damaged(self) -> bool:
@@ -78,6 +132,14 @@ class CheckResult:
         """Note damage."""
         self.findings.append(Finding("damage", name, message))
 
+    def lose(self, harmed: BackupLosses) -> None:
+        """Note what a backup has lost, range by range as far as they are listed."""
+        self.harmed.append(harmed)
+        for loss in harmed.first:
+            self.damage(harmed.who, f"{loss.place} cannot be restored")
+        if harmed.left_out:
+            self.damage(harmed.who, f"{harmed.left_out}, cannot be restored")
+
     def trouble(self, name: str, err: BlocksnapError) -> None:
         """Note what an error says: damage, unless it is only this version that is too old."""
         self.findings.append(finding_of(name, err))
@@ -85,6 +147,11 @@ class CheckResult:
     def garbage(self, name: str, message: str) -> None:
         """Note something that no backup needs."""
         self.findings.append(Finding("garbage", name, message))
+
+
+def named(backup: Backup) -> str:
+    """Return what people call a backup."""
+    return f"backup {backup.id[:8]} of {backup.volume.name}"
 
 
 def finding_of(name: str, err: BlocksnapError) -> Finding:

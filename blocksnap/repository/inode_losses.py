@@ -6,8 +6,10 @@ from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
 
 from blocksnap.errors import DamageError
-from blocksnap.repository.blockmap import MapReader, MapRoot
+from blocksnap.repository.blockmap import FANOUT, Entry, MapReader, MapRoot
+from blocksnap.repository.errors import NewerFormatError
 from blocksnap.repository.inodes import PAGE_INODES, InodeRecord, decode_page
+from blocksnap.repository.map_losses import MapLosses
 
 _ID = 32
 
@@ -20,72 +22,126 @@ class InodeRange(NamedTuple):
     length: int
 
 
-class InodeLosses:
-    """Finds what of many backups is ``bad`` or below something that is, or that cannot be read.
+class _Sum(NamedTuple):
+    """How many ranges, and how many bytes of files are in them."""
 
-    ``load`` returns a page of inode records by its id, or raises DamageError. Pages in which nothing is lost
-    are remembered, so that the next backup that shares them costs nothing.
+    ranges: int = 0
+    size_bytes: int = 0
+
+
+_NOTHING = _Sum()
+_A_RECORD = _Sum(1)
+
+
+class InodeLosses:
+    """Finds what of many backups, of one ``chunk_size``, is ``lost``, below something that is, or unreadable.
+
+    ``load`` returns a page of inode records by its id, or raises DamageError. What is lost of a page, and
+    below a node, is reckoned once, wherever it stands.
     """
 
     def __init__(
-        self, reader: MapReader, load: Callable[[bytes], bytes | memoryview], bad: Container[bytes]
+        self,
+        reader: MapReader,
+        load: Callable[[bytes], bytes | memoryview],
+        lost: Container[bytes],
+        chunk_size: int,
     ) -> None:
+        self.chunk_size = chunk_size
         self._reader = reader
         self._load = load
-        self._bad = bad
-        self._clean: set[bytes] = set()
-        self._clean_nodes: set[bytes] = set()
+        self._lost = lost
+        self._maps = MapLosses(reader, lost, lost)
+        self._known: dict[int, dict[Entry, _Sum]] = {}
 
-    def find(self, root: MapRoot, pages: int, chunk_size: int) -> Iterator[InodeRange]:
+    def measure(self, root: MapRoot, pages: int) -> tuple[int, int]:
+        """Return how many ranges ``find`` would yield, and the sum of their lengths."""
+        return self._measure(root.entry, root.levels, 0, pages)
+
+    def find(self, root: MapRoot, pages: int) -> Iterator[InodeRange]:
         """Yield what is lost of one backup, ascending; of a lost page the first inode it could have."""
-        unreadable: list[tuple[int, int]] = []
+        return self._find(root.entry, root.levels, 0, pages)
 
-        def note(begin: int, end: int, _: DamageError) -> None:
-            unreadable.append((begin, end))
+    def _measure(self, entry: Entry, level: int, at: int, pages: int) -> _Sum:
+        if at >= pages or len(entry) != _ID:
+            return _NOTHING
+        known = self._known.setdefault(level, {}) if at + FANOUT**level <= pages else None
+        if known is not None and (found := known.get(entry)) is not None:
+            return found
+        below = self._below(entry, level)
+        if below is None:
+            found = _A_RECORD
+        elif not level:
+            found = self._measure_page(entry)
+        else:
+            span = FANOUT ** (level - 1)
+            parts = [self._measure(child, level - 1, at + n * span, pages) for n, child in enumerate(below)]
+            found = _summed(parts)
+        if known is not None:
+            known[entry] = found
+        return found
 
-        for number, _, entry in self._reader.runs(root, 0, pages, note):
-            for begin, _end in unreadable:
-                yield InodeRange(begin * PAGE_INODES, 0, 0)
-            unreadable.clear()
-            if len(entry) == _ID and entry not in self._clean:
-                yield from self._of_page(number, entry, chunk_size)
-
-    def _of_page(self, number: int, entry: bytes, chunk_size: int) -> Iterator[InodeRange]:
-        if entry in self._bad:
-            yield InodeRange(number * PAGE_INODES, 0, 0)
+    def _find(self, entry: Entry, level: int, at: int, pages: int) -> Iterator[InodeRange]:
+        if not self._measure(entry, level, at, pages).ranges:
             return
+        below = self._below(entry, level)
+        if below is None:
+            yield InodeRange(at * PAGE_INODES, 0, 0)
+        elif not level:
+            yield from self._of_page(at, entry)
+        else:
+            span = FANOUT ** (level - 1)
+            for slot, child in enumerate(below):
+                yield from self._find(child, level - 1, at + slot * span, pages)
+
+    def _below(self, entry: Entry, level: int) -> list[Entry] | None:
+        """Return the entries of a node, none of a page; None for what is lost."""
+        if entry in self._lost:
+            return None
         try:
-            records = decode_page(self._load(entry), number, f"inode records {entry.hex()[:16]}")
+            return self._reader.node(entry, level - 1) if level else []
         except DamageError:
+            return None
+        except NewerFormatError:
+            return []
+
+    def _records(self, number: int, entry: Entry) -> list[InodeRecord] | None:
+        try:
+            return decode_page(self._load(entry), number, f"inode records {entry.hex()[:16]}")
+        except DamageError:
+            return None
+        except NewerFormatError:
+            return []
+
+    def _measure_page(self, entry: Entry) -> _Sum:
+        records = self._records(0, entry)
+        return _A_RECORD if records is None else _summed([self._measure_record(each) for each in records])
+
+    def _of_page(self, number: int, entry: Entry) -> Iterator[InodeRange]:
+        records = self._records(number, entry)
+        if records is None:
             yield InodeRange(number * PAGE_INODES, 0, 0)
-            return
-        is_clean = True
-        for record in records:
-            for lost in self._of_record(record, chunk_size):
-                is_clean = False
-                yield lost
-        if is_clean:
-            self._clean.add(entry)
-
-    def _of_record(self, record: InodeRecord, chunk_size: int) -> Iterator[InodeRange]:
-        for value in (record.xattrs, record.detail):
-            if next(self._lost_in(value.root, value.places), None):
+        for record in records or ():
+            if self._has_lost_value(record):
                 yield InodeRange(record.number, 0, 0)
-                break
-        begin = end = -1
-        for first, last in self._lost_in(record.content, -(-record.size // chunk_size)):
-            if first != end:
-                if end > begin:
-                    yield _bytes(record, begin, end, chunk_size)
-                begin = first
-            end = last
-        if end > begin:
-            yield _bytes(record, begin, end, chunk_size)
+            for begin, end in self._maps.ranges(record.content, 0, self._places(record)):
+                offset = begin * self.chunk_size
+                length = min(end * self.chunk_size, record.size) - offset
+                yield InodeRange(record.number, offset, length)
 
-    def _lost_in(self, root: MapRoot, count: int) -> Iterator[tuple[int, int]]:
-        return self._reader.losses(root, count, self._bad, self._clean_nodes)
+    def _measure_record(self, record: InodeRecord) -> _Sum:
+        found = self._maps.measure(record.content, 0, self._places(record))
+        size = found.chunks * self.chunk_size - max(found.end * self.chunk_size - record.size, 0)
+        return _Sum(found.ranges + self._has_lost_value(record), size)
+
+    def _has_lost_value(self, record: InodeRecord) -> bool:
+        values = (record.xattrs, record.detail)
+        return any(self._maps.measure(value.root, 0, value.places).chunks for value in values)
+
+    def _places(self, record: InodeRecord) -> int:
+        return -(-record.size // self.chunk_size)
 
 
-def _bytes(record: InodeRecord, begin: int, end: int, chunk_size: int) -> InodeRange:
-    offset = begin * chunk_size
-    return InodeRange(record.number, offset, min(end * chunk_size, record.size) - offset)
+def _summed(parts: list[_Sum]) -> _Sum:
+    ranges = sum(part.ranges for part in parts)
+    return _Sum(ranges, sum(part.size_bytes for part in parts)) if ranges else _NOTHING

@@ -18,10 +18,10 @@ from functools import partial
 from blocksnap.backends.base import ObjectInfo
 from blocksnap.backends.errors import ObjectMissingError
 from blocksnap.errors import DamageError
-from blocksnap.repository.blockmap import MapReader, MapRoot
+from blocksnap.repository.blockmap import MapRoot
 from blocksnap.repository.documents import Backup, Root
 from blocksnap.repository.epochs import read_object
-from blocksnap.repository.findings import Loss
+from blocksnap.repository.findings import BackupLosses, Loss
 from blocksnap.repository.frame_scan import scan_frames
 from blocksnap.repository.index import SEGMENT_ROWS, Segment, encode_segment
 from blocksnap.repository.losses import LossFinder
@@ -63,11 +63,16 @@ class RepairPlan:
     lost: frozenset[bytes] = frozenset()
     given_up: frozenset[bytes] = frozenset()
     """Of those, what an earlier repair was told to give up."""
-    losses: tuple[Loss, ...] = ()
+    harmed: tuple[BackupLosses, ...] = ()
     unmapped: tuple[str, ...] = ()
     """Backups whose set of mapped chunks is lost, as people call them: the next one compares everything."""
     backups: int = 0
     nodes: int = 0
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The ranges that are listed, of all backups."""
+        return tuple(loss for each in self.harmed for loss in each.first)
 
     @property
     def rescued_bytes(self) -> int:
@@ -142,6 +147,7 @@ class Planner:
                 break
         else:
             raise DamageError("the repository changes faster than it can be looked at")
+        harmed, unmapped = self._name_losses(backups)
         return RepairPlan(
             segments=tuple(segments),
             manifests=tuple(manifests),
@@ -151,8 +157,8 @@ class Planner:
             rescued=rescued,
             lost=frozenset(self._lost),
             given_up=frozenset(self._lost & self._aside.lost),
-            losses=tuple(self._name_losses(backups)),
-            unmapped=tuple(self._name_unmapped(backups)),
+            harmed=harmed,
+            unmapped=unmapped,
             backups=len(backups),
             nodes=marker.nodes,
         )
@@ -337,19 +343,14 @@ class Planner:
             else:
                 yield BadObject(name, "its bytes do not have the hash in its name")
 
-    def _name_losses(self, backups: list[Backup]) -> Iterator[Loss]:
+    def _name_losses(self, backups: list[Backup]) -> tuple[tuple[BackupLosses, ...], tuple[str, ...]]:
+        """Return what of which backups is lost, and those whose set of mapped chunks is."""
         if not self._lost:
-            return
-        losses = LossFinder(self._repository, self._roots, self._lost)
-        for backup in backups:
-            yield from losses.find(backup)
-
-    def _name_unmapped(self, backups: list[Backup]) -> Iterator[str]:
-        reader = MapReader(self._repository.load_node)
-        for backup in backups if self._lost else ():
-            root = self._roots(backup.mapped.map) if backup.mapped else None
-            if root and next(reader.losses(root, root.capacity, self._lost), None):
-                yield f"{backup.id[:8]} of {backup.volume.name}"
+            return (), ()
+        finder = LossFinder(self._repository, self._roots, self._lost)
+        harmed = filter(None, map(finder.look_at, backups))
+        unmapped = filter(finder.has_lost_mapped, backups)
+        return tuple(harmed), tuple(f"{each.id[:8]} of {each.volume.name}" for each in unmapped)
 
 
 def _problem_with(read: Callable[[], object]) -> str | None:

@@ -24,8 +24,9 @@ from blocksnap.repository.repository import Repository
 from blocksnap.repository.writer import RepositoryWriter
 
 _MOST_RANGES = 100_000
+"""What one record holds. Of backups with more, the last of its share covers all that comes behind."""
 _MOST_LOST = 500_000
-"""What one record holds; of more, the next repair writes down the rest."""
+"""Of more, the next repair writes down the rest."""
 
 
 NO_RUN = "0" * 32
@@ -105,17 +106,17 @@ def compose_record(
         lost = sorted(id_.hex() for id_ in plan.lost - plan.given_up)[:_MOST_LOST]
     known = {
         (backup, *each)
-        for backup in {loss.backup for loss in plan.losses}
+        for backup in {each.backup for each in plan.harmed}
         for each in repository.known_losses(backup)
     }
-    ranges = [
-        loss for loss in plan.losses if (loss.backup, loss.offset, loss.length, loss.inode) not in known
-    ]
+    share = max(_MOST_RANGES // max(len(plan.harmed), 1), 1)
+    losses = [loss for each in plan.harmed for loss in each.at_most(share)]
+    ranges = [loss for loss in losses if (loss.backup, loss.offset, loss.length, loss.inode) not in known]
     if not (objects or lost or plan.packs or ranges):
         return None
     if lost:
         # So that this record, which lets go of them, stays as long as any of the backups.
-        ranges = list(plan.losses)
+        ranges = losses
     return SetAside(
         run=run,
         time=now,
@@ -124,6 +125,6 @@ def compose_record(
         lost=tuple(lost),
         ranges=tuple(
             LostRange(backup=loss.backup, offset=loss.offset, length=loss.length, inode=loss.inode)
-            for loss in ranges[:_MOST_RANGES]
+            for loss in ranges
         ),
     )

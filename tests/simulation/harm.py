@@ -14,6 +14,7 @@ from blocksnap.operations.reporting import Quiet
 from blocksnap.repository.blockmap import MapReader
 from blocksnap.repository.check import Checker
 from blocksnap.repository.frame import FrameType
+from blocksnap.repository.map_losses import MapLosses
 from blocksnap.repository.pack import PackRow, read_footer
 from blocksnap.repository.repair_plan import RepairPlan
 from blocksnap.repository.repository import Repository
@@ -79,9 +80,9 @@ class HarmedStory:
         frames = [(row.id, (name, row.offset)) for name, rows in self._rows.items() for row in rows]
         gone = {id_ for id_, _ in frames} - {id_ for id_, place in frames if place not in self._dead}
         self._gone = frozenset(gone)
-        reader = MapReader(repository.load_node)
+        losses = MapLosses(MapReader(repository.load_node), gone, gone)
         for stored in repository.backups():
-            ranges = reader.losses(map_root(stored.backup.map), CHUNKS, gone)
+            ranges = losses.ranges(map_root(stored.backup.map), 0, CHUNKS)
             self.lost[stored.backup.id] = {n for begin, end in ranges for n in range(begin, end)}
 
     def repair(self, *, accept_loss: bool = False) -> RepairPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from collections.abc import Iterator
@@ -13,14 +14,18 @@ import pytest
 
 from blocksnap.extents.changes import Changes
 from blocksnap.extents.model import ExtentList
+from blocksnap.operations import heal, losses
 from blocksnap.operations.backup import back_up
 from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.losses import current_losses
-from blocksnap.operations.repair import RepairOptions, repair
+from blocksnap.operations.repair import RepairOptions, plan_repair, repair
 from blocksnap.operations.reporting import Quiet
+from blocksnap.operations.restore import execute_restore, plan_restore
 from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import BackupOptions, plan_backup, store_volume
 from blocksnap.pipeline.selection import subtract
+from blocksnap.repository import losses as finding
+from blocksnap.repository import repairing
 from blocksnap.repository.blockmap import ZERO, MapReader
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.stored import StoredBackup
@@ -80,7 +85,7 @@ def test_lost_chunks_are_read_again(tmp_path: Path) -> None:
     assert plan(repository, volume, made) == ([], "nothing")
     harm_largest_pack(tmp_path / "r")
     repository = mended(tmp_path)
-    ((offset, length),) = current_losses(repository, made.backup)
+    ((offset, length),) = current_losses(repository, made.backup).extents()
     assert (offset % CHUNK, length) == (0, CHUNK)
     read, reason = plan(repository, volume, made)
     assert read == [(offset // CHUNK, offset // CHUNK + 1)]
@@ -92,7 +97,7 @@ def test_what_was_lost_and_then_discarded_is_read_as_zeros(tmp_path: Path, neigh
     repository, volume, made = stored(tmp_path)
     harm_largest_pack(tmp_path / "r")
     repository = mended(tmp_path)
-    ((offset, length),) = current_losses(repository, made.backup)
+    ((offset, length),) = current_losses(repository, made.backup).extents()
     begin, end = offset - neighbours * CHUNK, offset + length + neighbours * CHUNK
     with (tmp_path / "volume").open("r+b") as file:
         file.seek(begin)
@@ -115,8 +120,62 @@ def test_what_has_come_back_is_not_lost_any_more(tmp_path: Path) -> None:
     data = max((p for p in (tmp_path / "r" / "packs").rglob("*-*")), key=lambda path: path.stat().st_size)
     data.unlink()
     repository = mended(tmp_path)
-    assert sum(length for _, length in current_losses(repository, made.backup)) == CHUNK * 20 + 9
+    assert current_losses(repository, made.backup).total_bytes == CHUNK * 20 + 9
     assert back_up(repository, [volume], str(tmp_path / "state"), BackupOptions(), Quiet())
     repository = open_repository(tmp_path / "r")
-    assert current_losses(repository, made.backup) == []
+    assert not current_losses(repository, made.backup).total_bytes
     assert plan(repository, volume, made) == ([], "nothing")
+
+
+def harm_many(folder: Path) -> None:
+    """Flip a bit every 40,000 bytes of the largest pack, which takes every second or third chunk."""
+    pack = max((folder / "packs").rglob("*-*"), key=lambda path: path.stat().st_size)
+    content = bytearray(pack.read_bytes())
+    for position in range(20_000, len(content), 40_000):
+        content[position] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(content)
+
+
+def test_more_losses_than_are_held_are_read_again_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, volume, made = stored(tmp_path)
+    harm_many(tmp_path / "r")
+    monkeypatch.setattr(repairing, "_MOST_RANGES", 3)
+    repository = mended(tmp_path)
+    (record,) = repository.aside_records().values()
+    assert len(record.ranges) == 3
+    every = current_losses(repository, made.backup)
+    extents = list(every.extents())
+    assert (every.total.ranges, every.left_out) == (len(extents), "")
+    assert every.total.ranges > 4
+    assert list(every.covering()) == extents
+    monkeypatch.setattr(losses, "_MOST", 2)
+    few = current_losses(repository, made.backup)
+    assert list(few.extents()) == extents[:2]
+    assert (few.total, few.total_bytes) == (every.total, sum(length for _, length in extents))
+    assert few.left_out == f"{len(extents) - 2} more ranges, {every.total_bytes} bytes in all"
+    assert list(few.covering()) == [extents[0], (extents[1][0], sum(extents[-1]) - extents[1][0])]
+    read, _ = plan(repository, volume, made)
+    assert all(any(begin * CHUNK <= at < end * CHUNK for begin, end in read) for at, _ in extents)
+
+
+def test_more_losses_than_are_told_are_healed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, volume, made = stored(tmp_path)
+    harm_many(tmp_path / "r")
+    for module, name in ((repairing, "_MOST_RANGES"), (finding, "MOST_LISTED"), (heal, "_MOST_RANGES")):
+        monkeypatch.setattr(module, name, 2)
+    repository = mended(tmp_path)
+    plan = plan_repair(repository, frozenset())
+    (harmed,) = plan.harmed
+    assert harmed.ranges > len(harmed.first) == 2
+    healed = heal.heal_from(repository, volume, frozenset(), str(tmp_path / "state"), Quiet())
+    assert healed.chunks == harmed.size_bytes // CHUNK
+    assert healed.left.is_whole
+    repository = open_repository(tmp_path / "r")
+    out = io.BytesIO()
+    execute_restore(repository, plan_restore(made.backup, "-"), out, Quiet(), verify=False)
+    assert out.getvalue() == (tmp_path / "volume").read_bytes()
