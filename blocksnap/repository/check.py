@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -26,7 +26,7 @@ from blocksnap.repository.frame import FrameType
 from blocksnap.repository.key_objects import read_key
 from blocksnap.repository.keys import Right
 from blocksnap.repository.losses import LossFinder
-from blocksnap.repository.marking import mark_backups
+from blocksnap.repository.marking import Marker, mark_backups, mistaken_backups
 from blocksnap.repository.missing import missing_manifests
 from blocksnap.repository.repository import Repository, load_config
 from blocksnap.repository.scrubbing import ALL, CONTENTS, HASHES, Budget, PackVerdict, check_pack, read_packs
@@ -120,9 +120,10 @@ class Checker:
 
     def name_losses(self) -> None:
         """Say which byte ranges of which backups the damage touches; call last."""
-        lost = {id_ for id_ in self.result.bad_ids if self._is_lost(id_)}
-        if not lost:
+        if not self.result.bad_ids:
             return
+        # What is whole may stand where it does not belong: then only the backups that have it there lose it.
+        lost = {id_ for id_ in self.result.bad_ids if self._is_lost(id_)}
         finder = LossFinder(self._repository, self._root, lost)
         for stored in self._listed:
             harmed = finder.look_at(stored.backup)
@@ -268,12 +269,31 @@ class Checker:
             self.result.bad_ids.add(id_)
             self.result.trouble(f"map node {id_.hex()[:16]}", err)
 
-        marker = self._index.marker(self._sizes.keys() - self._aside, note)
+        marker = self._marker(note)
         mark_backups(marker, backups, self._root)
         self.result.nodes, self.result.chunks = marker.nodes, marker.leaves
-        self.result.bad_ids |= marker.lost - marker.lost_nodes
+        self.result.bad_ids |= marker.lost - marker.lost_nodes - marker.mistaken
+        if marker.mistaken:
+            self._name_mistaken(backups, marker.mistaken)
         if newer:
             self._name_newer(backups, newer)
+
+    def _marker(self, note: Callable[[bytes, BlocksnapError], None]) -> Marker:
+        return self._index.marker(self._sizes.keys() - self._aside, note)
+
+    def _name_mistaken(self, backups: Iterable[Backup], ids: Container[bytes]) -> None:
+        """Name the backups that have these ids where they are wrong, not those where they are right."""
+        finder = LossFinder(self._repository, self._root, ids)
+        new_marker = partial(self._marker, lambda _id, _err: None)
+        # Each is walked alone, so only those that have any of them; all, should it lie behind their ends.
+        for some in (filter(finder.is_touched, backups), backups):
+            wrong = list(mistaken_backups(some, new_marker, self._root))
+            for backup in wrong:
+                self.result.damage(
+                    named(backup), "its map leads to what is stored as something else: it cannot be restored"
+                )
+            if wrong:
+                return
 
     def _name_newer(self, backups: Iterable[Backup], newer: Mapping[bytes, BlocksnapError]) -> None:
         finder = LossFinder(self._repository, self._root, newer)

@@ -1,9 +1,9 @@
 """Which rows of the index are needed: one bit for each of them, set by a walk over the maps of all backups.
 
 Many backups are walked together, place by place: at each place the nodes that any of them has there are read,
-once, and of what they lead to only what differs is looked up. A second bit, one for each type of leaf, says
-that a node was entered: then all that is below it was seen as what leads to such leaves. So the work is that
-of the nodes and chunks there are, and not of how often they are shared.
+once, and of what they lead to only what differs is looked up. A second bit, one for each type of leaf and
+each level, says that a node was entered: then all that is below it was seen as what leads to such leaves. So
+the work is that of the nodes and chunks there are, and not of how often they are shared.
 
 Nothing here is proven but nodes and pages: rows, and which map a backup leads to, are the word of whoever
 holds a key. So every row of a needed id is marked, as the true one may be any of them; and what was entered
@@ -16,7 +16,8 @@ entered like a node, and what it refers to is walked right away, so nothing of i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NoReturn, TypeVar
 
 from blocksnap.errors import BlocksnapError, DamageError
@@ -44,8 +45,8 @@ class Marker:
     the middle sort is ``accepted`` one by one. Of an id that is in no such row, and of a node that cannot be
     read, ``gives_up`` tells whether to go on without. A node that cannot be read is told to ``on_damage``
     instead, if there is one. ``nodes`` counts the nodes and pages that were read, and ``leaves`` what they
-    lead to, each once. Ids that are needed as one type and stored as another are ``mistaken``: no loss that
-    could be given up, but a map that is wrong.
+    lead to, each once. Ids that are needed as one type, or at one level, and stored as another are
+    ``mistaken``: no loss that could be given up, but a map that is wrong.
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class Marker:
         self._gives_up = gives_up
         self._on_damage = on_damage
         self._bits = bytearray(-(-len(index) // 8))
-        self._entered: defaultdict[FrameType, bytearray] = defaultdict(lambda: bytearray(len(self._bits)))
+        self._entered: defaultdict[tuple[int, FrameType], bytearray] = defaultdict(
+            lambda: bytearray(len(self._bits))
+        )
+        """By level, too: a node that was entered at its own says nothing of a map that has it at another."""
         self._stuck: set[tuple[bytes, int, FrameType]] = set()
         """Nodes that could not be entered, or have no row, by level and type of leaf."""
         self._names = [pack.name for pack in index.packs]
@@ -76,7 +80,7 @@ class Marker:
         self.lost_nodes: set[bytes] = set()
         """Those of them that are nodes, which may be readable all the same."""
         self.mistaken: set[bytes] = set()
-        """Those of them that are stored, as another type."""
+        """Ids that are stored, but as something else than is needed; of another type, they are lost, too."""
 
     def is_marked(self, number: int) -> bool:
         """Tell whether a row is needed."""
@@ -126,7 +130,7 @@ class Marker:
         if len(entry) != _ID:
             return []
         try:
-            return self._decode_page(entry, None)
+            return _references(entry, self._load(entry, None, FrameType.INODES))
         except DamageError:
             if not self._gives_up(entry):
                 raise
@@ -136,7 +140,7 @@ class Marker:
         if len(entry) != _ID:
             return [entry] * FANOUT
         try:
-            return self._decode(entry, level, None)
+            return _children(entry, level, self._load(entry, None, FrameType.NODE))
         except DamageError:
             if not self._gives_up(entry):
                 raise
@@ -174,14 +178,15 @@ class Marker:
         is_new, row = self._mark_node(entry, FrameType.NODE, level, leaf)
         if not is_new:
             return None
-        return self._try(entry, lambda: self._decode(entry, level, row), (level, leaf, row))
+        return self._try(entry, FrameType.NODE, partial(_children, entry, level), (level, leaf, row))
 
     def _enter_page(self, entry: Entry) -> list[Reference]:
         """Mark a page; return what its records refer to, if it was not entered yet."""
         is_new, row = self._mark_node(entry, FrameType.INODES, -1, FrameType.INODES)
         if not is_new:
             return []
-        return self._try(entry, lambda: self._decode_page(entry, row), (-1, FrameType.INODES, row)) or []
+        kind = FrameType.INODES
+        return self._try(entry, kind, partial(_references, entry), (-1, kind, row)) or []
 
     def _mark_leaf(self, entry: Entry, kind: FrameType) -> None:
         rows = self._rows_of(entry, kind)
@@ -199,7 +204,7 @@ class Marker:
         rows = self._rows_of(entry, kind)
         if rows:
             self._mark(rows)
-            row, entered = rows[0], self._entered[leaf]
+            row, entered = rows[0], self._entered[level, leaf]
             if _has(entered, row.number):
                 return False, row
             _set(entered, row.number)
@@ -235,31 +240,31 @@ class Marker:
         return False
 
     def _try(
-        self, entry: Entry, decode: Callable[[], _Found], entered: tuple[int, FrameType, NumberedRow | None]
+        self,
+        entry: Entry,
+        kind: FrameType,
+        decode: Callable[[bytes], _Found],
+        entered: tuple[int, FrameType, NumberedRow | None],
     ) -> _Found | None:
         """Return what a node or page leads to; None where it cannot be read and that is no reason to end."""
         level, leaf, row = entered
         try:
-            return decode()
+            plain = self._load(entry, row, kind)
+            try:
+                return decode(plain)
+            except DamageError:
+                # It is what its id says, and whole: what is wrong is the map that has it here.
+                self.mistaken.add(entry)
         except (DamageError, NewerFormatError) as err:
             if self._on_damage:
                 self._on_damage(entry, err)
             elif isinstance(err, NewerFormatError) or not self._gives_up(entry):
                 raise
-            # As something else, at the level where it belongs, it may be whole.
-            self._stuck.add((entry, level, leaf))
-            if row is not None:
-                _clear(self._entered[leaf], row.number)
-            return None
-
-    def _decode(self, entry: Entry, level: int, row: NumberedRow | None) -> list[Entry]:
-        """Return what is below a node; one that is in no usable pack may be in another."""
-        plain = self._load(entry, row, FrameType.NODE)
-        return decode_node(plain, level=level, where=f"map node {entry.hex()[:16]}")
-
-    def _decode_page(self, entry: Entry, row: NumberedRow | None) -> list[Reference]:
-        plain = self._load(entry, row, FrameType.INODES)
-        return page_references(plain, f"inode records {entry.hex()[:16]}")
+        # As something else, at the level where it belongs, it may be whole.
+        self._stuck.add((entry, level, leaf))
+        if row is not None:
+            _clear(self._entered[level, leaf], row.number)
+        return None
 
     def _load(self, entry: Entry, row: NumberedRow | None, kind: FrameType) -> bytes:
         if row is None:
@@ -280,6 +285,14 @@ class Marker:
             elif trust == LAST_RESORT and not found and last_resort is None and self._accepts(row, id_):
                 last_resort = row
         return list(found.values()) or ([last_resort] if last_resort else [])
+
+
+def _children(entry: Entry, level: int, plain: bytes) -> list[Entry]:
+    return decode_node(plain, level=level, where=f"map node {entry.hex()[:16]}")
+
+
+def _references(entry: Entry, plain: bytes) -> list[Reference]:
+    return page_references(plain, f"inode records {entry.hex()[:16]}")
 
 
 def _has(bits: bytearray, number: int) -> bool:
@@ -324,16 +337,22 @@ def require_nothing_lost(marker: Marker) -> None:
         )
 
 
-def raise_mistaken(
+def mistaken_backups(
     backups: Iterable[Backup], new_marker: Callable[[], Marker], roots: Callable[[Root], MapRoot]
-) -> NoReturn:
-    """Raise DamageError that names the backups whose maps lead to what is stored as something else."""
-    wrong = []
+) -> Iterator[Backup]:
+    """Yield the backups whose maps lead to what is stored as something else; each is walked alone."""
     for backup in backups:
         marker = new_marker()
         mark_backups(marker, [backup], roots)
         if marker.mistaken:
-            wrong.append(backup)
+            yield backup
+
+
+def raise_mistaken(
+    backups: Iterable[Backup], new_marker: Callable[[], Marker], roots: Callable[[Root], MapRoot]
+) -> NoReturn:
+    """Raise DamageError that names the backups whose maps lead to what is stored as something else."""
+    wrong = list(mistaken_backups(backups, new_marker, roots))
     names = ", ".join(f"{each.id[:8]} of {each.volume.name}" for each in wrong[:_NAMED])
     raise DamageError(
         f"the maps of {len(wrong)} backups lead to what is stored as something else: {names}",

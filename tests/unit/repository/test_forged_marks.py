@@ -200,6 +200,22 @@ def forget(path: Path, id_: str) -> None:
     create_forgotten(open_repository(path), Forgotten(run=run, time=datetime.now(UTC), backups=(id_,)))
 
 
+@pytest.mark.parametrize("deeper", [1, 2])
+def test_a_map_that_begins_at_another_level_is_named_and_no_loss(path: Path, deeper: int) -> None:
+    victim = store_victim(path)
+    wrong = commit_bogus(path, forges=False, deeper=deeper)
+    with pytest.raises(DamageError) as caught:
+        prune(path)
+    assert f"{wrong[:8]} of x" in caught.value.brief
+    assert victim[:8] not in caught.value.brief
+    plan = Planner(open_repository(path), map_root).plan()
+    assert not plan.lost
+    assert not plan.harmed
+    forget(path, wrong)
+    assert prune(path).state == "done"
+    assert read_tree(path, victim) == NODES
+
+
 def test_what_was_entered_as_something_else_is_entered_all_the_same(path: Path) -> None:
     victim = store_victim(path)
     commit_bogus(path, forges=True)
@@ -222,19 +238,22 @@ def test_a_map_that_leads_to_what_is_something_else_is_named_and_no_loss(path: P
     assert read_tree(path, victim) == NODES
 
 
-def test_a_node_that_is_needed_at_another_level_is_entered_at_its_own(path: Path) -> None:
+@pytest.mark.parametrize("wrong_first", [True, False])
+def test_a_node_that_is_needed_at_another_level_is_entered_at_its_own(
+    path: Path, *, wrong_first: bool
+) -> None:
     victim = store_victim(path)
     repository = open_repository(path)
     index = numbered(repository)
     root = map_root(backup_of(repository).map)
-    failed = []
-    marker = Marker(
-        index, [TRUSTED] * len(index.packs), NodeLoader(repository), on_damage=lambda *err: failed.append(err)
-    )
+    marker = Marker(index, [TRUSTED] * len(index.packs), NodeLoader(repository))
     wrong = type(root)(root.levels + 1, root.entry)
-    for leaf, each in itertools.product((FrameType.INODES, FrameType.DATA), (wrong, root)):
+    for leaf, each in itertools.product(
+        (FrameType.INODES, FrameType.DATA), (wrong, root) if wrong_first else (root, wrong)
+    ):
         marker.mark([each], leaf)
-    assert len(failed) == 2
+    assert root.entry in marker.mistaken
+    assert root.entry not in marker.lost
     reader = MapReader(repository.load_node)
     pages = [entry for _, _, entry in reader.runs(root, 0, root.capacity) if len(entry) == 32]
     assert pages
