@@ -219,7 +219,7 @@ def execute_restore(
             _restore(repository, plan, geometry, losses, stdout, report, verify=verify)
     except UnreadableRangeError as err:
         raise LostRangeError(plan.backup, err) from err
-    lost = tuple(Ranges(losses.chunks()).extents(geometry)) if losses else ()
+    lost = tuple(losses.chunks().extents(geometry)) if losses else ()
     verified = verify and plan.kind != "stream"
     return RestoreResult(plan, time.monotonic() - began, verified, in_place, lost)
 
@@ -253,7 +253,7 @@ def _restore(
         with phase(report, doing, backup.size):
             restore_to_target(repository, geometry, read_map, target, report.advance, losses)
         if verify:
-            verify_target(repository, backup, target, report, Ranges(losses.chunks() if losses else ()))
+            verify_target(repository, backup, target, report, losses.chunks() if losses else Ranges())
 
 
 def _open_target(

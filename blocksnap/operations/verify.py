@@ -12,6 +12,7 @@ from blocksnap.operations.backup import open_session
 from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.compare import find_differences
 from blocksnap.operations.guarding import guarded
+from blocksnap.operations.problems import Problems
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.pipeline.flow import Geometry
 from blocksnap.repository.blockmap import MapReader
@@ -41,23 +42,27 @@ class MoreDifferencesError(BlocksnapError):
 
 
 def verify_repository(repository: Repository, backup: Backup, report: Reporter) -> Sequence[DamageError]:
-    """Read every chunk of a backup; return the ranges that cannot be read. Raises MissingRightError."""
+    """Read every chunk of a backup; return what cannot be read, the first of it. Raises MissingRightError."""
     repository.keys.require(Right.READ)
     if backup.inodes is not None:
         from blocksnap.operations.verify_tree import verify_tree_backup
 
         return verify_tree_backup(repository, backup, report)
     geometry = Geometry(backup.size, backup.chunk_size)
-    damage: list[UnreadableRangeError] = []
+    problems = Problems()
 
     def note(begin: int, end: int, err: DamageError) -> None:
         offset, last = begin * geometry.chunk_size, min(end * geometry.chunk_size, geometry.size)
-        damage.append(UnreadableRangeError(offset, last - offset, err))
+        problems.add(UnreadableRangeError(offset, last - offset, err))
 
     runs = MapReader(repository.load_node).runs(map_root(backup.map), 0, geometry.count, note)
     with phase(report, f"verifying {backup.volume.name}", backup.size):
-        damage += verify_chunks(repository, geometry, runs, report.advance)
-    return sorted(damage, key=lambda err: err.offset)
+        verify_chunks(repository, geometry, runs, report.advance, problems.add)
+    return problems.told(_offset)
+
+
+def _offset(err: DamageError) -> int:
+    return err.offset if isinstance(err, UnreadableRangeError) else -1
 
 
 def verify_volume(

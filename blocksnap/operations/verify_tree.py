@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from blocksnap.errors import DamageError
+from blocksnap.operations.problems import Problems
 from blocksnap.operations.reporting import Reporter, phase
 from blocksnap.operations.tree_storing import inode_map
 from blocksnap.pipeline.flow import Geometry
@@ -19,7 +20,7 @@ from blocksnap.repository.inodes import PAGE_INODES, InodeRecord, levels_of
 from blocksnap.repository.keys import Right
 from blocksnap.repository.map_losses import MapLosses
 from blocksnap.repository.repository import Repository
-from blocksnap.restore.engine import verify_chunks
+from blocksnap.restore.engine import UnreadableChunkError, verify_chunks
 from blocksnap.restore.inode_values import LARGEST_VALUE, link_target, state_of, xattrs_of
 
 _ID = 32
@@ -60,7 +61,7 @@ def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter)
     repository.keys.require(Right.READ)
     found = inode_map(backup)
     reader = InodeReader(repository, found)
-    problems: list[DamageError] = []
+    problems = Problems()
     geometry = _Numbered(1 << 62, backup.chunk_size)
 
     def runs() -> Iterator[tuple[int, int, Entry]]:
@@ -69,9 +70,7 @@ def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter)
             records = _page(reader, page, problems)
             left -= len(records)
             if left < 0:
-                problems.append(
-                    DamageError(f"there are more inodes than {found.count}, as the manifest says")
-                )
+                problems.add(DamageError(f"there are more inodes than {found.count}, as the manifest says"))
                 return
             for record in records:
                 _look_at(reader, record, backup.chunk_size, problems)
@@ -86,32 +85,34 @@ def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter)
                         yield first + number, count, entry
                 first += places
 
+    def note(err: UnreadableChunkError) -> None:
+        inode, offset, _ = geometry.place(err.offset // backup.chunk_size)
+        problems.add(UnreadableInodeError(inode, f"bytes {offset} to {offset + err.length}", err))
+
     with phase(report, f"verifying {backup.volume.name}", backup.size):
-        for err in verify_chunks(repository, geometry, runs(), report.advance):
-            inode, offset, _ = geometry.place(err.offset // backup.chunk_size)
-            problems.append(UnreadableInodeError(inode, f"bytes {offset} to {offset + err.length}", err))
-    return problems
+        verify_chunks(repository, geometry, runs(), report.advance, note)
+    return problems.told()
 
 
-def _pages(reader: InodeReader, problems: list[DamageError]) -> Iterator[int]:
+def _pages(reader: InodeReader, problems: Problems) -> Iterator[int]:
     def lose(begin: int, _: int, err: DamageError) -> None:
-        problems.append(UnreadableInodeError(begin * PAGE_INODES, "records from that", err))
+        problems.add(UnreadableInodeError(begin * PAGE_INODES, "records from that", err))
 
     try:
         yield from reader.pages(lose)
     except DamageError as err:
-        problems.append(err)
+        problems.add(err)
 
 
-def _page(reader: InodeReader, number: int, problems: list[DamageError]) -> list[InodeRecord]:
+def _page(reader: InodeReader, number: int, problems: Problems) -> list[InodeRecord]:
     try:
         return list(reader.page(number).values())
     except DamageError as err:
-        problems.append(UnreadableInodeError(number * PAGE_INODES, "records from that", err))
+        problems.add(UnreadableInodeError(number * PAGE_INODES, "records from that", err))
         return []
 
 
-def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems: list[DamageError]) -> None:
+def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems: Problems) -> None:
     """Read all of an inode but its chunks."""
     try:
         xattrs_of(reader, record)
@@ -119,7 +120,7 @@ def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems
             for entry in reader.listing(record):
                 if entry.kind != 8 and reader.find(entry.inode) is None:
                     problem = DamageError(f"{entry.name!r} leads to inode {entry.inode}, which is not there")
-                    problems.append(UnreadableInodeError(record.number, "a name", problem))
+                    problems.add(UnreadableInodeError(record.number, "a name", problem))
         elif not record.is_file:
             link_target(reader, record)
         elif record.detail.length <= LARGEST_VALUE:
@@ -129,14 +130,11 @@ def _look_at(reader: InodeReader, record: InodeRecord, chunk_size: int, problems
         if record.is_file and record.content.levels != levels_of(places):
             raise DamageError("its content does not fit its size")
         losses = MapLosses(reader.maps, (), ())
-        ranges = losses.ranges(record.content, 0, places)
-        for begin, end in islice(ranges, _MOST_TOLD):
+        found = losses.measure(record.content, 0, places)
+        for told, (begin, end) in enumerate(islice(losses.ranges(record.content, 0, places), _MOST_TOLD), 1):
             lost = DamageError("a map node is lost")
             where = f"bytes {begin * chunk_size} to {min(end * chunk_size, record.size)}"
-            problems.append(UnreadableInodeError(record.number, where, lost))
-        more = losses.measure(record.content, 0, places).ranges - _MOST_TOLD
-        if more > 0:
-            lost = DamageError("map nodes are lost")
-            problems.append(UnreadableInodeError(record.number, f"{more} more ranges", lost))
+            behind = found.ranges - _MOST_TOLD if told == _MOST_TOLD else 0
+            problems.add(UnreadableInodeError(record.number, where, lost), 1 + behind)
     except DamageError as err:
-        problems.append(UnreadableInodeError(record.number, "the record", err))
+        problems.add(UnreadableInodeError(record.number, "the record", err))

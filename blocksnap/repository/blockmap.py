@@ -214,27 +214,6 @@ class MapReader:
             return [(entry, height), *[(HOLE, height)] * (FANOUT - 1)]
         return [(child, level - 1) for child in self.node(entry, level - 1)]
 
-    def walk(
-        self, root: MapRoot, seen: set[bytes], on_damage: Callable[[bytes, DamageError], None]
-    ) -> Iterator[tuple[bytes, int]]:
-        """Yield ``(id, level)`` of every node, and of every chunk (level -1) below nodes not in ``seen``.
-
-        Nodes are added to ``seen``; a subtree whose root is in it is not entered, so a walk over many backups
-        visits each node once. A node that cannot be loaded is told to ``on_damage``, and the walk goes on.
-        """
-        stack = [(root.entry, root.levels - 1)]
-        while stack:
-            entry, level = stack.pop()
-            if len(entry) != _ID or entry in seen:
-                continue
-            yield entry, level
-            if level >= 0:
-                seen.add(entry)
-                try:
-                    stack.extend((child, level - 1) for child in reversed(self.node(entry, level)))
-                except DamageError as err:
-                    on_damage(entry, err)
-
 
 def _refuse(_begin: int, _end: int, err: DamageError) -> None:
     raise err

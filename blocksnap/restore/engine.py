@@ -18,6 +18,7 @@ from typing import BinaryIO, TypeVar
 
 from blocksnap.errors import DamageError
 from blocksnap.pipeline.flow import Geometry
+from blocksnap.pipeline.selection import Ranges, select_either
 from blocksnap.repository.blockmap import Entry
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.lookup import Location
@@ -46,6 +47,10 @@ _STREAM_BYTES = 4 << 20
 """What a stream's window holds at most, or one chunk; ``_PENDING`` windows are fetched ahead."""
 
 
+_MOST_LOOSE = 1 << 16
+"""Ranges that are held before they are merged, to 16 bytes each."""
+
+
 class UnreadableRangeError(DamageError):
     """A range of the backup, in bytes, cannot be read from the repository."""
 
@@ -70,15 +75,26 @@ class Losses:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._chunks: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
+        self._merged = Ranges()
+        self._loose: list[tuple[int, int]] = []
 
     def note(self, begin: int, end: int, _: DamageError) -> None:
         """Note that the chunks ``[begin, end)`` cannot be read; from any thread."""
-        self._chunks.append((begin, end))
+        with self._lock:
+            self._loose.append((begin, end))
+            if len(self._loose) > max(_MOST_LOOSE, len(self._merged) // 4):
+                self._merge()
 
-    def chunks(self) -> list[tuple[int, int]]:
-        """Return the ranges of chunks, sorted by their beginnings."""
-        return sorted(self._chunks)
+    def chunks(self) -> Ranges:
+        """Return the ranges of chunks."""
+        with self._lock:
+            self._merge()
+            return self._merged
+
+    def _merge(self) -> None:
+        self._merged = select_either(self._merged, sorted(self._loose))
+        self._loose.clear()
 
 
 class ChunkFetcher:
@@ -385,9 +401,13 @@ def restore_to_stream(
 
 
 def verify_chunks(
-    repository: Repository, geometry: Geometry, runs: Iterator[tuple[int, int, Entry]], progress: Progress
-) -> list[UnreadableChunkError]:
-    """Read and prove every chunk of a map; return what cannot be read, in order of the volume."""
+    repository: Repository,
+    geometry: Geometry,
+    runs: Iterator[tuple[int, int, Entry]],
+    progress: Progress,
+    note: Callable[[UnreadableChunkError], None],
+) -> None:
+    """Read and prove every chunk of a map; ``note`` is told what cannot be read, about in the map's order."""
     fetcher = ChunkFetcher(repository, geometry)
 
     def prove(fetch: RangeFetch) -> tuple[int, list[UnreadableChunkError]]:
@@ -401,21 +421,20 @@ def verify_chunks(
         results = [prove(one) for one in alone]
         return sum(done for done, _ in results), [err for _, errors in results for err in errors]
 
-    damage: list[UnreadableChunkError] = []
     planned = planned_ahead(plan_windows(runs, _locator(repository)))
     with (
         contextlib.closing(planned) as windows,
         ThreadPoolExecutor(WORKERS, thread_name_prefix="blocksnap-verify") as pool,
     ):
-        ranges = _ranges_of(windows, geometry, damage, progress)
+        ranges = _ranges_of(windows, geometry, note, progress)
         try:
             for _, (done, errors) in _ahead(pool, prove, ranges):
                 progress(done)
-                damage.extend(errors)
+                for err in errors:
+                    note(err)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return sorted(damage, key=lambda err: err.offset)
 
 
 def _locator(repository: Repository) -> Callable[[bytes], Location]:
@@ -435,12 +454,16 @@ def _pass_over(window: Window, geometry: Geometry, losses: Losses | None) -> lis
 
 
 def _ranges_of(
-    windows: Iterator[Window], geometry: Geometry, damage: list[UnreadableChunkError], progress: Progress
+    windows: Iterator[Window],
+    geometry: Geometry,
+    note: Callable[[UnreadableChunkError], None],
+    progress: Progress,
 ) -> Iterator[RangeFetch]:
     """Yield what is to be read; of the rest note what no pack holds, and count what is empty."""
     for window in windows:
         progress(sum(length for _, length in _extents((*window.holes, *window.zeros), geometry)))
-        damage.extend(UnreadableChunkError(numbers, geometry, err) for numbers, err in window.missing)
+        for numbers, err in window.missing:
+            note(UnreadableChunkError(numbers, geometry, err))
         yield from window.ranges
 
 

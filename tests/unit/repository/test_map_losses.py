@@ -17,6 +17,7 @@ from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.losses import current_losses
 from blocksnap.operations.repair import RepairOptions, repair
 from blocksnap.operations.reporting import Quiet
+from blocksnap.operations.verify import verify_repository
 from blocksnap.repository import repairing
 from blocksnap.repository.blockmap import FANOUT, HOLE, ZERO, Entry, MapReader, MapRoot, encode_node
 from blocksnap.repository.check import Checker
@@ -233,3 +234,20 @@ def test_a_page_of_inodes_that_stands_everywhere_is_looked_at_once(tmp_path: Pat
     assert (found.backup, found.ranges, found.size_bytes) == (tree, ranges, ranges * CHUNK)
     assert len(plan.losses) == MOST_LISTED
     assert {(loss.inode, loss.length) for loss in plan.losses} == {(1, CHUNK)}
+
+
+def test_a_verify_tells_the_first_and_counts_the_rest(tmp_path: Path) -> None:
+    make_repository(tmp_path / "r")
+    with open_writer(open_repository(tmp_path / "r")) as run:
+        missing = run.identify(FrameType.NODE, b"nowhere")
+        middle = run.store_node(encode_node(1, [missing] * FANOUT))
+        top = run.store_node(encode_node(2, [middle] * FANOUT))
+        commit_map(run, MapRoot(3, top), "large")
+    repository = open_repository(tmp_path / "r")
+    (stored,) = repository.backups()
+    *first, rest = verify_repository(repository, stored.backup, Quiet())
+    span = FANOUT * CHUNK
+    assert [err.brief.split(" cannot")[0] for err in first] == [
+        f"bytes {n * span} to {(n + 1) * span}" for n in range(1000)
+    ]
+    assert rest.brief == f"{FANOUT**2 - 1000} more places cannot be read"

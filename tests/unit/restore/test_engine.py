@@ -7,6 +7,7 @@ import io
 import os
 import random
 import threading
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
 from blocksnap.restore import engine, naming, plan
 from blocksnap.restore.engine import (
+    Losses,
     UnreadableChunkError,
     restore_runs,
     restore_to_stream,
@@ -193,7 +195,8 @@ def test_damage_is_named_and_not_restored(
     expected = [
         n * CHUNK for n in range(GEOMETRY.count) if reader.entry(root, n) == reader.entry(root, victim)
     ]
-    found = verify_chunks(repository, GEOMETRY, runs(repository, root), Counter())
+    found: list[UnreadableChunkError] = []
+    verify_chunks(repository, GEOMETRY, runs(repository, root), Counter(), found.append)
     assert [err.offset for err in found] == expected[:1]
     target = FileTarget(str(tmp_path / "out"), GEOMETRY.size, RECORD)
     with pytest.raises(UnreadableChunkError, match=f"bytes {expected[0]} to"):
@@ -210,8 +213,21 @@ def test_a_chunk_in_no_pack_is_named(stored: tuple[Path, MapRoot, bytes]) -> Non
     place, _, _ = stored
     repository = open_repository(place)
     missing = iter([(0, 1, b"\x07" * 32), (1, 1, ZERO)])
-    (found,) = verify_chunks(repository, Geometry(2 * CHUNK, CHUNK), missing, Counter())
-    assert (found.offset, found.length) == (0, CHUNK)
+    found: list[UnreadableChunkError] = []
+    verify_chunks(repository, Geometry(2 * CHUNK, CHUNK), missing, Counter(), found.append)
+    assert [(err.offset, err.length) for err in found] == [(0, CHUNK)]
+
+
+def test_what_is_lost_is_held_merged() -> None:
+    losses, error = Losses(GEOMETRY), DamageError("lost")
+    places = [*range(0, 200_000, 2), *range(200_001, 400_000)]
+    tracemalloc.start()
+    for place in random.Random(3).sample(places, len(places)):
+        losses.note(place, place + 1, error)
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 16 << 20
+    assert list(losses.chunks()) == [*((n, n + 1) for n in range(0, 200_000, 2)), (200_001, 400_000)]
 
 
 def test_a_file_that_exists_is_left_alone(tmp_path: Path) -> None:
