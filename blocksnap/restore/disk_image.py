@@ -14,7 +14,7 @@ import os
 
 from blocksnap.errors import BlocksnapError, TargetError
 from blocksnap.restore.file_target import FileTarget, is_called
-from blocksnap.restore.naming import flush_folder, hidden_name
+from blocksnap.restore.naming import flush_open_folder, hidden_name
 from blocksnap.restore.record import RestoreRecord
 from blocksnap.restore.targets import NameFailedError, NameTakenError
 from blocksnap.system.command import MissingProgramError, has_program, run
@@ -47,7 +47,9 @@ class DiskImageTarget(FileTarget):
         self._compare = compare
         # What was lost would not be known after an interruption, so a restore with losses begins anew.
         whole = record.mode == "whole"
-        self._raw = hidden_name(os.path.abspath(path), f"{record.backup}-raw") if whole else None
+        self._raw = (
+            hidden_name(os.path.basename(os.path.abspath(path)), f"{record.backup}-raw") if whole else None
+        )
         self._is_raw_complete = False
         self._is_to_be_converted = False
         super().__init__(path, size, record)
@@ -55,9 +57,10 @@ class DiskImageTarget(FileTarget):
     @property
     def what_stays(self) -> str:
         """What is left when it is not finished."""
-        if not self._is_called_complete():
+        if self._raw is None or not self._is_called_complete():
             return super().what_stays
-        return f"is not made yet; the raw image is complete, and waits as {self._raw} to be converted"
+        waits = self.show(self._raw)
+        return f"is not made yet; the raw image is complete, and waits as {waits} to be converted"
 
     def begin(self) -> int:
         """Write the record, unless the raw image is complete: then only its beginning is brought again."""
@@ -79,7 +82,8 @@ class DiskImageTarget(FileTarget):
     def convert(self, hidden: str) -> str:
         """Make the image beside the raw file."""
         hidden = self._call_complete(hidden)
-        made = hidden_name(self.name, f"{self.wanted.backup[:8]}-{self._image}")
+        name = hidden_name(self._final, f"{self.wanted.backup[:8]}-{self._image}")
+        made = self.reach(name)
         try:
             # The raw file is locked, so one that is there was left by a restore that was killed.
             with contextlib.suppress(FileNotFoundError):
@@ -98,12 +102,13 @@ class DiskImageTarget(FileTarget):
             if isinstance(err, OSError):
                 raise self.failed(err) from err
             if isinstance(err, BlocksnapError):
-                raise ImageNotMadeError(self.name, self._raw, err) from err
+                waits = self._raw and self.show(self._raw)
+                raise ImageNotMadeError(self.name, waits, err) from err
             raise
         if self._raw is None:
             with contextlib.suppress(OSError):
-                os.unlink(hidden)
-        return made
+                os.unlink(self.reach(hidden))
+        return name
 
     def _make_image(self, fd: int) -> None:
         """Have qemu-img write to a file that is open here, durably, and compare it.
@@ -128,7 +133,7 @@ class DiskImageTarget(FileTarget):
     def _remove_raw(self) -> None:
         if self._raw is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._raw)
+                os.unlink(self.reach(self._raw))
 
     def _is_called_complete(self) -> bool:
         return self._raw is not None and self._temporary == self._raw
@@ -138,8 +143,8 @@ class DiskImageTarget(FileTarget):
         if self._raw is None:
             return hidden
         try:
-            os.rename(hidden, self._raw)
-            flush_folder(os.path.dirname(self._raw))
+            os.rename(self.reach(hidden), self.reach(self._raw))
+            flush_open_folder(self._folder)
         except OSError as err:
             raise self.failed(err) from err
         self._temporary = self._raw

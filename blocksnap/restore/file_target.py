@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterable
 
-from blocksnap.restore.naming import flush_folder, give_name, hidden_name
+from blocksnap.restore.naming import flush_open_folder, give_name, hidden_name
 from blocksnap.restore.place import Place
 from blocksnap.restore.record import HEAD_BYTES, RestoreRecord
 from blocksnap.restore.targets import (
@@ -64,26 +64,42 @@ class FileTarget(_FilePlace):
     """A file that does not exist yet; sparse where the backup is.
 
     It is written under a hidden name, which an interrupted restore of the same backup to the same
-    place finds again and goes on with.
+    place finds again and goes on with. The directory that it is in may be renamed meanwhile.
     """
 
     def __init__(self, path: str, size: int, record: RestoreRecord) -> None:
         path = os.path.abspath(path)
-        self._temporary: str | None = hidden_name(path, record.backup[:_TOKEN_DIGITS])
-        _require_free(path, self._temporary)
+        folder, self._final = os.path.split(path)
+        self._temporary: str | None = hidden_name(self._final, record.backup[:_TOKEN_DIGITS])
         self.wanted = record
         try:
+            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as err:
+            raise TargetFailedError(path, err) from err
+        try:
+            self._require_free(path, self._temporary)
             fd = self._open()
             try:
                 os.ftruncate(fd, size)
             except BaseException:
                 os.close(fd)
-                os.unlink(self._temporary)
+                os.unlink(self.reach(self._temporary))
                 raise
-        except OSError as err:
-            raise TargetFailedError(path, err) from err
+        except BaseException as err:
+            os.close(self._folder)
+            if isinstance(err, OSError):
+                raise TargetFailedError(path, err) from err
+            raise
         super().__init__(fd, path, size)
         self.open_direct()
+
+    def reach(self, name: str) -> str:
+        """Return a path by which a name in the directory is reached, whatever that is called by now."""
+        return f"/proc/self/fd/{self._folder}/{name}"
+
+    def show(self, name: str) -> str:
+        """Return the path that a name in the directory has by now."""
+        return os.path.join(os.readlink(f"/proc/self/fd/{self._folder}"), name)
 
     def begin(self) -> int:
         """Write the record, unless it is there; what else is found under the hidden name is thrown away."""
@@ -113,16 +129,16 @@ class FileTarget(_FilePlace):
         self.finish_writing()
         complete = self._temporary = self.convert(self._temporary)
         try:
-            give_name(complete, self._name)
+            give_name(self.reach(complete), self.reach(self._final))
         except FileExistsError as err:
             self._temporary = None
-            raise NameTakenError(self._name, complete) from err
+            raise NameTakenError(self._name, self.show(complete)) from err
         except OSError as err:
             self._temporary = None
-            raise NameFailedError(self._name, complete, err) from err
+            raise NameFailedError(self._name, self.show(complete), err) from err
         self._temporary = None
         try:
-            flush_folder(os.path.dirname(self._name))
+            flush_open_folder(self._folder)
         except OSError as err:
             raise self.failed(err) from err
 
@@ -144,9 +160,10 @@ class FileTarget(_FilePlace):
             if self._temporary is not None and not self.kept:
                 # While it is locked: after that it can be another's. A failure must not hide what led to it.
                 with contextlib.suppress(OSError):
-                    os.unlink(self._temporary)
+                    os.unlink(self.reach(self._temporary))
             self._temporary = None
             self.release()
+            os.close(self._folder)
         return self.kept
 
     def _open(self) -> int:
@@ -157,29 +174,45 @@ class FileTarget(_FilePlace):
         if self._temporary is None:
             raise ValueError("the file is complete")
         flags = os.O_RDWR | create | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(self._temporary, flags, 0o600)
+        fd = os.open(self.reach(self._temporary), flags, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             os.close(fd)
-            raise TargetBusyError(self._temporary, "another restore of this backup") from err
+            raise TargetBusyError(self.show(self._temporary), "another restore of this backup") from err
         status = os.fstat(fd)
-        if not is_called(status, self._temporary):
+        if not is_called(status, self.reach(self._temporary)):
             # Whoever had it has just finished it, and it is complete, under its own name.
             os.close(fd)
-            raise TargetBusyError(self._temporary, "another restore of this backup, which has just ended")
+            raise TargetBusyError(
+                self.show(self._temporary), "another restore of this backup, which has just ended"
+            )
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
         if mine and not status.st_mode & 0o077:
             return fd
         # Somebody else put it there, and may be reading along.
         os.close(fd)
         self._temporary = hidden_name(self._name_of(self._temporary))
-        return os.open(self._temporary, flags | os.O_EXCL, 0o600)
+        return os.open(self.reach(self._temporary), flags | os.O_EXCL, 0o600)
 
     @staticmethod
     def _name_of(hidden: str) -> str:
-        folder, name = os.path.split(hidden)
-        return os.path.join(folder, name[1:].rsplit(".", 2)[0])
+        return hidden[1:].rsplit(".", 2)[0]
+
+    def _require_free(self, path: str, hidden: str) -> None:
+        """Raise TargetExistsError, OSError unless a file can have the name.
+
+        A name too long has to show now, not at the end.
+        """
+        try:
+            status = os.lstat(self.reach(self._final))
+        except FileNotFoundError:
+            return
+        # A restore that was killed right after it had named its file leaves the hidden name too.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(status, os.lstat(self.reach(hidden))):
+                os.unlink(self.reach(hidden))
+        raise TargetExistsError(path)
 
 
 class ExistingFileTarget(_FilePlace):
@@ -262,18 +295,3 @@ def is_called(status: os.stat_result, path: str) -> bool:
         return os.path.samestat(status, os.lstat(path))
     except OSError:
         return False
-
-
-def _require_free(path: str, hidden: str) -> None:
-    """Raise TargetError unless a file can have this name: a name too long has to show now, not at the end."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    except OSError as err:
-        raise TargetFailedError(path, err) from err
-    # A restore that was killed right after it had named its file leaves the hidden name too.
-    with contextlib.suppress(OSError):
-        if os.path.samestat(status, os.lstat(hidden)):
-            os.unlink(hidden)
-    raise TargetExistsError(path)

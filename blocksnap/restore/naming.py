@@ -69,17 +69,8 @@ def _rename_new(old: str, new: str) -> None:
         raise OSError(code, os.strerror(code), new)
 
 
-def flush_folder(path: str) -> None:
-    """Make the names in a directory durable; raises OSError."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        flush_open_folder(folder)
-    finally:
-        os.close(folder)
-
-
 def flush_open_folder(folder: int) -> None:
-    """Do the same for a directory that is open."""
+    """Make the names in a directory durable; raises OSError."""
     try:
         os.fsync(folder)
     except OSError as err:

@@ -16,7 +16,7 @@ from typing import Self
 
 from blocksnap.errors import TargetError
 from blocksnap.restore.descent import Descent
-from blocksnap.restore.naming import flush_folder, give_name, hidden_name
+from blocksnap.restore.naming import flush_open_folder, give_name, hidden_name
 from blocksnap.restore.targets import NameFailedError, NameTakenError, TargetBusyError, TargetFailedError
 from blocksnap.system import btrfs
 from blocksnap.system.btrfs_places import create_subvolume
@@ -48,14 +48,14 @@ class NewTree:
 
     def __enter__(self) -> Self:
         """Make it; raises TreeExistsError, TargetBusyError, TargetFailedError."""
-        if os.path.lexists(self._path):
-            raise TreeExistsError(self._path)
         folder, name = os.path.split(self._hidden)
         try:
             self._parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as err:
             raise TargetFailedError(self._path, err) from err
         try:
+            if os.path.lexists(self._in_parent(self._path)):
+                raise TreeExistsError(self._path)
             self._remove_leftover(self._parent, name)
             self.is_subvolume = _make(self._parent, name)
             self._fd = os.open(name, _FOLDER, dir_fd=self._parent)
@@ -99,7 +99,7 @@ class NewTree:
             raise NameTakenError(self._path, self._hidden) from err
         except OSError as err:
             raise NameFailedError(self._path, self._hidden, err) from err
-        flush_folder(self._in_parent(""))
+        flush_open_folder(self._parent)
 
     def _in_parent(self, path: str) -> str:
         return f"/proc/self/fd/{self._parent}/{os.path.basename(path)}"

@@ -23,7 +23,7 @@ from blocksnap.restore.engine import restore_to_target
 from blocksnap.restore.file_target import ExistingFileTarget, FileTarget
 from blocksnap.restore.outstanding import Outstanding
 from blocksnap.restore.record import HEAD_BYTES, RestoreRecord, decode_record, encode_record
-from blocksnap.restore.targets import Progress
+from blocksnap.restore.targets import NameTakenError, Progress
 from support.repositories import CHUNK, make_repository, open_repository, open_writer, store_bytes
 
 RECORD = RestoreRecord(repository="00" * 16, backup="1234567890abcdef" * 2, mode="whole")
@@ -113,6 +113,34 @@ def test_it_goes_on_where_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     whole = sum(len(entry) == 32 for entry in stored[1]) * CHUNK
     assert read < whole * (1 - fails_after / 200) if kept else read >= whole
+
+
+@pytest.mark.parametrize("end", ["whole", "dropped", "kept", "taken"])
+def test_the_directory_above_may_be_renamed(
+    stored: tuple[Path, list[Entry]], content: bytes, tmp_path: Path, end: str
+) -> None:
+    """The file gets its name where the directory is by then, and one that fails is removed from there."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    target = new_file(before)
+    restore(stored, target)
+    before.rename(after)
+    # Somebody else's of the same name is none of ours.
+    before.mkdir()
+    (before / ".out.12345678.partial").write_text("not ours")
+    if end == "taken":
+        (after / "out").write_text("somebody else's")
+        with pytest.raises(NameTakenError) as caught:
+            target.finish()
+        assert Path(caught.value.complete).read_bytes() == content
+    elif end == "whole":
+        target.finish()
+    kept = target.close(keep=end == "kept")
+    assert kept == (end == "kept")
+    left = {"whole": {"out"}, "dropped": set(), "kept": {".out.12345678.partial"}}
+    assert set(os.listdir(after)) == left.get(end, {"out", ".out.12345678.partial"})
+    assert end != "whole" or (after / "out").read_bytes() == content
+    assert [path.read_text() for path in before.iterdir()] == ["not ours"]
 
 
 def test_what_another_restore_left_is_thrown_away(
