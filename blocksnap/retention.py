@@ -24,11 +24,14 @@ newest by date, and the newest by its own clock, should they not be the same.
 A backup is dated by its snapshot. Where the storage knows when the manifest arrived and the two are more
 than an hour apart, it is dated by its arrival: either the host's clock was wrong, or somebody who may
 write, but not delete, hopes that bogus backups push out the real ones, or storing it took that long, and
-then a policy of days does not mind. Against a flood, ``require_modest`` refuses to let most of a lineage go
-at once.
+then a policy of days does not mind. Or the repository was copied without the times of its objects, and the
+arrival says nothing. So where the two differ everything is counted a second time, by the hosts' clocks
+alone, and a backup stays that either of the two counts keeps. Against a flood, ``require_modest`` refuses to
+let most of a lineage go at once.
 
 Laws (tests/unit/test_retention.py): the order of the input is of no account; applied to what it kept, a
-policy keeps all of it; larger numbers never forget more; each period that counts keeps a backup.
+policy keeps all of it; larger numbers never forget more; each period that counts keeps a backup; what a
+host's clock says makes nothing go that would stay by the arrivals.
 """
 
 from __future__ import annotations
@@ -200,6 +203,10 @@ class Candidate:
         """When it was taken, as far as policies are concerned."""
         return self.received if self.received is not None and self.dated_by_arrival else self.time
 
+    def moment_by_clock(self, now: datetime) -> datetime:
+        """When it was taken by its host's clock alone, unless that is still to come: it was wrong."""
+        return self.time if self.time <= now + CLOCK_TOLERANCE else self.moment
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -237,17 +244,21 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of a backup, and every reason for it."""
+    """What becomes of a backup, and the reasons for it."""
 
     candidate: Candidate
     keep: bool
     reasons: tuple[str, ...]
+    only_by_clock: bool = False
+    """Whether it stays by its host's clock alone, against its arrival."""
 
 
 def apply_policy(candidates: Iterable[Candidate], policy: Policy, now: datetime) -> tuple[Decision, ...]:
     """Decide about every backup; in the order of lineage and time, whatever the order of the input."""
-    ordered = sorted(candidates, key=lambda one: (one.lineage, one.moment, one.id))
+    # What is dated by one arrival, as after a copy, was made in the order that the hosts' clocks say.
+    ordered = sorted(candidates, key=lambda one: (one.lineage, one.moment, one.time, one.id))
     verdicts = {one.id: _Verdict() for one in ordered}
+    by_clock: dict[str, _Verdict] = {}
     groups: dict[tuple[tuple[str, str, str], int], list[Candidate]] = {}
     for one in ordered:
         number = next((n for n, rule in enumerate(policy.rules) if rule.is_about(one)), None)
@@ -256,16 +267,26 @@ def apply_policy(candidates: Iterable[Candidate], policy: Policy, now: datetime)
         else:
             groups.setdefault((one.lineage, number), []).append(one)
     for (_, number), group in groups.items():
-        _judge(group[::-1], policy.rules[number].keep, now, policy.zone, verdicts)
+        keep = policy.rules[number].keep
+        _judge([(one.moment, one) for one in reversed(group)], keep, now, policy.zone, verdicts)
+        by_host = [(one.moment_by_clock(now), one) for one in group]
+        if any(moment != one.moment for moment, one in by_host):
+            by_host.sort(key=lambda dated: (dated[0], dated[1].time, dated[1].id), reverse=True)
+            by_clock |= {one.id: _Verdict() for one in group}
+            _judge(by_host, keep, now, policy.zone, by_clock)
     _keep_newest(ordered, verdicts)
-    return tuple(verdicts[one.id].decide(one) for one in ordered)
+    return tuple(_decide(one, verdicts[one.id], by_clock.get(one.id)) for one in ordered)
 
 
 def require_modest(decisions: Iterable[Decision], *, most_percent: int = MOST_PERCENT) -> None:
-    """Raise TooMuchForgottenError when more than so many percent of a lineage would go."""
+    """Raise TooMuchForgottenError when more than so many percent of a lineage would go.
+
+    What stays by its host's clock alone does not count: backups with bogus times must not make it easier.
+    """
     lineages: dict[tuple[str, str, str], list[Decision]] = {}
     for decision in decisions:
-        lineages.setdefault(decision.candidate.lineage, []).append(decision)
+        if not decision.only_by_clock:
+            lineages.setdefault(decision.candidate.lineage, []).append(decision)
     for group in lineages.values():
         forgotten = sum(not decision.keep for decision in group)
         if forgotten * 100 > len(group) * most_percent:
@@ -273,17 +294,31 @@ def require_modest(decisions: Iterable[Decision], *, most_percent: int = MOST_PE
             raise TooMuchForgottenError(one.name, one.hostname, forgotten, len(group), most_percent)
 
 
+_Dated = tuple[datetime, Candidate]
+"""A backup with its date in one of the two counts."""
+
+
 @dataclass(slots=True)
 class _Verdict:
     kept: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
 
-    def decide(self, candidate: Candidate) -> Decision:
-        reasons = self.kept or self.against
+
+def _decide(candidate: Candidate, verdict: _Verdict, by_clock: _Verdict | None) -> Decision:
+    """Put the two counts together: ``by_clock`` is None where the hosts' clocks say nothing else."""
+    if by_clock and by_clock.kept and not verdict.kept:
+        reasons = [f"{reason}, by its host's clock" for reason in by_clock.kept]
         if candidate.dated_by_arrival:
-            said = f"{candidate.time:%Y-%m-%d %H:%M %Z}"
-            reasons = [*reasons, f"dated by its arrival: its host's clock said {said}"]
-        return Decision(candidate, bool(self.kept), tuple(reasons))
+            reasons.append(f"it arrived {candidate.moment:%Y-%m-%d %H:%M %Z}")
+        return Decision(candidate, keep=True, reasons=tuple(reasons), only_by_clock=True)
+    reasons = list(verdict.kept or verdict.against)
+    if by_clock and not verdict.kept:
+        others = [reason for reason in by_clock.against if reason not in reasons]
+        reasons += [f"{reason}, by its host's clock" for reason in others]
+    if candidate.dated_by_arrival:
+        said = f"{candidate.time:%Y-%m-%d %H:%M %Z}"
+        reasons.append(f"dated by its arrival: its host's clock said {said}")
+    return Decision(candidate, keep=bool(verdict.kept), reasons=tuple(reasons))
 
 
 def _keep_newest(ordered: list[Candidate], verdicts: Mapping[str, _Verdict]) -> None:
@@ -296,11 +331,11 @@ def _keep_newest(ordered: list[Candidate], verdicts: Mapping[str, _Verdict]) -> 
 
 
 def _judge(
-    group: list[Candidate], keep: Keep, now: datetime, zone: tzinfo, verdicts: Mapping[str, _Verdict]
+    group: list[_Dated], keep: Keep, now: datetime, zone: tzinfo, verdicts: Mapping[str, _Verdict]
 ) -> None:
     """Judge a group, newest first."""
     if keep.last:
-        for place, one in enumerate(group, 1):
+        for place, (_, one) in enumerate(group, 1):
             if place <= keep.last:
                 verdicts[one.id].kept.append(f"last: {place} of {_count(keep.last)}")
             else:
@@ -311,20 +346,20 @@ def _judge(
             _judge_by_calendar(group, name, count, zone, verdicts)
     if keep.within:
         limit = keep.within.before(now.astimezone(UTC))
-        for one in group:
-            if one.moment >= limit:
+        for moment, one in group:
+            if moment >= limit:
                 verdicts[one.id].kept.append(f"within: younger than {keep.within}")
             else:
                 verdicts[one.id].against.append(f"within: older than {keep.within}")
 
 
 def _judge_by_calendar(
-    group: list[Candidate], name: str, count: int, zone: tzinfo, verdicts: Mapping[str, _Verdict]
+    group: list[_Dated], name: str, count: int, zone: tzinfo, verdicts: Mapping[str, _Verdict]
 ) -> None:
     period = _PERIODS[name]
     newest: dict[tuple[str, timedelta | None], str] = {}
-    for one in group:
-        at = period(one.moment.astimezone(zone))
+    for moment, one in group:
+        at = period(moment.astimezone(zone))
         verdict = verdicts[one.id]
         if at in newest:
             verdict.against.append(f"{name}: {newest[at][:8]} is the last of {at[0]}")

@@ -58,6 +58,7 @@ def forget_command(
 
     from blocksnap.operations.catalogue import this_origin
     from blocksnap.operations.forget import backups_arriving, execute_forget, plan_by_name, plan_by_policy
+    from blocksnap.operations.reporting import Quiet
 
     rules = {name.removeprefix("keep_"): value for name, value in keep.items() if value is not None}
     if sum(map(bool, (backups, rules, job))) != 1:
@@ -74,12 +75,15 @@ def forget_command(
     elif rules:
         policy = _policy_of_rules(rules, volumes, tags, zone)
     repository = settings.open_repository()
+    report = Quiet(settings.warnings) if settings.json else settings.reporter
     arriving = backups_arriving(settings.state_directory)
     if backups:
         plan = plan_by_name(repository, backups, arriving=arriving, force=force)
     else:
         origin, now = this_origin() if job else None, datetime.now(UTC)
-        plan = plan_by_policy(repository, policy, now, origin=origin, arriving=arriving, force=force)
+        plan = plan_by_policy(
+            repository, policy, now, origin=origin, arriving=arriving, force=force, report=report
+        )
     if not dry_run:
         execute_forget(repository, plan)
     _show_forget(settings, plan, dry_run=dry_run)
@@ -152,6 +156,7 @@ def _show_forget(settings: Settings, plan: ForgetPlan, *, dry_run: bool) -> None
             {
                 "dry_run": dry_run,
                 "forgotten": list(plan.forgotten),
+                "warnings": settings.warnings,
                 "decisions": [
                     {
                         "id": decision.candidate.id,

@@ -5,17 +5,21 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from blocksnap.controller.arriving import read_arrivals
 from blocksnap.errors import BusyError, UsageError
 from blocksnap.operations.catalogue import find_backup
 from blocksnap.operations.describing import name_hosts
+from blocksnap.operations.reporting import Reporter
 from blocksnap.repository.documents import Forgotten
 from blocksnap.repository.epochs import create_forgotten
 from blocksnap.repository.repository import Repository
-from blocksnap.repository.stored import StoredBackup
+from blocksnap.repository.stored import StoredBackup, copied_without_times
 from blocksnap.retention import Candidate, Decision, Policy, apply_policy, require_modest
+
+TOLD_OF_COPY = timedelta(days=30)
+"""So long after a copy without times the original may still be there, and nothing is told later."""
 
 
 class NewestBackupError(UsageError):
@@ -73,14 +77,16 @@ def plan_by_policy(
     origin: tuple[str, str] | None = None,
     arriving: Mapping[str, str],
     force: bool,
+    report: Reporter,
 ) -> ForgetPlan:
     """Apply a policy to all backups, or those of a host by its id and name.
 
-    Raises TooMuchForgottenError unless forced.
+    Raises TooMuchForgottenError unless forced. Warns where backups have come by a copy without times.
 
     What is still on its way to a volume (``backups_arriving``) stays, whatever the policy says.
     """
     backups = [each for each in repository.backups() if origin is None or each.origin == origin]
+    _warn_of_copy(backups, now, report)
     decisions = tuple(
         replace(decision, keep=True, reasons=(f"being restored to {volume}",))
         if not decision.keep and (volume := arriving.get(decision.candidate.id)) is not None
@@ -122,6 +128,19 @@ def execute_forget(repository: Repository, plan: ForgetPlan) -> None:
             Forgotten(
                 run=secrets.token_hex(16), time=datetime.now(UTC), backups=tuple(sorted(plan.forgotten))
             ),
+        )
+
+
+def _warn_of_copy(backups: Sequence[StoredBackup], now: datetime, report: Reporter) -> None:
+    recent = [each for each in backups if each.received and each.received > now - TOLD_OF_COPY]
+    copied = copied_without_times(recent)
+    if copied:
+        times = [stored.backup.time for stored in copied]
+        report.warn(
+            f"{len(copied)} backups made over {(max(times) - min(times)).days} days arrived together: the "
+            "repository was copied without the times of its files",
+            resolution="bring the times after them: rsync -rt --size-only ORIGINAL/ COPY/; until then a "
+            "backup stays that its arrival or its host's clock keeps",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -10,6 +10,10 @@ from blocksnap.repository.documents import Backup, Manifest
 
 CLOCK_TOLERANCE = timedelta(hours=1)
 """Where a backup arrives later, or earlier, its host's clock is not believed: storing takes its time, too."""
+
+COPIED_AT_LEAST = 3
+COPIED_MADE_OVER = timedelta(days=1)
+"""So many backups of a lineage, made over more than that, do not arrive within an hour but by a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +77,27 @@ def dated(found: list[StoredBackup]) -> Iterator[StoredBackup]:
                 since = together[stored.lineage] = arrival
             arrival = since
         yield replace(stored, dated=arrival)
+
+
+def copied_without_times(found: Iterable[StoredBackup]) -> tuple[StoredBackup, ...]:
+    """Return, by their arrival, the backups that came here by a copy which did not keep the times of files.
+
+    A host stores them one after the other as it makes them, so nothing else brings several of one lineage
+    within an hour that were made over more than a day, however wrong its clock.
+    """
+    late: dict[tuple[str, str, str], list[tuple[datetime, StoredBackup]]] = {}
+    for stored in found:
+        if stored.received is not None and stored.received - stored.backup.time > CLOCK_TOLERANCE:
+            late.setdefault(stored.lineage, []).append((stored.received, stored))
+    copied: list[tuple[datetime, StoredBackup]] = []
+    for arrivals in late.values():
+        arrivals.sort(key=lambda arrival: arrival[0])
+        begin = 0
+        for end in range(1, len(arrivals) + 1):
+            if end == len(arrivals) or arrivals[end][0] - arrivals[begin][0] > CLOCK_TOLERANCE:
+                together = arrivals[begin:end]
+                times = [stored.backup.time for _, stored in together]
+                if len(together) >= COPIED_AT_LEAST and max(times) - min(times) > COPIED_MADE_OVER:
+                    copied += together
+                begin = end
+    return tuple(stored for _, stored in sorted(copied, key=lambda arrival: arrival[0]))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blocksnap.controller.arriving import Arrival, ArrivalFile
-from support.commands import CommandLine
+from support.commands import CommandLine, Outcome
+from support.repositories import make_repository, store_empty
 
 SIZE = 2 << 20
 
@@ -133,3 +137,40 @@ def test_a_copied_repository_keeps_its_dates(blocksnap: CommandLine, tmp_path: P
         os.utime(path, (later, later))
     decided = json.loads(blocksnap.done("forget", "--keep-last", "1", "--dry-run", "--json").stdout)
     assert not [each for each in decided["decisions"] if "arrival" in str(each["reasons"])]
+
+
+def test_a_repository_copied_twice_without_times_keeps_its_days(tmp_path: Path) -> None:
+    """As by ``cp -r``, or by what only brings the new objects: a part a month ago, the rest today."""
+    command = CommandLine(tmp_path)
+    original, now = make_repository(tmp_path / "original", encrypted=False), datetime.now(UTC)
+
+    def forget() -> tuple[Outcome, list[dict[str, Any]]]:
+        outcome = command("forget", "--keep-daily", "14", "--dry-run", "--json")
+        return outcome, [each for each in outcome.document["decisions"] if each["keep"]]
+
+    for day in range(60, 30, -1):
+        store_empty(original, now - timedelta(days=day))
+    require_done("cp", "-r", tmp_path / "original", command.repository)
+    for path in command.repository.rglob("*"):
+        os.utime(path, ((now - timedelta(days=30)).timestamp(),) * 2)
+    days = [store_empty(original, now - timedelta(days=day)) for day in range(30, 0, -1)]
+    require_done("rsync", "-r", "--ignore-existing", f"{tmp_path}/original/", f"{command.repository}/")
+    outcome, kept = forget()
+    assert {each["id"] for each in kept} >= set(days[-14:])
+    assert sum("by its host's clock" in each["reasons"][0] for each in kept) >= 12
+    assert outcome.code == 3
+    assert "copied without the times" in outcome.document["warnings"][0]
+    said = command("forget", "--keep-daily", "14", "--dry-run").stderr.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["warning", "fix"]
+    assert "rsync -rt --size-only" in said[1]
+    # As it says: with the times brought after them, all is as it was.
+    require_done("rsync", "-rt", "--size-only", f"{tmp_path}/original/", f"{command.repository}/")
+    outcome, kept = forget()
+    assert outcome.code == 0
+    assert outcome.document["warnings"] == []
+    assert [each["id"] for each in kept] == days[-14:]
+    assert not any("clock" in reason for each in kept for reason in each["reasons"])
+
+
+def require_done(*words: str | Path) -> None:
+    subprocess.run(words, check=True, timeout=60)

@@ -18,6 +18,10 @@ from blocksnap.repository.writer import Author, RepositoryWriter
 
 PASSPHRASE = b"correct horse"
 CHUNK = 16 << 10
+_NOTHING = Statistics(
+    changed_bytes=0, read_bytes=0, new_bytes=0, stored_bytes=0, metadata_bytes=0, new_chunks=0,
+    freeze_ms=0, skew_ms=0, seconds=0,
+)  # fmt: skip
 
 
 def make_repository(path: Path, *, encrypted: bool = True, chunk_size: int = CHUNK) -> Repository:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -179,6 +179,78 @@ def test_a_clock_that_disagrees_with_the_storage_is_not_believed() -> None:
     assert backup("2026-11-25 23:58", received="2026-11-26 00:59").moment.day == 26
 
 
+def copied_weekly(days: int) -> list[Candidate]:
+    """Return daily backups that came here each week, with a copy that keeps no times."""
+    found = []
+    for day in range(days):
+        time = datetime(2026, 10, 1, 2, tzinfo=UTC) + timedelta(days=day)
+        received = datetime(2026, 10, 8, 20, tzinfo=UTC) + timedelta(days=day - day % 7)
+        # Ids say nothing of the order.
+        found.append(Candidate(f"{97 * day % 64:032x}", "v", "vg0/v", time, received))
+    return found
+
+
+def test_what_was_copied_without_times_stays_by_its_hosts_clock() -> None:
+    days = copied_weekly(49)
+    decisions = apply_policy(days, Policy((Rule(Keep(daily=10)),)), NOW)
+    # The last of each week by its arrival, and the last ten by their own times.
+    assert [one.time for one in kept(decisions)] == [
+        one.time for place, one in enumerate(days) if place % 7 == 6 or place >= 39
+    ]
+    reasons = {decision.candidate.time.day: decision.reasons for decision in decisions[21:]}
+    arrived = "it arrived 2026-11-12 20:00 UTC"
+    assert reasons[9] == ("daily: 10 of 10, the last of 2026-11-09, by its host's clock", arrived)
+    assert reasons[8][1:] == (
+        "daily: 2026-11-08 lies before the 10 that are kept, by its host's clock",
+        "dated by its arrival: its host's clock said 2026-11-08 02:00 UTC",
+    )
+    said = "dated by its arrival: its host's clock said 2026-11-11 02:00 UTC"
+    assert reasons[11] == ("daily: 2 of 10, the last of 2026-11-12", said)
+    assert {d.candidate.time.day for d in decisions[39:] if d.only_by_clock} == {
+        9,
+        10,
+        12,
+        13,
+        14,
+        15,
+        16,
+        17,
+    }
+
+
+def test_of_what_arrived_in_one_copy_the_newest_is_the_newest_by_its_time() -> None:
+    days = [replace(one, received=NOW) for one in copied_weekly(7)]
+    decisions = apply_policy(days, Policy((Rule(Keep(last=1)),)), NOW)
+    assert kept(decisions) == days[-1:]
+    assert decisions[-1].reasons[0] == "the newest of its volume"
+
+
+def test_times_to_come_push_out_nothing_in_either_count() -> None:
+    copied = copied_weekly(42)
+    years = [f"{year}-01-01 00:00" for year in range(2030, 2060)]
+    bogus = [backup(when, received="2026-11-12 21:00") for when in years]
+    policy = Policy((Rule(Keep(daily=10)),))
+    without = kept(apply_policy(copied, policy, NOW))
+    stay = kept(apply_policy([*copied, *bogus], policy, NOW))
+    # All of them have the place of one, that of the day when they came.
+    assert len(set(map(str, without)) - set(map(str, stay))) == 1
+    assert [one.time.year for one in stay if one.time > NOW] == [2059]
+
+
+def test_bogus_times_do_not_make_most_of_a_volume_few() -> None:
+    real = [backup(f"2026-{month}-{day:02} 01:00") for month in ("09", "10") for day in range(1, 21)]
+    flood = [backup(f"2026-11-20 {hour:02}:00") for hour in range(7)]
+    policy = Policy((Rule(Keep(last=7)),))
+    with pytest.raises(TooMuchForgottenError, match="40 of 47"):
+        require_modest(apply_policy([*real, *flood], policy, NOW))
+    earlier = [backup(f"2026-11-25 {hour:02}:00", received="2026-11-19 00:00") for hour in range(7)]
+    decisions = apply_policy([*real, *earlier, *flood], policy, NOW)
+    assert len(kept(decisions)) == 14
+    # One of them is the newest by its own clock, and counts as it did.
+    with pytest.raises(TooMuchForgottenError, match="40 of 48"):
+        require_modest(decisions)
+
+
 def test_periods_are_those_of_the_zone() -> None:
     times = ["2026-11-24 22:30", "2026-11-24 23:30", "2026-11-25 22:30"]
     for zone, expected in ((UTC, [1, 2]), (BERLIN, [0, 2])):
@@ -282,6 +354,13 @@ keeps = st.builds(
     st.lists(counts, min_size=6, max_size=6).filter(any),
     st.integers(0, 5000),
 )
+scarce = st.builds(
+    lambda name, count, hours: Keep(**{name: count}, within=Span(0, hours) if hours else None),
+    st.sampled_from(["last", "hourly", "daily", "weekly", "monthly", "yearly"]),
+    st.integers(1, 3),
+    st.just(0) | st.integers(1, 500),
+)
+"""That let most go, so that it shows who takes whose place."""
 moments = st.integers(0, 30_000).map(lambda hours: NOW - timedelta(hours=hours, minutes=hours % 60))
 
 
@@ -297,7 +376,7 @@ def groups(draw: st.DrawFn) -> list[Candidate]:
 
 
 @st.composite
-def policies(draw: st.DrawFn) -> Policy:
+def policies(draw: st.DrawFn, keeps: st.SearchStrategy[Keep] = keeps) -> Policy:
     rules = [
         Rule(draw(keeps), tags=draw(st.sampled_from([{}, {"job": "night"}])))
         for _ in range(draw(st.integers(0, 2)))
@@ -353,14 +432,17 @@ def test_each_period_that_counts_keeps_its_last_backup(
 ) -> None:
     decisions = apply_policy(candidates, Policy((Rule(Keep(**{name: count})),)), NOW)
     volumes: dict[str, dict[str, list[Candidate]]] = defaultdict(lambda: defaultdict(list))
-    for one in sorted(candidates, key=lambda one: (one.moment, one.id)):
+    for one in sorted(candidates, key=lambda one: (one.moment, one.time, one.id)):
         volumes[one.volume][one.moment.strftime(FORMS[name])].append(one)
     stay = {one.id for one in kept(decisions)}
     for periods in volumes.values():
         newest = sorted(periods, reverse=True)[:count]
         assert all(periods[period][-1].id in stay for period in newest)
         extra = stay & {one.id for period in periods for one in periods[period]}
-        assert len(extra) <= len(newest) + 1  # and the newest by its own clock
+        by_clock = {
+            one.moment_by_clock(NOW).strftime(FORMS[name]) for found in periods.values() for one in found
+        }
+        assert len(extra) <= len(newest) + min(count, len(by_clock)) + 1  # and the newest by its own clock
 
 
 @laws
@@ -372,5 +454,70 @@ def test_nothing_is_decided_without_a_reason(candidates: list[Candidate], policy
     for volume in {one.volume for one in candidates}:
         of_volume = [one for one in candidates if one.volume == volume]
         stay = {one.candidate.id for one in decisions if one.keep}
-        assert max(of_volume, key=lambda one: (one.moment, one.id)).id in stay
+        assert max(of_volume, key=lambda one: (one.moment, one.time, one.id)).id in stay
         assert max(of_volume, key=lambda one: (one.time, one.id)).id in stay
+
+
+@laws
+@given(groups(), policies(scarce))
+def test_what_either_count_keeps_stays_and_nothing_else(candidates: list[Candidate], policy: Policy) -> None:
+    def by_rules(dating: Callable[[Candidate], datetime]) -> set[str]:
+        """Return what a policy keeps where there is no other time than this, but for the newest."""
+        ids = [one.id for one in sorted(candidates, key=lambda one: (one.time, one.id))]
+        renamed = [
+            replace(one, id=f"{ids.index(one.id):032x}", time=dating(one), received=None)
+            for one in candidates
+        ]
+        return {
+            ids[int(one.candidate.id, 16)]
+            for one in apply_policy(renamed, policy, NOW)
+            if one.keep and not all(reason.startswith("the newest") for reason in one.reasons)
+        }
+
+    newest = {
+        max(
+            (one for one in candidates if one.volume == volume),
+            key=lambda one: (dating(one), one.time, one.id),
+        ).id
+        for volume in {one.volume for one in candidates}
+        for dating in DATINGS
+    }
+    either = by_rules(lambda one: one.moment) | by_rules(lambda one: one.moment_by_clock(NOW))
+    decisions = apply_policy(candidates, policy, NOW)
+    assert {one.candidate.id for one in decisions if one.keep} == either | newest
+    by_arrival = by_rules(lambda one: one.moment) | newest
+    assert all(one.only_by_clock == (one.keep and one.candidate.id not in by_arrival) for one in decisions)
+
+
+DATINGS: tuple[Callable[[Candidate], datetime], ...] = (lambda one: one.moment, lambda one: one.time)
+lies = st.integers(-9000, 9000).filter(lambda hours: abs(hours) > 1)
+
+
+@laws
+@given(
+    st.lists(moments, max_size=15, unique=True),
+    st.lists(st.tuples(moments, lies), min_size=1, max_size=15),
+    policies(scarce),
+)
+def test_a_clock_that_lies_makes_nothing_go(
+    made: list[datetime], bogus: list[tuple[datetime, int]], policy: Policy
+) -> None:
+    """What somebody else stores for a volume may take places by when it came, never by what it says."""
+    real = [
+        Candidate(f"{number:032x}", "v", "vg0/v", time, time + timedelta(minutes=9))
+        for number, time in enumerate(made)
+    ]
+    came = [
+        Candidate(
+            f"{number:031x}f", "v", "vg0/v", arrival + timedelta(seconds=30), arrival + timedelta(seconds=30)
+        )
+        for number, (arrival, _) in enumerate(bogus)
+    ]
+    lying = [
+        replace(one, time=one.time + timedelta(hours=hours))
+        for one, (_, hours) in zip(came, bogus, strict=True)
+    ]
+    honest = {one.id for one in kept(apply_policy([*real, *came], policy, NOW))}
+    assert honest & {one.id for one in real} <= {
+        one.id for one in kept(apply_policy([*real, *lying], policy, NOW))
+    }

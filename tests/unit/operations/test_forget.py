@@ -12,6 +12,7 @@ from blocksnap.operations import catalogue
 from blocksnap.operations.catalogue import find_backup, newest_of
 from blocksnap.operations.forget import ForgetPlan, NewestBackupError, plan_by_name, plan_by_policy
 from blocksnap.operations.report import Ages, make_report
+from blocksnap.operations.reporting import Quiet
 from blocksnap.repository.repository import Repository
 from blocksnap.retention import Keep, Policy, Rule
 from support.repositories import make_repository, store_empty
@@ -25,8 +26,14 @@ def repository(tmp_path: Path) -> Repository:
     return make_repository(tmp_path / "r", encrypted=False)
 
 
-def plan(repository: Repository, policy: Policy = DAYS) -> ForgetPlan:
-    return plan_by_policy(repository, policy, NOW, arriving={}, force=False)
+def plan(repository: Repository, policy: Policy = DAYS, report: Quiet | None = None) -> ForgetPlan:
+    return plan_by_policy(repository, policy, NOW, arriving={}, force=False, report=report or Quiet())
+
+
+def warnings_of(repository: Repository) -> list[str]:
+    report = Quiet()
+    plan(repository, report=report)
+    return report.warnings
 
 
 @pytest.mark.parametrize(
@@ -140,3 +147,42 @@ def test_what_was_copied_in_two_parts_keeps_its_order(repository: Repository) ->
         for day in range(60, 0, -1)
     ]
     assert [stored.backup.id for stored in repository.backups()] == made
+
+
+def test_what_was_copied_in_two_parts_loses_no_days(repository: Repository) -> None:
+    first, second = NOW - timedelta(days=30), NOW
+    for day in range(60, 0, -1):
+        received = first if day >= 30 else second - timedelta(seconds=60 - day)
+        store_empty(repository, NOW - timedelta(days=day), received=received)
+    decisions = plan(repository).decisions
+    kept = {(NOW - each.candidate.time).days: each for each in decisions if each.keep}
+    assert set(range(1, 15)) <= kept.keys()
+    assert all("by its host's clock" in kept[day].reasons[0] for day in range(2, 15))
+    assert "by its host's clock" not in kept[1].reasons[0]
+    (warning,) = warnings_of(repository)
+    assert warning.startswith("29 backups made over 28 days arrived together: the repository was copied")
+
+
+def test_a_copy_is_told_of_while_the_original_may_be_there(repository: Repository) -> None:
+    for day in range(90, 60, -1):
+        store_empty(repository, NOW - timedelta(days=day), received=NOW - timedelta(days=31))
+    assert warnings_of(repository) == []
+    for day in range(90, 60, -1):
+        store_empty(
+            repository, NOW - timedelta(days=day), host=("id", "db"), received=NOW - timedelta(days=29)
+        )
+    assert len(warnings_of(repository)) == 1
+
+
+def test_what_arrives_late_is_no_copy(repository: Repository) -> None:
+    for day in range(9, 0, -1):
+        # Storing takes its time; one clock is a year behind; and many hosts are done at the same time.
+        store_empty(repository, NOW - timedelta(days=day), received=NOW - timedelta(days=day, hours=-9))
+        store_empty(
+            repository, NOW - timedelta(days=day + 365), host=("o", "o"), received=NOW - timedelta(days=day)
+        )
+        store_empty(repository, NOW - timedelta(days=day), host=("id", f"db{day}"), received=NOW)
+    for minute in range(4):
+        late = timedelta(days=300, minutes=minute)
+        store_empty(repository, NOW - late, host=("o", "p"), received=NOW - timedelta(minutes=minute))
+    assert warnings_of(repository) == []
