@@ -120,8 +120,9 @@ class KeyMaterial(Document):
 class WriterRecord(Document):
     """An object ``writers/<wid>.<n>``: a run announces itself, and says later what it has stored.
 
-    ``packs`` are those published since the record before this one. ``epoch`` is the last condemned one that
-    the run has heeded. ``boot`` and ``started`` tell the process from others that have had its pid.
+    ``packs`` are those published since the record before this one; a run that has committed names its
+    manifest there in its last one. ``epoch`` is the last condemned one that the run has heeded. ``boot`` and
+    ``started`` tell the process from others that have had its pid.
     Nobody waits for a run that ``collects``.
     """
 
@@ -137,6 +138,11 @@ class WriterRecord(Document):
     packs: tuple[str, ...] = ()
     epoch: Count | None = None
     collects: bool = False
+
+    @property
+    def tells_of_commit(self) -> bool:
+        """Whether it was made when the run's manifest was there."""
+        return f"manifests/{self.writer}" in self.packs
 
 
 class Root(Document):

@@ -1,8 +1,9 @@
 """Manifests that have been here and are not any more, though no collection has deleted them.
 
 What no manifest leads to is garbage, so a folder of manifests that is not mounted, was not copied or lies in
-lost+found makes garbage of everything. Two things tell of them (docs/design.md, 3.9):
+lost+found makes garbage of everything. Three things tell of them (docs/design.md, 3.9):
 
+* a run's last record, which names the manifest once it is there;
 * a pack whose run has left neither a record nor a manifest nor a fence. Runs announce themselves before their
   first pack, and records go when a manifest or a fence is there. Fences go after a year, so it tells nothing
   of a pack, or in a repository, that is older, unless there is not a single manifest;
@@ -16,7 +17,10 @@ from datetime import datetime, timedelta
 
 from blocksnap.backends.base import ObjectInfo
 from blocksnap.errors import DamageError
+from blocksnap.repository.documents import WriterRecord
 from blocksnap.repository.epochs import read_epoch
+from blocksnap.repository.errors import NewerFormatError
+from blocksnap.repository.frame import FrameType
 from blocksnap.repository.pack import PackId
 from blocksnap.repository.repository import Repository
 
@@ -47,17 +51,19 @@ def missing_manifests(
     packs = list(packs)
     # In this order: a record goes only when a manifest or a fence is there, and a manifest only when a sweep
     # names it, with a fence right after it.
-    known = {_run_of_record(info.name) for info in repository.backend.list("writers/")}
+    records = _last_records(info.name for info in repository.backend.list("writers/"))
     listed = {info.name.removeprefix("manifests/") for info in repository.backend.list("manifests/")}
     epoch = read_epoch(repository)
     swept = set(epoch.sweep.manifests) if epoch.sweep else set[str]()
-    known |= listed | swept
+    known = records.keys() | listed | swept
+    unsettled = sorted(records.keys() - listed - swept)
+    committed = {run for run in unsettled if _tells_of_commit(repository, records[run])}
     # A damaged manifest that was given up may have been removed by hand.
     given_up = {name.removeprefix("manifests/") for name in repository.aside().objects}
     marked = set(epoch.condemned.marked) if epoch.condemned else set[str]()
     is_young = repository.config.created > now - KEPT_FOR
     owners = set(_owners(packs, now, of_all=not any_manifest, of_young=is_young))
-    return tuple(sorted((marked - listed - swept | owners - known) - given_up))
+    return tuple(sorted((committed | marked - listed - swept | owners - known) - given_up))
 
 
 def _owners(packs: Iterable[ObjectInfo], now: datetime, *, of_all: bool, of_young: bool) -> Iterator[str]:
@@ -71,5 +77,19 @@ def _owners(packs: Iterable[ObjectInfo], now: datetime, *, of_all: bool, of_youn
                 continue
 
 
-def _run_of_record(name: str) -> str:
-    return name.removeprefix("writers/").partition(".")[0]
+def _last_records(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of the last records of runs."""
+    last: dict[str, tuple[int, str]] = {}
+    for name in names:
+        run, _, number = name.removeprefix("writers/").partition(".")
+        found = int(number) if number.isdecimal() else -1, name
+        last[run] = max(found, last.get(run, found))
+    return {run: name for run, (_, name) in last.items()}
+
+
+def _tells_of_commit(repository: Repository, record: str) -> bool:
+    try:
+        return repository.read_document(record, FrameType.WRITER, WriterRecord).tells_of_commit
+    except (DamageError, NewerFormatError):
+        # Or it went meanwhile, as its run is settled.
+        return False

@@ -59,7 +59,8 @@ def _dead_runs(
         if run.record is not None and run.record.host == host and writer in writers
     }
     for writer in sorted(mine.keys() - settled_runs(repository)):
-        if is_gone(mine[writer]):
+        # A fence in the place of a manifest that is gone would hide it.
+        if is_gone(mine[writer]) and not mine[writer].tells_of_commit:
             fence(repository, writer, now)
     # Asked again: the run may have committed in the last moment.
     return fenced_runs(repository, mine.keys() & settled_runs(repository))

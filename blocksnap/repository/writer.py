@@ -1,8 +1,8 @@
 """One run that stores backups: announced, fed, and committed by the creation of one object.
 
 Order (docs/design.md, "Order of writes"): the writer's record, then a look at the index, then packs,
-then index segments for packs that are durable, then the manifest, whose creation is the commit. A run
-that ends anywhere before leaves blobs that nobody refers to, and nothing else.
+then index segments for packs that are durable, then the manifest, whose creation is the commit, then a last
+record that names it. A run that ends before the commit leaves blobs that nobody refers to, and nothing else.
 """
 
 from __future__ import annotations
@@ -157,8 +157,7 @@ class RepositoryWriter:
             if flow.open:
                 flow.open.abort()
                 flow.open = None
-        self._ended.set()
-        self._heart.join()
+        self._end_beat()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def backup_id(self, number: int) -> str:
@@ -268,7 +267,16 @@ class RepositoryWriter:
             # A retried creation may meet its own first try.
             if self._repository.backend.read(name) != sealed:
                 raise FencedError(self.id.hex()) from err
+        self._tell_of_commit(name)
         return manifest, len(sealed)
+
+    def _tell_of_commit(self, name: str) -> None:
+        """Name the manifest in a last record: should it be lost, the run does not look as if it had died."""
+        self._end_beat()
+        self._unreported.append(name)
+        # It is committed, whatever the storage says now.
+        with contextlib.suppress(BlocksnapError):
+            self._announce()
 
     def require_young(self) -> None:
         """Raise FencedError when the run has lasted longer than any may.
@@ -355,6 +363,10 @@ class RepositoryWriter:
             # Storage that fails for a while may work again; if not, the run itself will notice.
             with contextlib.suppress(BlocksnapError):
                 self._announce()
+
+    def _end_beat(self) -> None:
+        self._ended.set()
+        self._heart.join()
 
     def _write_segment(self) -> None:
         if not self._durable:

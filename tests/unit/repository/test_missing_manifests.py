@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.backends.errors import BackendFailedError
+from blocksnap.backends.local import LocalBackend
 from blocksnap.operations.catalogue import map_root
 from blocksnap.operations.repair import RepairOptions, plan_repair, repair
 from blocksnap.operations.reporting import Quiet
@@ -128,6 +131,73 @@ def test_what_is_lost_for_good_can_be_given_up(path: Path) -> None:
     assert find_damage(path) == []
     assert prune(path).state == "nothing"
     assert [stored.backup.id for stored in open_repository(path).backups()] == [last]
+
+
+def test_a_repository_that_was_never_pruned_knows_what_was_committed(path: Path) -> None:
+    for number in range(3):
+        back_up(path, {number: number})
+    with RepositoryWriter(open_repository(path), HOST) as died:
+        died.store_blob(FrameType.DATA, chunk(9))
+        died.flush()
+    assert find_damage(path) == []
+    committed = {f"manifests/{file.name}" for file in (path / "manifests").iterdir()}
+    lose_manifests(path)
+    assert set(find_damage(path)) == committed
+    require_refused(path)
+    # Nor does the next backup hide it.
+    back_up(path, {4: 4})
+    assert set(find_damage(path)) == committed
+    require_refused(path)
+    repair(open_repository(path), frozenset(), RepairOptions(accept_loss=True), Quiet())
+    assert prune(path, everybody).state == "done"
+    assert find_damage(path) == []
+
+
+def test_one_manifest_that_is_lost_is_told_from_a_run_that_died(path: Path) -> None:
+    back_up(path, {0: 0})
+    lost = backup_run(path, back_up(path, {1: 1}))
+    back_up(path, {2: 2})
+    (path / "manifests" / lost).unlink()
+    assert find_damage(path) == [f"manifests/{lost}"]
+    require_refused(path)
+
+
+def test_whoever_finds_its_packs_does_not_take_the_place_of_a_lost_manifest(path: Path) -> None:
+    lost = backup_run(path, back_up(path, {0: 0}))
+    lose_manifests(path)
+    # With the index gone too they look like those of a run that died.
+    shutil.rmtree(path / "index")
+    with RepositoryWriter(open_repository(path), HOST, everybody) as run:
+        assert run.adopted == 0
+    assert f"manifests/{lost}" in find_damage(path)
+    require_refused(path)
+
+
+def test_a_commit_stands_where_nothing_more_can_be_stored(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that tells of it is one more object, and no part of it."""
+    put = LocalBackend.put
+    lost: list[str] = []
+
+    def fail(backend: LocalBackend, name: str, data: bytes) -> None:
+        if name.startswith("writers/") and not name.endswith(".0"):
+            lost.append(name)
+            raise BackendFailedError("write", backend.place, OSError(errno.ENOSPC, ""))
+        put(backend, name, data)
+
+    monkeypatch.setattr(LocalBackend, "put", fail)
+    backup = back_up(path, {0: 0})
+    monkeypatch.undo()
+    assert lost == [f"writers/{backup_run(path, backup)}.1"]
+    assert [stored.backup.id for stored in open_repository(path).backups()] == [backup]
+    assert prune(path).state == "nothing"
+
+
+def backup_run(path: Path, id_: str) -> str:
+    """Return the run that made a backup."""
+    (run,) = (each.manifest.writer for each in open_repository(path).backups() if each.backup.id == id_)
+    return run
 
 
 def test_what_never_had_manifests_is_pruned(path: Path) -> None:
