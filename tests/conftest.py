@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from blocksnap.repository import key_objects
 from support.in_process import InProcess
 
-# A deadline makes a busy machine look like a broken program.
-settings.register_profile("blocksnap", deadline=None)
+# A deadline makes a busy machine look like a broken program, and so does how long it takes to make examples.
+settings.register_profile("blocksnap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("blocksnap")
 
 # argon2id is made to take long, and gives the same for the same: tests open one repository many times.

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksnap.errors import UsageError
@@ -384,7 +384,7 @@ def policies(draw: st.DrawFn, keeps: st.SearchStrategy[Keep] = keeps) -> Policy:
     return Policy(tuple(rules), draw(st.sampled_from([UTC, BERLIN])))
 
 
-laws = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+laws = settings(max_examples=50, deadline=None)
 
 
 @laws

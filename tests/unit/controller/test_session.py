@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -455,10 +454,8 @@ def test_killed_at_any_step_the_journal_knows_what_is_left(tmp_path: Path) -> No
 
 
 def test_locks_of_a_session_are_free_after_a_crash(tmp_path: Path, log: list[str]) -> None:
-    started = time.monotonic()
     with SnapshotSession([FakeVolume("a", log)], "run1", tmp_path) as session:
         assert os.listdir(tmp_path / "journal") == ["run1.jsonl"]
     with SnapshotSession([FakeVolume("a", log)], "run1", tmp_path) as session:
         pass
     assert session.warnings == []
-    assert time.monotonic() - started < 5

@@ -48,7 +48,11 @@ pages = st.dictionaries(st.integers(0, PAGES), st.sampled_from([b"\0", b"a", b"b
 sizes = st.integers(0, PAGES * PAGE)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(base=pages, later=pages, base_size=sizes, size=sizes, block_pages=st.integers(1, 4))
 def test_applied_to_the_base_it_gives_the_later_file(
     pair: tuple[int, int],

@@ -518,7 +518,11 @@ def test_nothing_is_missed(
 MAPPINGS = st.dictionaries(st.integers(0, 200), st.integers(0, 3), max_size=60)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(
     before=MAPPINGS, after=MAPPINGS, sizes=st.tuples(st.integers(1, 200 * UNIT), st.integers(1, 200 * UNIT))
 )

@@ -56,7 +56,11 @@ def expected(was: bytes, now: bytes, block: int) -> ExtentList:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(
     common=pieces,
     base=pieces,

@@ -32,7 +32,11 @@ def has_holes(fd: int) -> bool:
     return _native.data_extents(fd, 0, PIECE) == b""
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(
     pieces=st.sets(st.integers(0, 63)),
     size=st.integers(0, 64 * PIECE),

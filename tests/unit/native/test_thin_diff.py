@@ -205,7 +205,11 @@ def check_history(path: Path, history: History, *, tools: bool) -> None:
             check_tools(path, fd, pool, live[0], last)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_any_history(tmp_path: Path, data: st.DataObject) -> None:
     image = tmp_path / "meta"
@@ -215,7 +219,11 @@ def test_any_history(tmp_path: Path, data: st.DataObject) -> None:
         check_history(image, history, tools=True)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data(), entries=st.sampled_from(OTHER_SHAPES))
 def test_any_history_in_trees_of_any_shape(
     tmp_path: Path, data: st.DataObject, entries: tuple[int, int]

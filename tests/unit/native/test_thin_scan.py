@@ -85,7 +85,11 @@ def device_runs(draw: st.DrawFn) -> list[Run]:
     return runs
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(
     devices=st.dictionaries(st.integers(0, 0xFFFFFF), device_runs(), min_size=1, max_size=4),
     chunk_size=st.sampled_from([65536, 196608, 1 << 30]),
@@ -212,7 +216,11 @@ def test_flipped_bits_elsewhere_change_nothing(tmp_path: Path) -> None:
         assert answer_or_refusal(broken, 1) == before
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_lies_with_right_checksums_never_shrink_the_answer(tmp_path: Path, data: st.DataObject) -> None:
     """Whoever rewrites a node's structure, checksum included, gets a refusal or the same answer."""

@@ -67,14 +67,14 @@ def test_what_is_begun_first_is_ended_last(attended: MakeStandstill, hooks: Path
         ("exit 0", "ended with exit status 0 and did not get ready"),
         ("read word; kill -9 $$", "ended with signal 9 and did not get ready"),
         # One that forks and exits is no session, whoever holds its pipes and answers in its place.
-        ("(sleep 30; echo ready) & exit 0", "ended with exit status 0 and did not get ready"),
+        ("(sleep 100; echo ready) & exit 0", "ended with exit status 0 and did not get ready"),
     ],
 )
 def test_a_session_that_does_not_get_ready_is_refused(
     attended: MakeStandstill, hooks: Path, body: str, says: str
 ) -> None:
     script = write_hook(hooks, "lock", body)
-    standstill = attended(hooks=[{"session": [script]}])
+    standstill = attended(deadline_seconds=100, hooks=[{"session": [script]}])
     began = time.monotonic()
     with pytest.raises(HookError, match="the hook") as caught:
         standstill.begin()
@@ -82,7 +82,7 @@ def test_a_session_that_does_not_get_ready_is_refused(
     assert caught.value.exit_code == 15
     if ">&2" in body:
         assert caught.value.details == "why it is so"
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     with pytest.raises(QuiesceError):
         standstill.conclude()
 
@@ -106,7 +106,7 @@ def test_a_session_may_print_what_it_likes_once_it_is_ready(
     """More than a pipe holds: it would wait for a reader, and never see the end."""
     much = "head -c 300000 /dev/zero"
     script = write_hook(hooks, "lock", f"read word; echo ready; {body.format(much=much)}; log end")
-    standstill = attended(deadline_seconds=5, hooks=[{"session": [script]}])
+    standstill = attended(deadline_seconds=60, hooks=[{"session": [script]}])
     standstill.begin()
     standstill.end()
     assert standstill.conclude().state == "application"
@@ -114,10 +114,10 @@ def test_a_session_may_print_what_it_likes_once_it_is_ready(
 
 
 def test_a_session_that_ends_before_it_is_told_to_has_let_go(attended: MakeStandstill, hooks: Path) -> None:
-    script = write_hook(hooks, "lock", "read word; echo ready; exit 0")
+    script = write_hook(hooks, "lock", "echo $$ > $0.pid; read word; echo ready; exit 0")
     standstill = attended(hooks=[{"session": [script]}])
     standstill.begin()
-    time.sleep(0.3)
+    assert wait_until(lambda: is_gone(int(Path(script + ".pid").read_text())))
     standstill.end()
     with pytest.raises(HookError, match="ended too early, with exit status 0"):
         standstill.conclude()
@@ -133,8 +133,10 @@ def test_a_session_that_fails_at_the_end_did_not_hold(attended: MakeStandstill, 
 
 
 def test_a_session_that_does_not_end_is_killed(attended: MakeStandstill, hooks: Path) -> None:
-    script = write_hook(hooks, "lock", "echo $$ > $0.pid; read word; echo ready; while :; do sleep 1; done")
-    standstill = attended(deadline_seconds=0.5, hooks=[{"session": [script]}])
+    body = "echo $$ > $0.pid; log runs; read word; echo ready; while :; do sleep 1; done"
+    script = write_hook(hooks, "lock", body)
+    standstill = attended(deadline_seconds=1.5, hooks=[{"session": [script]}])
+    assert wait_until(lambda: read_log(hooks) == ["runs"])
     standstill.begin()
     standstill.end()
     with pytest.raises(HookError, match="did not end when it was told to"):
@@ -155,7 +157,7 @@ def test_after_runs_when_before_fails(attended: MakeStandstill, hooks: Path) -> 
 def test_after_runs_when_before_hangs(attended: MakeStandstill, hooks: Path) -> None:
     stop = write_hook(hooks, "stop", "log before; sleep 1000; log never")
     start = write_hook(hooks, "start", "log after")
-    standstill = attended(deadline_seconds=0.5, hooks=[{"before": [stop], "after": [start]}])
+    standstill = attended(deadline_seconds=2, hooks=[{"before": [stop], "after": [start]}])
     with pytest.raises(QuiesceError):
         standstill.begin()
     standstill.close()
@@ -171,9 +173,10 @@ def test_a_before_that_is_interrupted_is_gone_before_anything_else_is_done(
     attended: MakeStandstill, hooks: Path, *, with_after: bool
 ) -> None:
     """What it did once its ``after`` had been run, nothing would undo."""
-    stop = write_hook(hooks, "stop", "echo $$ > $0.pid; log before; sleep 3; log locked")
+    stop = write_hook(hooks, "stop", "echo $$ > $0.pid; log before; sleep 60; log locked")
     start = write_hook(hooks, "start", f"log after; ! kill -0 $(cat {hooks}/stop.pid) || log beside")
-    standstill = attended(hooks=[{"before": [stop], **({"after": [start]} if with_after else {})}])
+    hook = {"before": [stop], **({"after": [start]} if with_after else {})}
+    standstill = attended(deadline_seconds=100, hooks=[hook])
 
     def interrupt(*_: object) -> None:
         raise Interrupted
@@ -237,10 +240,10 @@ def test_an_after_that_hangs_is_killed(attended: MakeStandstill, hooks: Path) ->
 
 def test_a_before_may_leave_a_process_and_is_not_waited_for(attended: MakeStandstill, hooks: Path) -> None:
     script = write_hook(hooks, "stop", "sleep 1000 & echo $! > $0.child; exit 0")
-    standstill = attended(hooks=[{"before": [script]}])
+    standstill = attended(deadline_seconds=100, hooks=[{"before": [script]}])
     began = time.monotonic()
     standstill.begin()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60
     child = int(Path(script + ".child").read_text())
     standstill.end()
     standstill.close()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from blocksnap.system.command import (
     run_observed,
 )
 from support.mock_command import MockCommands
+from support.standing import wait_until
 
 
 def script(folder: Path, name: str, text: str) -> None:
@@ -95,25 +95,28 @@ def test_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("observed", [False, True])
 def test_a_program_that_takes_too_long_is_left_alone(folder: Path, observed: bool) -> None:
-    script(folder, "wait", f"sleep 0.5; touch {folder}/done")
+    script(folder, "wait", f"until [ -e {folder}/go ]; do sleep 0.05; done; touch {folder}/done")
     with pytest.raises(CommandTimeoutError) as caught:
         run_observed(["wait"], lambda: None, timeout_seconds=0.1) if observed else run(
             "wait", timeout_seconds=0.1
         )
     assert str(caught.value.pid) in str(caught.value)
-    assert not (folder / "done").exists()
-    deadline = time.monotonic() + 5
-    while not (folder / "done").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert (folder / "done").exists()
+    (folder / "go").touch()
+    assert wait_until((folder / "done").exists, 60)
 
 
 def test_observer_looks_while_the_program_runs(folder: Path) -> None:
-    script(folder, "work", "sleep 0.1")
-    seen: list[float] = []
-    run_observed(["work"], lambda: seen.append(time.monotonic()))
-    assert len(seen) > 10
-    assert seen[-1] - seen[0] > 0.08
+    script(folder, "work", f"until [ -e {folder}/go ]; do sleep 0.05; done; touch {folder}/done")
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append((folder / "done").exists())
+        if len(seen) == 10:
+            (folder / "go").touch()
+
+    run_observed(["work"], look)
+    assert seen[:10] == [False] * 10
+    assert (folder / "done").exists()
 
 
 def test_an_interrupt_waits_until_the_program_is_done(folder: Path) -> None:

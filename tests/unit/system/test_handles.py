@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from blocksnap.system.handles import handle_of, open_directory
 from support.require import require
+from support.standing import wait_until
 
 
 def test_a_directory_is_found_after_it_was_renamed(tmp_path: Path) -> None:
@@ -29,18 +29,19 @@ def test_a_directory_is_found_after_it_was_renamed(tmp_path: Path) -> None:
         os.close(fd)
         (tmp_path / "after").rmdir()
         # A look at all open files by somebody else can keep what was removed for an instant.
-        for _ in range(100):
-            try:
-                os.close(open_directory(mount, handle))
-            except OSError as err:
-                assert err.errno == errno.ESTALE
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("a directory that was removed is still found")
+        assert wait_until(lambda: is_stale(mount, handle), 60)
     finally:
         os.close(mount)
     assert handle_of(str(folder)) is None
+
+
+def is_stale(mount: int, handle: str) -> bool:
+    try:
+        os.close(open_directory(mount, handle))
+    except OSError as err:
+        assert err.errno == errno.ESTALE
+        return True
+    return False
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap.system import host
+from support.standing import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +49,7 @@ def test_host_without_machine_id_is_known_by_its_name(
 def test_a_process_is_told_from_its_remains() -> None:
     assert host.process_start(os.getpid()) is not None
     child = subprocess.Popen(["true"])
-    deadline = time.monotonic() + 5
-    while host.process_start(child.pid) is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert host.process_start(child.pid) is None
+    assert wait_until(lambda: host.process_start(child.pid) is None, 60)
     child.wait()
     assert host.process_start(child.pid) is None
 
@@ -62,7 +60,7 @@ def test_boot() -> None:
 
 
 def test_a_program_that_has_ended_is_not_at_work(tmp_path: Path) -> None:
-    program = tmp_path / "a (strange) n"
+    program = tmp_path / f"a (s) {os.getpid()}"
     program.symlink_to("/bin/sleep")
     running = subprocess.Popen([program, "60"])
     try:
