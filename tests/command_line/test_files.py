@@ -231,17 +231,22 @@ def test_help_and_version(blocksnap: CommandLine) -> None:
     assert blocksnap("no-such-command").code == 2
 
 
+def read_slowly(blocksnap: CommandLine, volume: Path, rate: str) -> None:
+    """Have a job that reads so much in a second."""
+    pace = f'pace = {{ policy = "fixed", read_rate = "{rate}" }}'
+    (blocksnap.folder / "blocksnap.toml").write_text(f'[jobs.slow]\nvolumes = ["{volume}"]\n{pace}\n')
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_runs_commit_nothing(
     blocksnap: CommandLine, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     big = tmp_path / "big.img"
-    dice = random.Random(3)
-    with big.open("wb") as file:
-        for _ in range(40):
-            file.write(dice.randbytes(8 * MIB))
+    big.write_bytes(random.Random(3).randbytes(8 * MIB))
     blocksnap.done("init")
-    process = blocksnap.start("backup", big, "--json")
+    # It takes two minutes, and is interrupted long before.
+    read_slowly(blocksnap, big, "64K")
+    process = blocksnap.start("backup", "--job", "slow", "--json")
     assert process.stdout is not None
     assert b"plan" in process.stdout.readline()
     time.sleep(0.1)
@@ -257,9 +262,10 @@ def test_interrupted_runs_commit_nothing(
 
 def test_a_file_written_during_its_backup_is_refused(blocksnap: CommandLine, tmp_path: Path) -> None:
     big = tmp_path / "big.img"
-    big.write_bytes(random.Random(4).randbytes(64 * MIB))
+    big.write_bytes(random.Random(4).randbytes(16 * MIB))
     blocksnap.done("init")
-    process = blocksnap.start("backup", big, "--json")
+    read_slowly(blocksnap, big, "4M")
+    process = blocksnap.start("backup", "--job", "slow", "--json")
     assert process.stdout is not None
     assert b"plan" in process.stdout.readline()
     with big.open("r+b") as file:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -53,12 +54,13 @@ def test_a_clone_is_found_where_its_directory_was_renamed(place: Path, blocksnap
     folder.mkdir()
     (folder / "image").write_bytes(random.Random(1).randbytes(MIB))
     volume = resolve_volume(str(folder / "image"))
+    dead = f"dead{uuid4().hex}"
     child = os.fork()
     if not child:
-        journal = Journal(blocksnap.folder / "state", "dead")
-        journal.append("snapshot", volume=volume.key, name=volume.name, trace=volume.trace("dead"))
+        journal = Journal(blocksnap.folder / "state", dead)
+        journal.append("snapshot", volume=volume.key, name=volume.name, trace=volume.trace(dead))
         volume.prepare()
-        volume.take_snapshot("dead", lambda _step, _facts: None)
+        volume.take_snapshot(dead, lambda _step, _facts: None)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     snapshot = volume.take_snapshot("alive", lambda _step, _facts: None)
@@ -67,10 +69,10 @@ def test_a_clone_is_found_where_its_directory_was_renamed(place: Path, blocksnap
     snapshot.remove()
     assert len(clones(place / "after")) == 1
     # Only what is said of this run: the tests beside this one leave and clean up snapshots too.
-    assert b"dead: the run died" in blocksnap("doctor")[1]
+    assert f"{dead}: the run died".encode() in blocksnap("doctor")[1]
     assert b"removed the clone" in blocksnap("doctor", "--fix")[1]
     assert os.listdir(place / "after") == ["image"]
-    assert b"dead" not in blocksnap("doctor")[1]
+    assert dead.encode() not in blocksnap("doctor")[1]
 
 
 def test_a_folder_of_images_is_one_group(place: Path, blocksnap: InProcess) -> None:

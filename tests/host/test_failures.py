@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,19 +90,23 @@ def test_kill_at_any_moment(blocksnap: CommandLine, tmp_path: Path) -> None:
 
 def test_two_runs_of_one_volume(blocksnap: CommandLine, tmp_path: Path) -> None:
     volume = tmp_path / "volume.img"
-    volume.write_bytes(noise(7, 200 * MIB))
-    first = blocksnap.start("backup", volume, "--json")
-    assert first.stdout is not None
-    first.stdout.readline()
-    os.kill(first.pid, signal.SIGSTOP)
+    volume.write_bytes(noise(7, 4 * MIB))
+    # The first takes a minute, and is ended long before.
+    pace = 'pace = { policy = "fixed", read_rate = "64K" }'
+    (tmp_path / "blocksnap.toml").write_text(f'[jobs.slow]\nvolumes = ["{volume}"]\n{pace}\n')
+    first = blocksnap.start("backup", "--job", "slow", "--json")
     try:
+        assert first.stdout is not None
+        assert b"plan" in first.stdout.readline()
         second = blocksnap("backup", volume)
+        assert second.code == 11, second
+        assert str(first.pid) in second.stderr
+        first.terminate()
+        assert first.wait(timeout=60) == 143
     finally:
-        os.kill(first.pid, signal.SIGCONT)
-    assert second.code == 11, second
-    assert str(first.pid) in second.stderr
-    first.communicate(timeout=60)
-    assert first.returncode == 0
+        first.kill()
+        first.communicate()
+    blocksnap.done("backup", volume)
 
 
 def test_two_volumes_at_once_share_what_is_equal(blocksnap: CommandLine, tmp_path: Path) -> None:
@@ -129,9 +131,7 @@ def test_a_reader_that_goes_away(blocksnap: CommandLine, tmp_path: Path) -> None
     assert process.stdout is not None
     process.stdout.read(1000)
     process.stdout.close()
-    began = time.monotonic()
     assert process.wait(timeout=60) == 1
     assert process.stderr is not None
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
-    assert time.monotonic() - began < 60

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from support.commands import CommandLine
 from support.loops import call
 from support.require import require
+from support.standing import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,5 @@ def _nothing_is_left(blocksnap: CommandLine, tmp_path: Path) -> Iterator[None]:
         mounts = Path("/proc/mounts").read_text().splitlines()
         return loops + [line for line in mounts if "fuse.blocksnap" in line and str(tmp_path) in line]
 
-    deadline = time.monotonic() + 30
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: not left(), 60)
     assert left() == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import pytest
 
 from images.test_mount import make_filesystem
 from support.commands import CommandLine
+from support.sleepers import long_time, processes_with
+from support.standing import wait_until
 
 MIB = 1 << 20
 DATABASE_CHECK = """\
@@ -21,7 +22,7 @@ test "$(sha256sum < "$BLOCKSNAP_DRILL_FOLDER/dir0/file 0" | cut -c1-64)" = DIGES
 test -b "$BLOCKSNAP_DRILL_DEVICE"
 # It may write, and leave processes behind.
 echo changed > "$BLOCKSNAP_DRILL_FOLDER/dir0/file 0"
-sleep 987654 &
+sleep TIME &
 echo "looked at $BLOCKSNAP_DRILL_BACKUP"
 """
 
@@ -45,22 +46,13 @@ def drilled(blocksnap: CommandLine, *words: str, code: int = 0) -> dict[str, Any
     return found
 
 
-def processes_with(word: str) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word.encode() in path.read_bytes():
-                found.append(str(path))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
 def test_a_good_backup_passes_and_stays_as_it_is(blocksnap: CommandLine, tmp_path: Path, kind: str) -> None:
     image = tmp_path / "image"
     digests = make_filesystem(kind, image)
-    configure(blocksnap, image, DATABASE_CHECK.replace("DIGEST", digests["dir0/file 0"]))
+    sleeps = long_time()
+    check = DATABASE_CHECK.replace("TIME", sleeps).replace("DIGEST", digests["dir0/file 0"])
+    configure(blocksnap, image, check)
     blocksnap.done("backup", "--job", "images")
     # The second one would find what the first one has written.
     for words in (("latest",), ("--job", "images")) if kind == "ext4" else (("latest",),):
@@ -70,7 +62,7 @@ def test_a_good_backup_passes_and_stays_as_it_is(blocksnap: CommandLine, tmp_pat
         ]
         assert (result["good"], result["chunks"] > 10) == (True, True)
         assert "looked at" in result["steps"][4]["said"]
-        assert processes_with("987654") == []
+        assert processes_with(sleeps) == []
     (listed,) = blocksnap.done("list", "--json").document["backups"]
     assert (listed["drill"]["good"], listed["drill"]["failed_at"]) == (True, None)
     assert blocksnap.done("check").code == 0
@@ -90,10 +82,11 @@ def test_what_is_wrong_with_the_data_fails_and_is_told(blocksnap: CommandLine, t
     assert "failed at check" in volume["warnings"][0]
     assert "FAILED" in blocksnap.done("list").text
     # A command that hangs is ended, with what it started.
-    configure(blocksnap, image, "#!/bin/sh\nsleep 876543 & sleep 876543\n", seconds=1)
+    sleeps = long_time()
+    configure(blocksnap, image, f"#!/bin/sh\nsleep {sleeps} & sleep {sleeps}\n", seconds=1)
     result = drilled(blocksnap, "latest", code=1)
     assert "was killed" in result["steps"][-1]["said"]
-    assert processes_with("876543") == []
+    assert processes_with(sleeps) == []
     # A filesystem whose own check finds fault.
     content = bytearray(image.read_bytes())
     content[8 * MIB : 9 * MIB] = b"\xff" * MIB
@@ -125,26 +118,20 @@ def test_nothing_is_left_however_it_ends(
 ) -> None:
     image = tmp_path / "image"
     make_filesystem("ext4", image)
-    mark = tmp_path / "began"
-    configure(blocksnap, image, f"#!/bin/sh\ntouch {mark}\nsleep 765432\n")
+    mark, sleeps = tmp_path / "began", long_time()
+    configure(blocksnap, image, f"#!/bin/sh\ntouch {mark}\nsleep {sleeps}\n")
     blocksnap.done("backup", "--job", "images")
     process = blocksnap.start("drill", "latest")
     try:
-        deadline = time.monotonic() + 60
-        while not mark.exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        assert wait_until(lambda: mark.exists() or process.poll() is not None, 120)
+        assert process.poll() is None, process.communicate()
         process.send_signal(number)
         assert process.wait(timeout=60) in (143, -9)
     finally:
         process.kill()
         process.communicate()
-    deadline = time.monotonic() + 30
-    while processes_with("765432") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_with("765432") == []
-    assert "drill" not in Path("/proc/mounts").read_text()
+    assert wait_until(lambda: not processes_with(sleeps), 60)
+    assert str(blocksnap.folder) not in Path("/proc/mounts").read_text()
     # What was interrupted says nothing about the backup.
     assert blocksnap.done("list", "--json").document["backups"][0]["drill"] is None
 

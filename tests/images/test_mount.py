@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from support.commands import CommandLine
-from support.loops import call, loop_device, mounted
+from support.loops import call, loop_device, mounted, unmount
 from support.repositories import harm_largest_pack
 from support.shown import abort, children_of, is_mounted, mounting, shown
+from support.standing import wait_until
 
 MIB = 1 << 20
 FILESYSTEMS = {"ext4": (64, "-q"), "xfs": (320, "-q"), "btrfs": (128, "-q")}
@@ -103,7 +104,7 @@ def test_who_comes_first_reads_far_ahead(blocksnap: CommandLine, tmp_path: Path)
             bdi = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
             assert bdi.read_text() == "4096\n"
     finally:
-        subprocess.run(["umount", tree], check=False)
+        subprocess.run(["umount", "--lazy", tree], check=False)
         process.communicate(timeout=60)
 
 
@@ -167,11 +168,8 @@ def test_nothing_is_left_whoever_is_killed(blocksnap: CommandLine, tmp_path: Pat
         process.communicate(timeout=60)
         if victim == "all":
             # Nobody is left who could unmount the tree, but all that it was made of is gone.
-            call("umount", tree)
-        deadline = time.monotonic() + 30
-        while is_mounted(tree):
-            assert time.monotonic() < deadline, "the tree is still mounted"
-            time.sleep(0.1)
+            unmount(tree)
+        assert wait_until(lambda: not is_mounted(tree), 60)
 
 
 @pytest.mark.parametrize("which", ["tree", "images"])
@@ -243,10 +241,7 @@ def test_nothing_is_left_where_a_directory_above_was_renamed(
             shower = children_of(process.pid)[0]
             os.kill(shower if victim == "tree" else process.pid, signal.SIGKILL)
             process.communicate(timeout=60)
-            deadline = time.monotonic() + 30
-            while is_mounted(moved):
-                assert time.monotonic() < deadline, "the tree is still mounted"
-                time.sleep(0.1)
+            assert wait_until(lambda: not is_mounted(moved), 60)
         finally:
             subprocess.run(["umount", "-l", moved], check=False, capture_output=True)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.commands import CommandLine
-from support.loops import call
+from support.loops import call, unmount
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def shown(blocksnap: CommandLine, what: str, folder: Path) -> Iterator[subproces
     """Run `blocksnap mount` until the block ends, and see that umount ends it."""
     with mounting(blocksnap, what, folder) as process:
         yield process
-        call("umount", folder)
+        unmount(folder)
         assert process.wait(timeout=60) in (0, 3)
 
 
@@ -62,5 +62,5 @@ def abort(pid: int, point: str, folder: Path) -> None:
     try:
         (folder / device.partition(":")[2] / "abort").write_text("1")
     finally:
-        call("umount", folder)
+        unmount(folder)
         folder.rmdir()
