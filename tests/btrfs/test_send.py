@@ -33,7 +33,7 @@ from support.btrfs_model import Backup
 from support.btrfs_truth import capture
 from support.btrfs_work import Workload
 from support.commands import CommandLine
-from support.loops import call
+from support.loops import call, unmount
 
 BTRFS_IOC_SEND = 0x40489426
 NO_FILE_DATA = 1
@@ -293,7 +293,7 @@ def test_something_mounted_in_the_earlier_snapshot(lab: BtrfsLab) -> None:
         with opened(base, snapshot) as (base_fd, fd), pytest.raises(VolumeError, match="makes no sense"):
             compare_by_send(fd, base_fd)
     finally:
-        call("umount", base / "folder")
+        unmount(base / "folder")
     (lab.live / "folder").chmod(0o700)
     later = lab.snapshot()
     call("mount", "--bind", "/proc", snapshot / "folder")
@@ -301,7 +301,7 @@ def test_something_mounted_in_the_earlier_snapshot(lab: BtrfsLab) -> None:
         with opened(snapshot, later) as (base_fd, fd), pytest.raises(VolumeError, match="mounted in the ear"):
             compare_by_send(fd, base_fd)
     finally:
-        call("umount", snapshot / "folder")
+        unmount(snapshot / "folder")
 
 
 def test_without_privilege(lab: BtrfsLab) -> None:

@@ -27,6 +27,7 @@ from support.file_trees import (
     rsync_differences,
     set_flags,
 )
+from support.killed import kill_when
 from support.loops import call, loop_device, mounted
 
 
@@ -219,11 +220,11 @@ def test_a_target_is_whole_or_not_there(lab: BtrfsLab, blocksnap: CommandLine, e
     assert sorted(os.listdir(elsewhere)) == ["filler", "lost+found", "there"]
     filler.unlink()
     for place in (elsewhere, lab.mount):
-        process = blocksnap.start("restore", "latest", place / "killed")
-        while not [name for name in os.listdir(place) if name.endswith(".partial")]:
-            assert process.poll() is None
-        process.kill()
-        process.communicate()
+        kill_when(
+            lambda place=place: any(name.endswith(".partial") for name in os.listdir(place)),
+            lambda place=place: blocksnap.start("restore", "latest", place / "killed"),
+            place / "killed",
+        )
         assert not (place / "killed").exists()
         blocksnap.done("restore", "latest", place / "killed")
         assert not [name for name in os.listdir(place) if name.endswith(".partial")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,12 @@ from support.file_trees import make_everything
 from support.loops import call, loop_device, mounted
 from support.repositories import harm_largest_pack
 from support.require import require
+from support.sleepers import long_time, processes_with
+from support.standing import wait_until
 
 MIB = 1 << 20
-CHECK = """\
+SLEEPS = long_time()
+CHECK = f"""\
 #!/bin/sh -e
 cd "$BLOCKSNAP_DRILL_FOLDER"
 test "$(cat why)" = because
@@ -28,7 +30,7 @@ test "$(stat -c %u:%a why)" = 1234:640
 test -z "$BLOCKSNAP_DRILL_DEVICE"
 # It may write, and leave processes behind.
 echo changed > why
-sleep 543210 &
+sleep {SLEEPS} &
 echo "looked at $BLOCKSNAP_DRILL_BACKUP"
 """
 
@@ -42,9 +44,7 @@ def blocksnap(tmp_path: Path) -> Iterator[CommandLine]:
     (tmp_path / "scratch").mkdir()
     command.environment["TMPDIR"] = str(tmp_path / "scratch")
     yield command
-    deadline = time.monotonic() + 60
-    while left(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: not left(tmp_path), 60)
     assert left(tmp_path) == []
     assert os.listdir(tmp_path / "scratch") == []
 
@@ -56,15 +56,7 @@ def left(folder: Path) -> list[str]:
     mounts = [
         line for line in Path("/proc/mounts").read_text().splitlines() if "/connections/scratch" in line
     ]
-    running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"543210" in _content(path)]
-    return [*loops, *mounts, *map(str, running)]
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+    return [*loops, *mounts, *processes_with(SLEEPS)]
 
 
 def back_up(blocksnap: CommandLine, lab: BtrfsLab, check: str) -> dict[str, Any]:
@@ -138,14 +130,11 @@ def test_nothing_is_left_however_it_ends(
     lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path, number: signal.Signals
 ) -> None:
     mark = tmp_path / "began"
-    back_up(blocksnap, lab, f"#!/bin/sh\ntouch {mark}\nsleep 543210\n")
+    back_up(blocksnap, lab, f"#!/bin/sh\ntouch {mark}\nsleep {SLEEPS}\n")
     process = blocksnap.start("drill", "latest")
     try:
-        deadline = time.monotonic() + 120
-        while not mark.exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        assert wait_until(lambda: mark.exists() or process.poll() is not None, 120)
+        assert process.poll() is None, process.communicate()
         loops = json.loads(call("losetup", "--list", "--json", "--output", "NAME,BACK-FILE"))["loopdevices"]
         assert [loop for loop in loops if str(tmp_path / "scratch") in (loop["back-file"] or "")]
         process.send_signal(number)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from support.file_trees import (
     make_of_btrfs,
     noise,
 )
+from support.killed import kill_when
 from support.loops import call, loop_device, mounted
 from support.repositories import harm_largest_pack
 
@@ -172,14 +171,11 @@ def test_damage_and_a_kill_leave_nothing(lab: BtrfsLab, blocksnap: CommandLine, 
     blocksnap.done("backup", "-q", lab.live)
     out = tmp_path / "out"
     out.mkdir()
-    process = blocksnap.start("files", "latest", "folder", "--to", out)
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_blocks for path in out.glob(".blocksnap-*.partial/folder/big")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+
+    def begun() -> bool:
+        return any(path.stat().st_blocks for path in out.glob(".blocksnap-*.partial/folder/big"))
+
+    kill_when(begun, lambda: blocksnap.start("files", "latest", "folder", "--to", out), out / "folder")
     assert [name for name in os.listdir(out) if not name.startswith(".blocksnap-")] == []
     # What is left is taken away by whoever comes next.
     blocksnap.done("files", "latest", "other", "--to", out)

@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -28,10 +27,11 @@ from support.file_trees import (
     noise,
     rsync_differences,
 )
-from support.loops import call
+from support.loops import call, unmount
 from support.repositories import harm_largest_pack
 from support.require import require
 from support.shown import abort, children_of, is_mounted, mounting, shown, wait_for
+from support.standing import is_gone, wait_until
 
 MIB = 1 << 20
 CHUNK = 128 << 10
@@ -228,7 +228,7 @@ def test_damage_is_an_error_and_never_other_bytes(
                     assert buffer == content[at : at + CHUNK]
         os.close(fd)
         assert (tree / "other").read_bytes() == noise(6, 3000)
-        call("umount", tree)
+        unmount(tree)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 3
     finally:
@@ -255,11 +255,8 @@ def test_nothing_is_left_whoever_is_killed(
         process.communicate(timeout=60)
         if victim == "all":
             # Nobody is left who could unmount it.
-            call("umount", tree)
-        deadline = time.monotonic() + 30
-        while is_mounted(tree) or Path(f"/proc/{holder}").exists():
-            assert time.monotonic() < deadline, "the tree is still mounted"
-            time.sleep(0.1)
+            unmount(tree)
+        assert wait_until(lambda: not is_mounted(tree) and is_gone(holder), 60)
 
 
 def test_an_aborted_connection_ends_it(lab: BtrfsLab, blocksnap: CommandLine, tmp_path: Path) -> None:
@@ -274,7 +271,7 @@ def test_an_aborted_connection_ends_it(lab: BtrfsLab, blocksnap: CommandLine, tm
         said = f"error: nothing is shown in {tree} any more: its FUSE connection was aborted"
         assert (process.returncode, errors) == (1, [said]), err
         assert not is_mounted(tree)
-        assert not Path(f"/proc/{holder}").exists()
+        assert is_gone(holder)
 
 
 def test_whoever_ends_before_it_serves_leaves_nothing(tmp_path: Path) -> None:

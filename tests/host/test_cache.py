@@ -17,7 +17,7 @@ from blocksnap.backends.local import LocalBackend
 from blocksnap.repository.keys import MINIMUM_COST
 from blocksnap.repository.repository import Repository
 from support.commands import CommandLine
-from support.loops import call
+from support.loops import call, unmount
 from support.repositories import PASSPHRASE, open_writer
 
 
@@ -30,7 +30,7 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
     finally:
         # Repositories that nobody needs any more still have it open.
         gc.collect()
-        call("umount", str(folder))
+        unmount(folder)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from blocksnap.restore.fuse import ENDED, FuseThread, Operations, serve
 from blocksnap.system import namespace, own_mount
-from support.loops import call
+from support.loops import call, unmount
 from support.require import require
 
 
@@ -46,7 +46,7 @@ def test_only_ours_is_unmounted(folder: Path) -> None:
     # They have put theirs over it.
     own_mount.unmount(ours)
     assert sources(folder) == [ours, "theirs"]
-    call("umount", folder)
+    unmount(folder)
     own_mount.unmount(ours)
     assert (sources(folder), own_mount.is_there(ours)) == ([], False)
     # They have mounted theirs in its place; the kernel may have given it the numbers that ours had.
@@ -121,16 +121,16 @@ def test_an_end_of_libfuse_is_told(folder: Path, what: str) -> None:
     thread.start()
     assert look(folder / "x") == 0
     if what == "umount":
-        call("umount", folder)
+        unmount(folder)
     else:
         # The next read of the connection returns nothing, which the kernel never does.
         with open(os.devnull, "r+b") as null:
             os.dup2(null.fileno(), connection, inheritable=False)
         look(folder / "y")
-    thread.join(20)
+    thread.join(120)
     assert reasons == [ENDED if what == "umount" else "short read on fuse device"]
 
 
 def look(path: Path) -> int:
     command = [sys.executable, "-c", "import os, sys; os.stat(sys.argv[1])", str(path)]
-    return subprocess.run(command, check=False, timeout=20, capture_output=True).returncode
+    return subprocess.run(command, check=False, timeout=120, capture_output=True).returncode

@@ -21,6 +21,7 @@ SEED = int(os.environ.get("BLOCKSNAP_FIRST_SEED", "0"))
 SIZE = 4 << 20
 CHUNK = 128 << 10
 KILLED = -signal.SIGKILL
+KINDS = ("backup", "prune", "check", "restore")
 
 
 class Household:
@@ -35,13 +36,17 @@ class Household:
         self._lock = threading.Lock()
         self._until = time.monotonic() + SECONDS
 
+    def goes_on(self) -> bool:
+        """Whether it is too early to end: the time is not up, or something has not succeeded even once."""
+        return time.monotonic() < self._until or not all(self.ends.get(f"{kind} 0") for kind in KINDS)
+
     def run(self) -> None:
-        """Let everybody work until the time is up; what one of them found wrong is raised."""
+        """Let everybody work until it is time; what one of them found wrong is raised."""
         wrong: list[BaseException] = []
 
         def live(work: Callable[[random.Random], None], luck: random.Random) -> None:
             try:
-                while time.monotonic() < self._until and not wrong:
+                while self.goes_on() and not wrong:
                     work(luck)
             except BaseException as err:  # noqa: BLE001 - raised again below
                 wrong.append(err)
@@ -142,6 +147,4 @@ def test_nothing_is_lost_whoever_is_killed(blocksnap: CommandLine, tmp_path: Pat
             assert backup in listed
         if backup in listed:
             assert blake3(blocksnap.done("restore", backup, "-").stdout).digest() == content
-    for kind in ("backup", "prune", "check", "restore"):
-        assert household.ends.get(f"{kind} 0"), household.ends
     assert not list((tmp_path / "state" / "journal").iterdir())

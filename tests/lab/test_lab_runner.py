@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from support.require import require
+from support.standing import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 LAB = PROJECT / "vagrant" / "lab"
@@ -47,22 +48,12 @@ def kernels(directory: Path) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            text = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            text = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
         if f"{directory}/{RUN_PREFIX}" in text:
             found.append(text)
     return found
-
-
-def wait_until(condition: object, seconds: float = 30) -> bool:
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_passes_on_output_and_exit_status(scratch: Path) -> None:
@@ -86,14 +77,13 @@ def test_missing_command_is_127() -> None:
 
 
 def test_output_comes_while_the_command_runs() -> None:
-    argv = [LAB, "--timeout", "120", "--", "bash", "-c", "echo first; sleep 60"]
+    argv = [LAB, "--timeout", "200", "--", "bash", "-c", "echo first; sleep 1000"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        started = time.monotonic()
         assert process.stdout.readline() == "first\n"
-        assert time.monotonic() - started < 50
+        assert process.poll() is None
         process.terminate()
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 def test_a_lot_of_output_arrives_whole() -> None:
@@ -108,12 +98,12 @@ def test_daemon_left_running_does_not_delay_the_end() -> None:
 
 
 def test_timeout_kills_everything(scratch: Path) -> None:
-    argv = [LAB, "--timeout", "8", "--", "bash", "-c", "trap '' TERM; echo up; sleep 600 & wait"]
+    argv = [LAB, "--timeout", "8", "--", "bash", "-c", "trap '' TERM; echo up; sleep 1000 & wait"]
     started = time.monotonic()
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert result.returncode == 124
     assert "the time is up (8 s)" in result.stderr
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 200
     assert not list(scratch.iterdir())
     assert not kernels(scratch)
 
@@ -121,20 +111,20 @@ def test_timeout_kills_everything(scratch: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_clean_up(scratch: Path, number: signal.Signals) -> None:
     with subprocess.Popen([LAB, "--", "sleep", "600"], stderr=subprocess.PIPE, text=True) as process:
-        assert wait_until(lambda: kernels(scratch))
+        assert wait_until(lambda: kernels(scratch), 60)
         time.sleep(1)
         process.send_signal(number)
-        assert process.wait(timeout=30) == 128 + number
+        assert process.wait(timeout=60) == 128 + number
     assert not list(scratch.iterdir())
     assert not kernels(scratch)
 
 
 def test_kernel_dies_with_a_killed_runner_and_the_next_run_sweeps(scratch: Path) -> None:
     with subprocess.Popen([LAB, "--", "sleep", "600"]) as process:
-        assert wait_until(lambda: kernels(scratch))
+        assert wait_until(lambda: kernels(scratch), 60)
         time.sleep(1)
         process.kill()
-    assert wait_until(lambda: not kernels(scratch)), kernels(scratch)
+    assert wait_until(lambda: not kernels(scratch), 60), kernels(scratch)
     assert lab(script="true").returncode == 0
     assert not list(scratch.iterdir())
 
@@ -294,9 +284,9 @@ def test_each_lab_has_a_processor_of_its_own(scratch: Path) -> None:
     argv = ["unshare", "--net", "sh", "-c", script]
     with subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         try:
-            assert wait_until(lambda: len({frozenset(each) for each in processors(scratch)}) == 2)
+            assert wait_until(lambda: len({frozenset(each) for each in processors(scratch)}) == 2, 60)
             assert all(len(each) == 1 for each in processors(scratch))
         finally:
             os.killpg(process.pid, signal.SIGTERM)
     # The labs are nobody's children here: what they still remove must not be removed beside them.
-    assert wait_until(lambda: not kernels(scratch) and not any(scratch.iterdir()))
+    assert wait_until(lambda: not kernels(scratch) and not any(scratch.iterdir()), 60)

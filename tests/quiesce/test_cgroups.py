@@ -36,6 +36,7 @@ print(standstill._watchdog.pid, flush=True)
 if when == "late":
     real = os.pwrite
     def stopped_before(fd, data, offset):
+        os.pwrite = real
         os.kill(os.getpid(), signal.SIGSTOP)
         return real(fd, data, offset)
     os.pwrite = stopped_before
@@ -59,6 +60,10 @@ def application(group: Path, tmp_path: Path) -> Iterator[Application]:
 
 def is_frozen(group: Path) -> bool:
     return "frozen 1" in (group / "cgroup.events").read_text()
+
+
+def has_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def attended(group: Path, **settings: object) -> Standstill:
@@ -141,6 +146,7 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
     group: Path, application: Application, tmp_path: Path, when: str
 ) -> None:
     deadline = 1.0
+    beside = Application(tmp_path / "beside")
     settings = json.dumps({"cgroups": [str(group)], "deadline_seconds": deadline})
     argv = [sys.executable, "-c", CONTROLLER, settings, str(tmp_path / "journal"), when]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as controller:
@@ -149,19 +155,20 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
         try:
             if when == "late":
                 # It is let go before it was frozen; then the controller wakes up and freezes it after all.
-                state = Path(f"/proc/{controller.pid}/stat")
-                assert wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+                assert wait_until(lambda: has_stopped(controller.pid))
                 time.sleep(deadline + 0.2)
                 controller.send_signal(signal.SIGCONT)
-                assert wait_until(lambda: is_gone(controller.pid) or is_frozen(group))
+                assert wait_until(lambda: is_gone(controller.pid))
             else:
-                assert wait_until(lambda: is_frozen(group) or when == "SIGKILL")
+                # It has done that to itself once everything stood still.
+                assert wait_until(lambda: has_stopped(controller.pid) or is_gone(controller.pid))
                 assert wait_until(lambda: not is_frozen(group))
         finally:
             controller.kill()
     assert wait_until(lambda: is_gone(watchdog))
     assert not is_frozen(group)
-    assert application.longest_stall() < deadline + 1
+    # What this machine, busy with other tests, makes anybody wait is not ours.
+    assert application.longest_stall() < deadline + 1 + beside.longest_stall()
 
 
 def test_what_is_frozen_when_the_time_was_up_runs_on(group: Path, application: Application) -> None:
@@ -181,7 +188,7 @@ def test_what_is_frozen_when_the_time_was_up_runs_on(group: Path, application: A
 
 
 def test_a_deadline_that_passes_fails_the_standstill(group: Path, application: Application) -> None:
-    standstill = attended(group, deadline_seconds=0.3)
+    standstill = attended(group, deadline_seconds=2)
     standstill.begin()
     assert wait_until(lambda: not is_frozen(group))
     standstill.end()
@@ -194,14 +201,17 @@ def test_a_process_that_does_not_stop_is_not_waited_for(group: Path, tmp_path: P
     # The parent of a vfork waits in the kernel, where the freezer does not find it, until its child execs.
     program = tmp_path / "vfork.c"
     program.write_text(
-        "#include <unistd.h>\nint main(void) { if (vfork() == 0) { sleep(20); _exit(0); } return 0; }\n"
+        "#include <unistd.h>\nint main(void) { if (vfork() == 0) { sleep(200); _exit(0); } return 0; }\n"
     )
     subprocess.run(["gcc", "-o", tmp_path / "vfork", program], check=True)
-    with subprocess.Popen(["sh", "-c", f"sleep 0.3; exec {tmp_path / 'vfork'}"]) as stubborn:
+    waits = ["sh", "-c", f"read go; exec {tmp_path / 'vfork'}"]
+    with subprocess.Popen(waits, stdin=subprocess.PIPE) as stubborn:
         try:
             (group / "cgroup.procs").write_text(str(stubborn.pid))
-            wchan = Path(f"/proc/{stubborn.pid}/comm")
-            assert wait_until(lambda: wchan.read_text() == "vfork\n")
+            assert stubborn.stdin is not None
+            stubborn.stdin.close()
+            children = Path(f"/proc/{stubborn.pid}/task/{stubborn.pid}/children")
+            assert wait_until(children.read_text)
             standstill = attended(group, deadline_seconds=1.0, on_failure="crash-consistent")
             standstill.begin()
             standstill.end()

@@ -108,7 +108,7 @@ class World:
         assert (self.group / "cgroup.freeze").read_text() == "0\n"
         for folder in self.inner:
             assert not thaw(folder)
-        assert watchdogs_of(run=run) == []
+        assert wait_until(lambda: watchdogs_of(run=run) == [])
         assert read_entries(self.state) == []
 
 
@@ -137,7 +137,8 @@ def test_killed_at_every_step(world: World, *, also_watchdog: bool) -> None:
     assert points.count("FilesystemFreeze begin") == len(world.volumes)
     let_go: set[str] = set()
     for number, point in enumerate(points):
-        run = f"dead{number}"
+        # Another test, beside this one, has other runs.
+        run = f"dead{number}of{os.getpid()}"
         try:
             die_at(number, lambda run=run: world.run(run), also_watchdog=also_watchdog)
             let_go |= {message.partition(", which")[0].split(" on ")[0] for message in world.next_run()}

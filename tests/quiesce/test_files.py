@@ -9,12 +9,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from blocksnap.controller.pacing import Pace, Wait
 from blocksnap.system.files import is_being_written, is_open_for_writing, who_writes
 from support.in_process import InProcess
 from support.loops import call, loop_device, mounted
@@ -33,19 +34,13 @@ while True:
     time.sleep(0.002)
 """
 LATE = """\
-import glob, os, sys, time
-def is_read():
-    for name in glob.glob("/proc/[0-9]*/fd/*"):
-        try:
-            if os.readlink(name) == sys.argv[1]:
-                return True
-        except OSError:
-            pass
-    return False
-while not is_read():
+import os, sys, time
+path, is_read, is_done = sys.argv[1:]
+while not os.path.exists(is_read):
     time.sleep(0.01)
-time.sleep(0.3)
-fd = os.open(sys.argv[1], os.O_RDWR)
+fd = os.open(path, os.O_RDWR)
+def done():
+    open(is_done, "w").close()
 """
 SLOW = '[jobs.shop.pace]\npolicy = "fixed"\nread_rate = "8M"\n'
 """A second for the image: whoever starts again before it was read writes to it meanwhile."""
@@ -128,6 +123,15 @@ def pair(before: str, after: str) -> str:
     return f'hooks = [{{ before = ["{before}"], after = ["{after}"] }}]'
 
 
+def hold_reading(monkeypatch: pytest.MonkeyPatch, until: Callable[[], object]) -> None:
+    """Have all that is read wait for something, however fast or slow this machine is."""
+
+    def before_read(pace: Pace, length: int, wait: Wait) -> None:
+        until()
+
+    monkeypatch.setattr(Pace, "before_read", before_read)
+
+
 def nothing_is_stored(blocksnap: InProcess) -> bool:
     found: object = json.loads(blocksnap.done("list", "--json"))
     return found == {"backups": []}
@@ -170,13 +174,23 @@ def test_a_hook_that_stops_nobody(service: Service, hooks: Path, blocksnap: InPr
     assert nothing_is_stored(blocksnap)
 
 
-@pytest.mark.parametrize("writes", ["os.pwrite(fd, b'x', 0)", "time.sleep(60)", "os.close(fd)"])
+@pytest.mark.parametrize(
+    "writes", ["os.pwrite(fd, b'x', 0); done()", "done(); time.sleep(600)", "os.close(fd); done()"]
+)
 def test_who_writes_while_it_is_read(
-    writes: str, service: Service, hooks: Path, blocksnap: InProcess
+    writes: str, service: Service, hooks: Path, blocksnap: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some other process opens it when the hook has stopped the one that it knows of."""
     (hooks / "late.py").write_text(f"{LATE}{writes}\n")
-    other = f"'{sys.executable}' -I -S '{hooks}/late.py' '{service.path}' >&- 2>&- <&- &"
+    is_read, is_done = hooks / "is read", hooks / "is done"
+
+    def meet() -> None:
+        is_read.touch()
+        assert wait_until(is_done.exists, 60)
+
+    hold_reading(monkeypatch, meet)
+    late = f"'{hooks}/late.py' '{service.path}' '{is_read}' '{is_done}'"
+    other = f"'{sys.executable}' -I -S {late} >&- 2>&- <&- &"
     before = write_hook(hooks, "leaks", f"'{service.before}'\n{other}\necho $! > '{hooks}/other'")
     configure(blocksnap, service.path, pair(before, service.after), SLOW)
     code, _, err = blocksnap("backup", "--job", "shop")
@@ -189,22 +203,26 @@ def test_who_writes_while_it_is_read(
     assert nothing_is_stored(blocksnap)
 
 
-def test_the_time_for_reading_is_up(service: Service, hooks: Path, blocksnap: InProcess) -> None:
+def test_the_time_for_reading_is_up(
+    service: Service, hooks: Path, blocksnap: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hook = pair(service.before, service.after)
-    limits = "deadline_seconds = 1.5\nreading_seconds = 0.1\n"
-    slow = SLOW.replace("8M", "4M")
-    configure(blocksnap, service.path, limits + hook, slow)
+    limits = "deadline_seconds = 2.5\nreading_seconds = 0.1\n"
+    hold_reading(monkeypatch, lambda: wait_until(service.is_running))
+    configure(blocksnap, service.path, limits + hook, SLOW)
     code, _, err = blocksnap("backup", "--job", "shop")
-    assert (code, "it took longer than 1.6 s" in err, "reading_seconds" in err) == (15, True, True), err
+    assert (code, "it took longer than 2.6 s" in err, "reading_seconds" in err) == (15, True, True), err
     assert wait_until(service.is_running)
     # The policy does not make a file whole that is written to while it is read.
-    configure(blocksnap, service.path, 'on_failure = "crash-consistent"\n' + limits + hook, slow)
+    configure(blocksnap, service.path, 'on_failure = "crash-consistent"\n' + limits + hook, SLOW)
     assert blocksnap("backup", "--job", "shop")[0] == 14
     assert nothing_is_stored(blocksnap)
     # One that nobody writes to all the same is whole, and it is told.
     assert wait_until(service.is_running)
-    only_before = f'hooks = [{{ before = ["{service.before}"], after = ["/bin/true"] }}]'
-    configure(blocksnap, service.path, 'on_failure = "crash-consistent"\n' + limits + only_before, slow)
+    after = write_hook(hooks, "only logs", "log after")
+    hold_reading(monkeypatch, lambda: wait_until(lambda: "after" in read_log(hooks)))
+    only_before = pair(service.before, after)
+    configure(blocksnap, service.path, 'on_failure = "crash-consistent"\n' + limits + only_before, SLOW)
     code, out, err = blocksnap("backup", "--job", "shop", "--json")
     assert (code, "nobody wrote while it was read" in out.decode() + err) == (3, True)
     taken = json.loads(out.splitlines()[-1])["backups"][0]
@@ -212,7 +230,7 @@ def test_the_time_for_reading_is_up(service: Service, hooks: Path, blocksnap: In
 
 
 def test_killed_while_it_reads(service: Service, hooks: Path, blocksnap: InProcess) -> None:
-    configure(blocksnap, service.path, pair(service.before, service.after), SLOW)
+    configure(blocksnap, service.path, pair(service.before, service.after), SLOW.replace("8M", "64K"))
     argv = [sys.executable, "-m", "blocksnap", "backup", "--job", "shop"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         assert wait_until((hooks / "sum").exists)
@@ -221,6 +239,7 @@ def test_killed_while_it_reads(service: Service, hooks: Path, blocksnap: InProce
     assert wait_until(service.is_running)
     assert wait_until(lambda: read_log(hooks) == ["stop", "start"])
     assert nothing_is_stored(blocksnap)
+    configure(blocksnap, service.path, pair(service.before, service.after))
     blocksnap.backup("--job", "shop")
     assert wait_until(service.is_running)
 
@@ -277,9 +296,15 @@ def test_who_opens_it_while_it_is_asked_does_not_end_us(path: Path) -> None:
     """The kernel tells whoever has a lease that somebody wants to write: by SIGIO, unless asked otherwise."""
     argv = [sys.executable, "-c", f"while True: open({str(path)!r}, 'r+b').close()"]
     with subprocess.Popen(argv) as process, path.open("rb") as file:
+        seen: set[bool] = set()
+
+        def look(times: int = 1) -> bool:
+            seen.update(is_open_for_writing(file.fileno()) for _ in range(times))
+            return seen == {True, False}
+
         try:
-            seen = {is_open_for_writing(file.fileno()) for _ in range(20000)}
-            assert seen == {True, False}
+            assert wait_until(look, 120)
+            assert look(20000)
         finally:
             process.kill()
 
@@ -295,7 +320,7 @@ def filesystem_in_use(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 def test_a_hook_that_unmounts_a_device(tmp_path: Path, hooks: Path, blocksnap: InProcess) -> None:
     with filesystem_in_use(tmp_path) as (device, folder):
-        before = write_hook(hooks, "before", f"log before; umount '{folder}'")
+        before = write_hook(hooks, "before", f"log before; until umount '{folder}' 2>&-; do sleep 0.1; done")
         after = write_hook(hooks, "after", f"log after; mount '{device}' '{folder}'")
         assert blocksnap("backup", device)[0] == 14
         configure(blocksnap, device, pair(before, after))

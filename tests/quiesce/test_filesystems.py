@@ -35,7 +35,7 @@ from blocksnap.system.watchdog import Thaw, Watchdog
 from blocksnap.volumes.resolve import resolve_volume
 from blocksnap.volumes.subvolume import SubvolumeVolume
 from support import btrfs_calls as calls
-from support.loops import call, call_until_done, loop_device, mounted
+from support.loops import call, call_until_done, loop_device, mounted, unmount
 from support.require import require
 from support.standing import Application, holding, is_gone, thaw, wait_until
 
@@ -174,7 +174,7 @@ def test_who_thaws_it_meanwhile_is_noticed(nested: Nested) -> None:
 
 def test_a_mount_that_was_replaced_is_not_frozen(nested: Nested) -> None:
     (layer, _) = layers_above(nested.number)
-    call("umount", nested.inner)
+    unmount(nested.inner)
     try:
         with pytest.raises(FilesystemFreezeError, match="another one was mounted"):
             FilesystemFreeze(layer)
@@ -306,10 +306,11 @@ def test_a_filesystem_on_a_partition_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_application_goes_on_within_the_deadline_and_a_second(
-    nested: Nested, end: signal.Signals
+    nested: Nested, tmp_path: Path, end: signal.Signals
 ) -> None:
     deadline = 1.0
     application = Application(nested.inner / "data", fsync=True)
+    beside = Application(tmp_path / "beside", fsync=True)
     argv = [sys.executable, "-c", CONTROLLER, str(nested.number), str(deadline), end.name]
     try:
         with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as controller:
@@ -321,9 +322,11 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
             finally:
                 controller.kill()
         assert wait_until(lambda: is_gone(watchdog))
-        assert application.longest_stall() < deadline + 1
+        # What the disk of this machine, busy with other tests, makes anybody wait is not ours.
+        assert application.longest_stall() < deadline + 1 + beside.longest_stall()
     finally:
         application.kill()
+        beside.kill()
     assert not thaw(nested.inner)
 
 
@@ -356,7 +359,7 @@ def test_what_a_dead_run_left_frozen_is_thawed_wherever_it_is_mounted_now(
     call("fsfreeze", "--freeze", nested.inner)
     assert thaw_leftover(trace)
     call("fsfreeze", "--freeze", nested.inner)
-    call("umount", nested.inner)
+    unmount(nested.inner)
     try:
         # Nobody can reach it now, and it does not thaw by that.
         assert not thaw_leftover(trace)

@@ -159,7 +159,7 @@ def test_a_thaw_that_libvirt_has_no_time_for_is_tried_again(world: World) -> Non
     world.behave(
         f'[ "$3" != domfsthaw ] || [ -e {tried} ] || {{ touch {tried}; echo "{busy}" >&2; exit 1; }}'
     )
-    session, state = world.back_up(world.raw, deadline_seconds=1)
+    session, state = world.back_up(world.raw)
     assert (state, session.warnings) == ("application", [])
     assert read_log(world.hooks)[1:] == asked("on it", "on it", word="thaw")
 

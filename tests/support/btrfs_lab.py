@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support import btrfs_calls as calls
-from support.loops import RELEASE_SECONDS, call, loop_device
+from support.loops import RELEASE_SECONDS, call, loop_device, unmount
 from support.require import require
 
 MOUNTS: dict[str, str] = {
@@ -77,7 +77,7 @@ class BtrfsLab:
         What another test began meanwhile may have a copy of all mounts for an instant.
         """
         used = Path("/sys/fs/btrfs", call("blkid", "-o", "value", "-s", "UUID", self.device).strip())
-        call("umount", self.mount)
+        unmount(self.mount)
         deadline = time.monotonic() + RELEASE_SECONDS
         while used.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -104,6 +104,6 @@ def btrfs_lab(
                 calls.create_subvolume(str(point / "live"))
                 yield BtrfsLab(device, point, options)
             finally:
-                call("umount", point)
+                unmount(point)
     finally:
         image.unlink(missing_ok=True)

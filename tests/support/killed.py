@@ -4,6 +4,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 from blocksnap.cli.main import run
@@ -52,3 +57,20 @@ def killed(step: int, *words: str) -> bool:
         around(clones, name)
     around(image, "_write_mark")
     os._exit(run(list(words)))
+
+
+def kill_when(
+    happens: Callable[[], bool], start: Callable[[], subprocess.Popen[bytes]], target: Path
+) -> None:
+    """Kill a command as soon as something is true; one that was faster is begun again, without its target."""
+    for _ in range(20):
+        process = start()
+        while not happens() and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        _, said = process.communicate()
+        if process.returncode < 0 and not target.exists():
+            return
+        assert process.returncode <= 0, said
+        shutil.rmtree(target)
+    raise AssertionError("it was always faster")
