@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.in_process import InProcess
+from support.loops import call_until_done
 from support.lvm_lab import remove_group, scratch_disks, tool, write_at
 
 MIB = 1 << 20
@@ -39,7 +40,8 @@ def empty(disk: str) -> None:
     size = int(tool("blockdev", "--getsize64", disk))
     for offset in (0, size - MIB):
         write_at(disk, offset, bytes(MIB))
-    subprocess.run(["blockdev", "--rereadpt", disk], check=False, capture_output=True)
+    # Who looks at what was written to keeps it for a moment.
+    call_until_done("blockdev", "--rereadpt", disk)
     tool("udevadm", "settle")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from blocksnap.system.luks import read_header
 from support.in_process import InProcess
+from support.loops import call_until_done
 from support.lvm_lab import remove_group, scratch_disks, tool, write_at
 from support.require import require
 
@@ -46,7 +47,7 @@ def make_container(disk: str, version: int) -> None:
 
 def close() -> None:
     if os.path.exists(NODE):
-        cryptsetup("close", MAPPING)
+        call_until_done("cryptsetup", "close", MAPPING)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from blocksnap.controller.lock import VolumeLocks
 from blocksnap.system import lvm
 from blocksnap.volumes.resolve import resolve_volume
 from support.in_process import InProcess
+from support.loops import detach
 from support.lvm_lab import ThinPool, tool, write_at
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -81,7 +82,7 @@ def test_groups_that_are_renamed_exported_shared_or_miss_a_disk(
     loop = tool("losetup", "--find", "--show", str(extra)).strip()
     try:
         tool("vgextend", "-y", pool.group, loop)
-        tool("losetup", "--detach", loop)
+        detach(loop)
         subprocess.run(["udevadm", "settle"], check=False)
         refused(blocksnap, volume, "missing disks")
         code, out, _ = blocksnap("doctor")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from support.in_process import InProcess
-from support.loops import loop_device
+from support.loops import call_until_done, detach, loop_device
 from support.lvm_lab import scratch_disks, tool, write_at
 from support.require import require
 
@@ -46,7 +46,8 @@ def parts(_lab: None) -> Iterator[list[str]]:
     size = int(tool("blockdev", "--getsize64", disk))
     for offset in (0, size - MIB):
         write_at(disk, offset, bytes(MIB))
-    tool("blockdev", "--rereadpt", disk)
+    # Who looks at the partitions that were written to keeps them for a moment.
+    call_until_done("blockdev", "--rereadpt", disk)
     tool("udevadm", "settle")
 
 
@@ -63,7 +64,7 @@ def opened(device: str, *, make: bool = False) -> Iterator[str]:
         yield OPENED
     finally:
         tool("udevadm", "settle")
-        tool("cryptsetup", "close", MAPPING)
+        call_until_done("cryptsetup", "close", MAPPING)
 
 
 def secretly(*words: str) -> None:
@@ -80,7 +81,7 @@ def array(devices: list[str]) -> Iterator[str]:
         yield ARRAY
     finally:
         tool("udevadm", "settle")
-        tool("mdadm", "--stop", ARRAY)
+        call_until_done("mdadm", "--stop", ARRAY)
         tool("mdadm", "--zero-superblock", *devices)
 
 
@@ -122,7 +123,7 @@ def test_partitions(parts: list[str], blocksnap: InProcess, tmp_path: Path) -> N
         True,
     )
     with loop_device(tmp_path / "disk", size=56 * MIB) as disk:
-        tool("losetup", "--detach", disk)
+        detach(disk)
         tool("losetup", "--partscan", disk, str(tmp_path / "disk"))
         go_round(blocksnap, partition(disk)[1], offset=0)
 

@@ -30,8 +30,16 @@ def loop_device(image: Path, *, size: int | None = None, read_only: bool = False
         _remove_partitions(device)
         yield device
     finally:
+        detach(device)
+
+
+def detach(device: str) -> None:
+    """Let a loop device go, and wait until nobody keeps its file; does nothing where it has none."""
+    attached = Path("/sys/block", Path(device).name, "loop/backing_file")
+    if attached.exists():
+        image = attached.read_text().rstrip("\n")
         call("losetup", "--detach", device)
-        _await_release(Path("/sys/block", Path(device).name, "loop/backing_file"), str(image))
+        _await_release(attached, image)
 
 
 def _remove_partitions(device: str) -> None:

@@ -202,12 +202,14 @@ def thin_pool(root: Path, *, group: str = GROUP, pool: str = POOL, chunk: str = 
 
 def remove_group(group: str, disks: list[str]) -> None:
     """Remove a group, however it looks; udev may still hold something for a moment."""
-    for attempt in range(5):
-        if attempt:
-            time.sleep(0.3)
-        subprocess.run(["vgremove", "-ff", "-y", group], check=False, capture_output=True)
+    deadline = time.monotonic() + 60
+    while subprocess.run(["vgremove", "-ff", "-y", group], check=False, capture_output=True).returncode:
+        # There may be none, as where a test removes it.
         if subprocess.run(["vgs", group], check=False, capture_output=True).returncode:
             break
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.3)
     subprocess.run(["pvremove", "-ff", "-y", *disks], check=False, capture_output=True)
 
 
