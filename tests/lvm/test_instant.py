@@ -16,6 +16,7 @@ from blocksnap.system import lvm
 from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
+    Gate,
     arrived_from,
     arrived_share,
     device_name,
@@ -23,12 +24,14 @@ from support.instant_restore import (
     lost_volume,
     mounted,
     nothing_is_left,
+    part_has_arrived,
     restoring,
     use,
 )
 from support.lvm_lab import ThinPool, tool, write_at
 
-SLOW = ("--rate", "2M")
+FIRST = 16 * MIB
+"""What may arrive before a test lets the rest come: some files, and by far not the last one."""
 
 
 @pytest.fixture
@@ -39,7 +42,8 @@ def lost(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> Iterator[dict[
 
 def test_used_at_once_and_whole_in_the_end(pool: ThinPool, lost: dict[str, str], tmp_path: Path) -> None:
     volume = f"{pool.group}/data"
-    with restoring("latest", volume, *SLOW) as run:
+    gate = Gate(tmp_path, 6 * MIB)
+    with restoring("latest", volume, "--rate", "20M", prelude=gate.prelude) as run:
         told = run.until("usable")
         assert told["device"] == f"/dev/{volume}"
         with mounted(told["device"], tmp_path / "mnt") as folder:
@@ -47,6 +51,7 @@ def test_used_at_once_and_whole_in_the_end(pool: ThinPool, lost: dict[str, str],
             share = arrived_share(f"{device_name(pool)}-blocksnap")
             assert share < 0.1, f"{share:.0%} had arrived"
             assert run.process.poll() is None
+            gate.open()
             assert run.done() == 0
             # The mount has never gone, and the volume is LVM's own now.
             use(folder, 50, 20)
@@ -83,10 +88,11 @@ def test_a_server_that_is_killed_only_makes_wait(
     pool: ThinPool, lost: dict[str, str], tmp_path: Path
 ) -> None:
     volume = f"{pool.group}/data"
-    with restoring("latest", volume, *SLOW) as run:
+    with restoring("latest", volume, prelude=Gate(tmp_path, FIRST).prelude) as run:
         device = run.until("usable")["device"]
         with mounted(device, tmp_path / "mnt") as folder:
             use(folder, 0, 10)
+            assert part_has_arrived(f"{device_name(pool)}-blocksnap")
             (folder / "written alone").write_bytes(b"before" * 1000)
             os.sync()
             run.end(signal.SIGKILL)
@@ -104,13 +110,13 @@ def test_a_server_that_is_killed_only_makes_wait(
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             assert os.pread(fd, 6000, 0) == b"x" * 5000 + (b"before" * 1000)[5000:]
             os.close(fd)
-            reader.join(2)
+            reader.join(1)
             assert (reader.is_alive(), read) == (True, [])
             # Neither do our LVM commands wait for a server that is gone, whatever names its devices have.
             assert lvm.report(pool.group).find(pool.group, "data-arriving") is not None
             with restoring("--resume", volume, "--verify") as again:
                 again.until("usable")
-                reader.join(60)
+                reader.join(300)
                 assert read == [lost["file 11"]]
                 use(folder, 10, 10)
                 assert again.done() == 0
@@ -125,14 +131,16 @@ def test_a_server_that_is_killed_only_makes_wait(
 def test_what_arrives_wrong_is_not_read(pool: ThinPool, lost: dict[str, str], tmp_path: Path) -> None:
     """--verify finds it before anything written meanwhile goes to it; what follows is verified too."""
     volume = f"{pool.group}/data"
-    with restoring("latest", volume, "--verify", "--rate", "2M") as run:
+    gate = Gate(tmp_path, FIRST)
+    with restoring("latest", volume, "--verify", prelude=gate.prelude) as run:
         device = run.until("usable")["device"]
         with mounted(device, tmp_path / "mnt") as folder:
             use(folder, 0, 10)
-            while not (begin := arrived_from(f"{device_name(pool)}-blocksnap")):
-                run.until("progress")
+            assert part_has_arrived(f"{device_name(pool)}-blocksnap")
+            begin = arrived_from(f"{device_name(pool)}-blocksnap")
             # A disk that takes writes and holds something else.
             write_at(f"/dev/{volume}-arriving", begin + 4096, os.urandom(8192))
+            gate.open()
             run.until("serving-only")
             warned = [event["message"] for event in run.events if event["event"] == "warning"]
             assert any("bytes differ" in message for message in warned), warned

@@ -20,6 +20,7 @@ from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
     NAME,
+    Gate,
     clean_up,
     device_name,
     disconnect_all,
@@ -27,12 +28,18 @@ from support.instant_restore import (
     lost_volume,
     mounted,
     nothing_is_left,
+    part_has_arrived,
     restoring,
     use,
 )
 from support.lvm_lab import ThinPool, switch, tool, write_at
 
 SOAK = bool(os.environ.get("BLOCKSNAP_SOAK"))
+KILLED_WHEN_ARRIVED = """
+import os
+from blocksnap.restore.arrival_devices import ArrivalDevices
+ArrivalDevices.merge = lambda *words: os.kill(os.getpid(), 9)
+"""
 
 
 @pytest.fixture
@@ -59,11 +66,12 @@ def test_a_crash_of_the_machine(
 ) -> None:
     volume = f"{pool.group}/{NAME}"
     # Of classic volumes, in no pool.
-    with restoring("latest", volume, "--classic", "--rate", "4M") as first:
+    gate = Gate(tmp_path, 16 * MIB)
+    with restoring("latest", volume, "--classic", prelude=gate.prelude) as first:
         device = first.until("usable")["device"]
         with mounted(device, tmp_path / "mnt") as folder:
             use(folder, 0, 20)
-        first.until("progress")
+        assert part_has_arrived(f"{device_name(pool)}-blocksnap")
         first.end(signal.SIGKILL)
     crash(pool)
     assert blocksnap("restore", "latest", volume, "--instant")[0] == 1
@@ -80,16 +88,16 @@ def test_a_crash_of_the_machine(
     code, _, err = blocksnap("restore", "--instant", "--resume", volume)
     assert (code, "was made meanwhile" in err) == (1, True), err
     pool.remove(NAME)
-    with restoring("--resume", volume) as second:
+    with restoring("--resume", volume, prelude=gate.prelude) as second:
         second.until("usable")
         with mounted(device, tmp_path / "mnt") as folder:
             use(folder, 20, 10)
             # Ended in between as well, and everything goes on.
             assert second.end(signal.SIGTERM) == 143
             assert any("--resume" in str(event.get("resolution")) for event in second.events)
-            with restoring("--resume", volume) as third:
-                third.until("arrived")
-                third.end(signal.SIGKILL)
+            with restoring("--resume", volume, prelude=KILLED_WHEN_ARRIVED) as third:
+                assert third.ended() == -signal.SIGKILL
+                assert third.events[-1]["event"] == "arrived"
             # From here on nothing is read from the repository.
             (tmp_path / "repository").rename(tmp_path / "gone")
             with restoring("--resume", volume) as fourth:
@@ -172,7 +180,7 @@ def test_refusals_and_giving_up(
     ):
         assert forked("restore", *words) == code, words
     assert [name for name in pool.names() if name.startswith(NAME)] == [f"{NAME}-other"]
-    with restoring("latest", volume, "--rate", "1M") as run_:
+    with restoring("latest", volume, prelude=Gate(tmp_path, 0).prelude) as run_:
         device = run_.until("usable")["device"]
         with mounted(device, tmp_path / "mnt"):
             assert blocksnap("restore", "--instant", "--abandon", volume)[0] == 11

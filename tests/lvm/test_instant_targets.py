@@ -21,6 +21,7 @@ from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
     NAME,
+    Gate,
     Restoring,
     clean_up,
     device_name,
@@ -28,6 +29,7 @@ from support.instant_restore import (
     restoring,
 )
 from support.lvm_lab import ThinPool, switch, tool
+from support.standing import wait_until
 from support.used_volume import (
     BLOCK,
     KILLED_WHEN_WHOLE,
@@ -85,17 +87,18 @@ def content(pool: ThinPool, blocksnap: InProcess, tmp_path: Path) -> Iterator[Ex
     ids=["end", "writes", "all"],
 )
 def test_a_target_that_begins_to_fail_is_waited_for(
-    pool: ThinPool, blocksnap: InProcess, content: Expected, kind: str, begin: int
+    pool: ThinPool, blocksnap: InProcess, content: Expected, tmp_path: Path, kind: str, begin: int
 ) -> None:
-    volume = f"{pool.group}/{NAME}"
+    volume, gate = f"{pool.group}/{NAME}", Gate(tmp_path, 6 * MIB)
     if kind == "flakey":
         tool("modprobe", "dm-flakey")
-    with restoring("latest", volume, "--classic", "--rate", "6M", prelude=QUICK) as first:
+    with restoring("latest", volume, "--classic", prelude=QUICK + gate.prelude) as first:
         device = first.until("usable")["device"]
         table = tool("dmsetup", "table", part(pool, "arriving"))
         with using(device, content) as application:
             application.write_here_and_there(50)
             switch(part(pool, "arriving"), failing_from(table, begin * MIB, kind))
+            gate.open()
             remedy = warned_of(first, "cannot write")
             assert "goes on by itself" in remedy
             assert (application.failing() == 0) or not begin
@@ -173,7 +176,7 @@ def test_what_is_whole_needs_no_repository_though_somebody_waits(
                 assert second.events[-1]["error"] == "CommandTimeoutError", second.events
             with restoring("--resume", volume, prelude=QUICK) as third:
                 assert third.done() == 0
-            reader.join(60)
+            reader.join(300)
             assert failing == [0]
             application.write_here_and_there(20)
     nothing_is_left(pool, NAME)
@@ -183,19 +186,19 @@ def test_what_is_whole_needs_no_repository_though_somebody_waits(
 @soak
 @pytest.mark.parametrize("is_ended", [True, False], ids=["between-runs", "while-it-runs"])
 def test_a_target_that_was_made_smaller_is_brought_again(
-    pool: ThinPool, content: Expected, is_ended: bool
+    pool: ThinPool, content: Expected, tmp_path: Path, is_ended: bool
 ) -> None:
-    volume = f"{pool.group}/{NAME}"
-    with restoring("latest", volume, "--classic", "--rate", "3M", prelude=QUICK) as run:
+    volume, gate = f"{pool.group}/{NAME}", Gate(tmp_path, 16 * MIB)
+    with restoring("latest", volume, "--classic", prelude=QUICK + gate.prelude) as run:
         device = run.until("usable")["device"]
         with using(device, content) as application:
             application.write_here_and_there(50)
-            while reached(pool) < 10 * MIB:
-                run.until("progress")
+            assert wait_until(lambda: reached(pool) >= 10 * MIB, 300)
             if is_ended:
                 run.end(signal.SIGKILL)
             # As we do it: any other LVM command might wait for the server that is gone.
             tool("lvreduce", *lvm_config.settings(), "-f", "-y", "-qq", "-L", "8M", f"{volume}-arriving")
+            gate.open()
             with restoring("--resume", volume, prelude=QUICK) if is_ended else nothing(run) as second:
                 if is_ended:
                     second.until("usable")
@@ -244,9 +247,9 @@ def reached(pool: ThinPool) -> int:
 
 
 @soak
-def test_a_store_that_fails_is_taken_up_again(pool: ThinPool, content: Expected) -> None:
+def test_a_store_that_fails_is_taken_up_again(pool: ThinPool, content: Expected, tmp_path: Path) -> None:
     volume = f"{pool.group}/{NAME}"
-    with restoring("latest", volume, "--classic", "--rate", "3M", prelude=QUICK) as first:
+    with restoring("latest", volume, "--classic", prelude=QUICK + Gate(tmp_path, 6 * MIB).prelude) as first:
         device = first.until("usable")["device"]
         table = tool("dmsetup", "table", part(pool, "meanwhile"))
         with using(device, content) as application:
@@ -306,10 +309,10 @@ def test_a_merge_that_fails_is_begun_anew_when_nobody_uses_the_volume(
 
 @soak
 def test_parts_that_somebody_removes_after_a_crash(
-    pool: ThinPool, blocksnap: InProcess, content: Expected
+    pool: ThinPool, blocksnap: InProcess, content: Expected, tmp_path: Path
 ) -> None:
-    volume = f"{pool.group}/{NAME}"
-    with restoring("latest", volume, "--classic", "--rate", "6M", prelude=QUICK) as first:
+    volume, gate = f"{pool.group}/{NAME}", Gate(tmp_path, 6 * MIB)
+    with restoring("latest", volume, "--classic", prelude=QUICK + gate.prelude) as first:
         device = first.until("usable")["device"]
         with using(device, content) as application:
             application.write_here_and_there(50)
@@ -321,11 +324,12 @@ def test_parts_that_somebody_removes_after_a_crash(
     command = f"lvcreate --size {SIZE}b --name {NAME}-arriving --addtag blocksnap.instant {pool.group}"
     assert command in err
     tool(*command.split(), "-y")
-    with restoring("--resume", volume, "--rate", "4M", prelude=QUICK + KILLED_WHEN_WHOLE) as second:
+    with restoring("--resume", volume, prelude=QUICK + KILLED_WHEN_WHOLE + gate.prelude) as second:
         second.until("usable")
         with using(device, content) as again:
             assert again.failing() == 0
             again.write_here_and_there(10)
+        gate.open()
         assert second.ended() == -signal.SIGKILL
     take_devices_away(pool)
     pool.remove(f"{NAME}-meanwhile")

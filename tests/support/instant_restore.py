@@ -20,10 +20,38 @@ from blocksnap.system import nbd
 from support.in_process import InProcess
 from support.lvm_lab import ThinPool, tool
 from support.require import require
+from support.standing import wait_until
 
 MIB = 1 << 20
 ROWS = 2000
 NAME = "data"
+_LONGEST_SECONDS = 600
+"""More than any of these commands takes, on any machine."""
+_BEHIND_A_GATE = """
+import os
+from blocksnap.restore import place, plan
+from blocksnap.restore.arriving_target import ArrivingTarget
+place._RECORD_SECONDS = 0.0
+plan._FIRST_CHUNKS, plan.MAX_RANGE = 8, 1 << 20
+write = ArrivingTarget.write
+def held(self, offset, data):
+    while offset >= {end} and os.path.exists({gate!r}) and not self._given_up.wait(0.05):
+        pass
+    write(self, offset, data)
+ArrivingTarget.write = held
+"""
+
+
+class Gate:
+    """What lies behind some byte of the volume, or a MiB later, does not arrive until it is opened."""
+
+    def __init__(self, folder: Path, end: int) -> None:
+        self._file = folder / "gate"
+        self._file.touch()
+        self.prelude = _BEHIND_A_GATE.format(end=end, gate=str(self._file))
+
+    def open(self) -> None:
+        self._file.unlink()
 
 
 class Restoring:
@@ -53,19 +81,19 @@ class Restoring:
     def done(self) -> int:
         """Wait for the end and return the exit code."""
         self.until("done")
-        self.process.communicate(timeout=120)
+        self.process.communicate(timeout=_LONGEST_SECONDS)
         return self.process.returncode
 
     def ended(self) -> int:
         """Wait for an end that needs nothing, and return the exit code."""
-        out, _ = self.process.communicate(timeout=120)
+        out, _ = self.process.communicate(timeout=_LONGEST_SECONDS)
         self.events += [json.loads(line) for line in out.splitlines()]
         return self.process.returncode
 
     def end(self, number: signal.Signals) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)
-        out, _ = self.process.communicate(timeout=120)
+        out, _ = self.process.communicate(timeout=_LONGEST_SECONDS)
         self.events += [json.loads(line) for line in out.splitlines()]
         return self.process.returncode
 
@@ -97,6 +125,11 @@ def arrived_share(name: str) -> float:
     for line in lines:
         lengths[line[3].startswith("43:")] += int(line[1])
     return lengths[False] / sum(lengths.values())
+
+
+def part_has_arrived(name: str) -> bool:
+    """Wait until some of the volume, told by the device below, is read from the volume itself."""
+    return wait_until(lambda: arrived_share(name) > 0, _LONGEST_SECONDS)
 
 
 def arrived_from(name: str) -> int:
