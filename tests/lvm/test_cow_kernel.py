@@ -9,7 +9,6 @@ import os
 import random
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -23,6 +22,7 @@ from support.cow_store import CowStore as BuiltStore
 from support.cow_store import read_entries
 from support.log_writes import SECTOR, log_entries, target
 from support.lvm_lab import scratch_disks
+from support.standing import wait_until
 
 MIB = 1 << 20
 ORIGIN = 16 * MIB
@@ -144,24 +144,24 @@ def test_a_merge_takes_entries_from_the_end(disk: str) -> None:
     with ExitStack() as stack:
         real = stack.enter_context(target("real", ORIGIN, f"linear {disk} 0"))
         store = stack.enter_context(target("cow", STORE, f"linear {disk} {STORE_AT // SECTOR}"))
-        slow = stack.enter_context(target("slow", STORE, f"delay {store} 0 0 {store} 0 40"))
+        slow = stack.enter_context(target("slow", STORE, f"delay {store} 0 0 {store} 0 100"))
         stack.enter_context(target("merged", ORIGIN, f"snapshot-merge {real} {slow} P 8"))
         above = devmapper.snapshot_above(os.stat(slow).st_rdev)
         assert above is not None
         table = devmapper.snapshot_table(above)
         assert (table.is_merging, table.chunk_size) == (True, BLOCK)
         assert table.store == os.stat(slow).st_rdev
-        shortest = len(before)
         with open_direct(store) as fd:
+            left = before
             for _ in range(5):
-                time.sleep(0.3)
+                longer = len(left)
+                assert wait_until(lambda: len(list(read_entries(fd))) < longer, 60)  # noqa: B023 - at once
                 left = list(read_entries(fd))
                 assert left == before[: len(left)]
                 assert _native.cow_scan(fd, ORIGIN, 0)[2] <= len(left)
-                shortest = min(shortest, len(left))
             status = devmapper.snapshot_status(above)
             found = read_exceptions(CowStore(fd, lambda: devmapper.snapshot_status(above)), ORIGIN, BLOCK)
         assert status.state == "merging"
         assert isinstance(found, Doubt)
         assert "being merged" in found.reason
-    assert 0 < shortest < len(before)
+    assert left

@@ -13,6 +13,7 @@ from blocksnap.system import dm_tables
 from blocksnap.system.command import CommandTimeoutError
 from support.loops import loop_device
 from support.lvm_lab import tool
+from support.standing import wait_until
 
 SECTORS = 8192
 
@@ -50,6 +51,8 @@ def _exchange_twice(below: str, used: str, first: str, second: str) -> None:
     exchanging = threading.Thread(target=exchange)
     try:
         reader.start()
+        # What nothing is under way on is exchanged at once.
+        assert wait_until(lambda: _reads_under_way(used) > 0)
         with pytest.raises(CommandTimeoutError):
             dm_tables.replace(used, first, flushing=False, limit_seconds=0.5)
         exchanging.start()
@@ -61,6 +64,11 @@ def _exchange_twice(below: str, used: str, first: str, second: str) -> None:
     assert failures == []
     assert dm_tables.read_table(used) == second
     _read(f"/dev/mapper/{used}")
+
+
+def _reads_under_way(name: str) -> int:
+    number = os.stat(f"/dev/mapper/{name}").st_rdev
+    return int(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/inflight").read_text().split()[0])
 
 
 def _number(path: str) -> str:

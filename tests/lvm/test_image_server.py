@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ IDENTIFIER = "blocksnap-test-image-server"
 
 
 @pytest.mark.usefixtures("_lab")
-def test_the_end_of_the_server_before_is_waited_for(tmp_path: Path) -> None:
+def test_the_end_of_the_server_before_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel says that it has taken the new one also where it has not."""
     require("nbdkit", has_program("nbdkit"), "needs nbdkit")
     image, said = tmp_path / "image", list[BlocksnapError]()
@@ -33,16 +32,22 @@ def test_the_end_of_the_server_before_is_waited_for(tmp_path: Path) -> None:
         its.close()
         with ours:
             index = nbd.connect(ours, *nbd.shake_hands(ours), IDENTIFIER)
-        dying = threading.Timer(1.0, before.kill)
-        dying.start()
+        offer, offered = server._offer, list[int | None]()
+
+        def offering() -> int | None:
+            offered.append(offer())
+            # It dies when it has been found that the kernel still has its connection, and no sooner.
+            before.kill()
+            return offered[-1]
+
+        monkeypatch.setattr(server, "_offer", offering)
         try:
             server.start()
-            assert before.wait(0), "the kernel still has the connection of the one before"
+            assert (offered[0], offered[-1]) == (None, index)
             assert Path(f"/dev/nbd{index}").read_bytes() == image.read_bytes()
             # It was not that one which the kernel did not take.
             assert said == []
         finally:
-            dying.join()
             before.close()
             server.disconnect()
     assert nbd.find(IDENTIFIER) is None

@@ -22,7 +22,7 @@ from blocksnap.volumes.base import Snapshot
 from blocksnap.volumes.resolve import resolve_volume
 from support.loops import call, loop_device
 from support.lvm_lab import ThinPool, tool
-from support.standing import control_group, holding, hook_folder, read_log, thaw, write_hook
+from support.standing import control_group, holding, hook_folder, read_log, thaw, wait_until, write_hook
 from support.standing_crashes import count_points, die_at, watchdogs_of
 from support.thin_lab import Backups, read_all
 
@@ -125,13 +125,14 @@ def test_a_group_is_of_one_instant_when_its_writers_stand_still(
     pool: ThinPool, mounts: list[Path], writer: None, group: Path, state: Path
 ) -> None:
     counters = Counters()
-    settings = QuiesceSettings.model_validate({"cgroups": [str(group)], "deadline_seconds": 60})
+    settings = QuiesceSettings.model_validate({"cgroups": [str(group)], "deadline_seconds": 600})
     apart = [take(state, f"still{number}", counters, settings)[0] for number in range(ROUNDS)]
     # The first volume is written before the second: it is ahead by the write that was under way, or equal.
     assert set(apart) <= {0, 1}, apart
-    # The test is able to see it: without, what is written between the two snapshots is in the second only.
-    free = [take(state, f"free{number}", counters, None)[0] for number in range(max(1, ROUNDS // 4))]
-    assert max(abs(writes) for writes in free) > 1, free
+    # The test is able to see it: without, what is written between the two snapshots is in the second only,
+    # and only a writer who gets no time writes nothing then.
+    free = (take(state, f"free{number}", counters, None)[0] for number in range(20))
+    assert any(abs(writes) > 1 for writes in free)
 
 
 @contextmanager
@@ -165,7 +166,7 @@ def test_a_filesystem_above_encryption_is_frozen_and_one_on_the_volume_left_to_l
 
         begin = FilesystemFreeze.begin
         monkeypatch.setattr(FilesystemFreeze, "begin", write_late)
-        request = QuiesceRequest(QuiesceSettings(deadline_seconds=60))
+        request = QuiesceRequest(QuiesceSettings(deadline_seconds=600))
         with SnapshotSession(volumes, "crypt", state, request) as session:
             assert session.quiesced is not None
             assert session.quiesced.by == (f"filesystem on {folder}",)
@@ -190,7 +191,7 @@ def test_a_run_that_is_killed_at_any_step_leaves_nothing_behind(
         pair = write_hook(hooks, "pair", 'log "$BLOCKSNAP_PHASE"')
         settings = QuiesceSettings.model_validate(
             {
-                "deadline_seconds": 60,
+                "deadline_seconds": 600,
                 "hooks": [{"session": [lock]}, {"before": [pair], "after": [pair]}],
                 "cgroups": [str(group)],
             }
@@ -216,7 +217,8 @@ def test_a_run_that_is_killed_at_any_step_leaves_nothing_behind(
             assert (group / "cgroup.freeze").read_text() == "0\n", point
             assert not any(thaw(folder) for folder in mounts), point
             assert read_entries(state) == [], point
-            assert watchdogs_of(run=f"dead{number}") == []
+            # Its last word is in the journal before it ends.
+            assert wait_until(lambda run=f"dead{number}": not watchdogs_of(run=run))
         assert read_log(hooks).count("after") >= read_log(hooks).count("before")
         for each, parent in zip(backups, parents, strict=True):
             # Proves that what it says has changed leads from the parent to what is there.

@@ -17,7 +17,7 @@ CONFIGURATION = """
 volumes = ["{data}", "{wal}"]
 
 [jobs.shop.quiesce]
-deadline_seconds = 60
+deadline_seconds = 600
 on_failure = "{policy}"
 
 [[jobs.shop.quiesce.hooks]]

@@ -34,7 +34,7 @@ CONFIGURATION = """
 volumes = ["{group}/wal", "{group}/data"]
 
 [jobs.shop.quiesce]
-deadline_seconds = 120
+deadline_seconds = 600
 {freezing}
 [[jobs.shop.quiesce.{kind}]]
 socket = "{socket}"
@@ -116,7 +116,7 @@ def test_postgresql_with_its_log_on_another_volume(
         server.wait()
         server.query("CREATE TABLE ledger (number integer PRIMARY KEY, words text)")
         call(*server.argv("pgbench", "-i", "-q", "-s", "1", "postgres"))
-        load = server.argv("pgbench", "-n", "-c", "2", "-T", "600", "postgres")
+        load = server.argv("pgbench", "-n", "-c", "2", "-T", "3600", "postgres")
         bench = stack.enter_context(
             subprocess.Popen(load, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
@@ -169,7 +169,7 @@ def test_mariadb_with_its_binary_log_on_another_volume(
         ask(root, "CREATE TABLE shop.ledger (number INTEGER PRIMARY KEY, words TEXT) ENGINE=InnoDB")
         ledger = Ledger(socket)
         stack.callback(ledger.stop)
-        assert wait_until(lambda: ledger.committed > ENOUGH)
+        assert wait_until(lambda: ledger.committed > ENOUGH, 300)
         before = ledger.committed
         ids = volumes.back_up("mariadb", socket)
         after = ledger.committed
