@@ -6,20 +6,21 @@ import json
 import os
 import random
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blocksnap.controller import guard
-from blocksnap.errors import VolumeError
+from blocksnap.errors import BlocksnapError, VolumeError
 from blocksnap.system import written
 from blocksnap.volumes import classic_store
 from blocksnap.volumes.resolve import resolve_volume
 from support.classic_volume import ClassicVolume, classic_group
+from support.held_reading import hold_reading
 from support.in_process import InProcess
 from support.lvm_lab import tool, write_at
+from support.standing import wait_until
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 24 * MIB
@@ -118,10 +119,7 @@ def lose(volume: ClassicVolume, blocksnap: InProcess) -> str:
 def merge(volume: ClassicVolume, blocksnap: InProcess) -> str:
     write_at(volume.node, MIB, os.urandom(MIB))
     tool("lvconvert", "--merge", f"{volume.group}/{ours(volume.group)[0]}")
-    for _ in range(100):
-        if not ours(volume.group):
-            break
-        time.sleep(0.2)
+    assert wait_until(lambda: not ours(volume.group), 300)
     return "the snapshot of the parent backup is not there any more"
 
 
@@ -188,29 +186,52 @@ def test_a_volume_that_grew_is_tracked(volume: ClassicVolume, blocksnap: InProce
 
 
 class LateWriter(threading.Thread):
-    """Overwrites a volume as soon as there is a snapshot of it beside the base."""
+    """Overwrites a volume once there is a snapshot of it: more than the stores of that and the base hold."""
 
     def __init__(self, volume: ClassicVolume) -> None:
         super().__init__()
         self._volume = volume
+        self.is_due = threading.Event()
         self.error = ""
 
+    def has_ended(self) -> bool:
+        """Have it begin, and tell whether it has ended."""
+        self.is_due.set()
+        return not self.is_alive()
+
+    def wrote(self) -> None:
+        """Called after each write."""
+
     def run(self) -> None:
-        deadline = time.monotonic() + 60
-        # One is the base's.
-        while sum(name.endswith("-cow") for name in os.listdir("/dev/mapper")) < 2:
-            if time.monotonic() > deadline:
-                self.error = "there was no snapshot"
-                return
-            time.sleep(0.05)
-        time.sleep(1.0)
         try:
-            # The guard looks four times a second.
+            assert self.is_due.wait(600), "there was no snapshot"
             for number in range(48):
                 write_at(self._volume.node, number * 128 * KIB, os.urandom(128 * KIB))
-                time.sleep(0.05)
-        except OSError as err:
+                self.wrote()
+        except (OSError, AssertionError) as err:
             self.error = str(err)
+
+
+class GuardedWriter(LateWriter):
+    """Has the guard look after each write, as it can where it is not slower than the writer."""
+
+    def __init__(self, volume: ClassicVolume, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(volume)
+        self._looked, self._saw_enough = threading.Event(), threading.Event()
+        look = guard.LevelWatch.__call__
+
+        def looking(watch: guard.LevelWatch) -> BlocksnapError | None:
+            found = look(watch)
+            if found is not None:
+                self._saw_enough.set()
+            self._looked.set()
+            return found
+
+        monkeypatch.setattr(guard.LevelWatch, "__call__", looking)
+
+    def wrote(self) -> None:
+        self._looked.clear()
+        assert wait_until(lambda: self._looked.is_set() or self._saw_enough.is_set(), 60), "nobody looked"
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
@@ -221,11 +242,10 @@ def test_an_overflow_while_it_is_read_fails_and_commits_nothing(
     name = f"{volume.group}/{NAME}"
     blocksnap.backup(name, "--base", "keep")
     (base,) = ours(volume.group)
+    writer = GuardedWriter(volume, monkeypatch) if guarded else LateWriter(volume)
     if not guarded:
         monkeypatch.setattr(guard.LevelWatch, "__call__", lambda _: None)
-    text = '[defaults.pace]\npolicy = "fixed"\nread_rate = "4M"\n'
-    (blocksnap.folder / "blocksnap.toml").write_text(text)
-    writer = LateWriter(volume)
+    hold_reading(monkeypatch, blocksnap.folder / "blocksnap.toml", writer.has_ended)
     writer.start()
     code, _, err = blocksnap("backup", name, "--full", "--base", "keep")
     writer.join()

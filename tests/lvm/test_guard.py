@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from blocksnap.controller import guard
 from blocksnap.system import devmapper
 from blocksnap.system.dm_status import StatusReader, lvm_uuid
+from support.held_reading import hold_reading
 from support.in_process import InProcess
 from support.lvm_lab import ThinPool, tool, write_at
 
@@ -23,7 +25,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZE = 40 * MIB
 BLOCK = 256 * KIB
 _PAUSE_SECONDS = 0.06
-"""Between two writes: at 4 MiB a second it takes six seconds to fill the pool, less than the backup."""
+"""Between two writes: at 4 MiB a second it takes six seconds to fill the pool, and the backup minutes."""
 
 
 @pytest.fixture
@@ -80,6 +82,10 @@ class Writer:
             time.sleep(_PAUSE_SECONDS)
         return writes, longest, ""
 
+    def has_failed(self) -> bool:
+        """Whether it has ended by itself, which it does at the first error."""
+        return bool(select.select([self._answer], [], [], 0)[0])
+
     def stop(self) -> Seen:
         """End it, and return what it saw."""
         os.kill(self.pid, signal.SIGUSR1)
@@ -91,7 +97,7 @@ class Writer:
 
 def slowly(blocksnap: InProcess, limits: str = "") -> None:
     """Let the backup take longer than the writer needs to fill the pool."""
-    text = f'[defaults.pace]\npolicy = "fixed"\nread_rate = "1M"\n[defaults.limits]\n{limits}'
+    text = f'[defaults.pace]\npolicy = "fixed"\nread_rate = "256K"\n[defaults.limits]\n{limits}'
     (blocksnap.folder / "blocksnap.toml").write_text(text)
 
 
@@ -99,11 +105,13 @@ def test_a_writer_that_fills_the_pool_sees_nothing_of_us(small: ThinPool, blocks
     volume, node = f"{small.group}/busy", small.node("busy")
     blocksnap.done("backup", volume)
     slowly(blocksnap)
-    alone = Writer(node)
-    time.sleep(2)
-    usual = alone.stop()
-    assert (usual.error, usual.writes > 0) == ("", True)
-    for _ in range(3):
+    usual = 0.0
+    for _ in range(5):
+        alone = Writer(node)
+        time.sleep(2)
+        found = alone.stop()
+        assert (found.error, found.writes > 0) == ("", True)
+        usual = max(usual, found.longest)
         writer = Writer(node)
         code, _, err = blocksnap("backup", volume)
         # The writer goes on over all of the volume once more: whatever we had is given back.
@@ -115,12 +123,12 @@ def test_a_writer_that_fills_the_pool_sees_nothing_of_us(small: ThinPool, blocks
         assert f"data of thin pool {small.group}/small is " in first
         assert "the snapshot was removed before it is full" in first
         assert f"lvextend --size +SIZE {small.group}/small" in last
-        told = f"longest write: {usual.longest:.3f} s alone, {seen.longest:.3f} s during the backup"
+        told = f"longest write: {usual:.3f} s alone, {seen.longest:.3f} s during the backup"
         print(told, file=sys.__stdout__)
-        # A machine that is busy with something else may spoil one of the three.
-        if seen.longest < usual.longest + 1.0:
+        # A machine that is busy with something else may spoil some of them.
+        if seen.longest < usual + 1.0:
             break
-    assert seen.longest < usual.longest + 1.0
+    assert seen.longest < usual + 1.0
     assert os.listdir(blocksnap.folder / "state" / "journal") == []
     (blocksnap.folder / "blocksnap.toml").unlink()
     told = blocksnap.backup(volume)
@@ -135,8 +143,8 @@ def test_without_the_guard_the_writer_gets_an_error(
 ) -> None:
     """So the test above can fail."""
     monkeypatch.setattr(guard.LevelWatch, "__call__", lambda _: None)
-    slowly(blocksnap)
     writer = Writer(small.node("busy"))
+    hold_reading(monkeypatch, blocksnap.folder / "blocksnap.toml", writer.has_failed)
     code, _, _ = blocksnap("backup", f"{small.group}/busy")
     assert writer.stop().error
     assert code == 14

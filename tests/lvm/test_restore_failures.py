@@ -220,7 +220,8 @@ def telling(module: str, name: str, method: str) -> str:
         f"whole = kind.{method}\n"
         "def call(*words):\n"
         "    found = whole(*words)\n"
-        '    found and print(\'{"event": "told"}\', flush=True)\n'
+        # With its end in one piece: others print as well.
+        '    found and print(\'{"event": "told"}\\n\', end="", flush=True)\n'
         "    return found\n"
         f"kind.{method} = call\n"
     )
