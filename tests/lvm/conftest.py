@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from blocksnap.system import command
 from support.lvm_lab import ThinPool, obstacle, thin_pool
 from support.require import require
 
@@ -18,6 +19,15 @@ from support.require import require
 def _lab() -> None:
     reason = obstacle()
     require("lvm", reason is None, reason or "")
+
+
+@pytest.fixture(autouse=True)
+def _programs_without_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start programs as is done beside threads: forking a test is the slowest thing that happens in the lab.
+
+    Commands that tests run as interpreters of their own start theirs by sh, and so do all tests elsewhere.
+    """
+    monkeypatch.setattr(command, "_is_text", lambda _: False)
 
 
 @pytest.fixture(scope="module")

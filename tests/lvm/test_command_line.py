@@ -13,18 +13,24 @@ import pytest
 
 from support.commands import CommandLine
 from support.in_process import InProcess
-from support.lvm_lab import ThinPool, obstacle, thin_pool, tool, write_at
-from support.require import require
+from support.lvm_lab import ThinPool, thin_pool, tool, write_at
 
 KIB, MIB = 1 << 10, 1 << 20
 
 
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[ThinPool]:
-    why = obstacle()
-    require("lvm", why is None, why or "")
-    with thin_pool(tmp_path) as made:
+@pytest.fixture(scope="module")
+def shared_pool(_lab: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThinPool]:
+    with thin_pool(tmp_path_factory.mktemp("pool")) as made:
         yield made
+
+
+@pytest.fixture
+def pool(shared_pool: ThinPool) -> Iterator[ThinPool]:
+    """A pool that has no volumes but those of the test."""
+    before = set(shared_pool.names())
+    yield shared_pool
+    made = set(shared_pool.names()) - before
+    tool("lvremove", "-ff", "-y", *(f"{shared_pool.group}/{name}" for name in made))
 
 
 def fill(node: str, size: int) -> bytes:
@@ -35,7 +41,7 @@ def fill(node: str, size: int) -> bytes:
 
 def test_an_unchanged_volume_reads_and_stores_nothing(pool: ThinPool, blocksnap: InProcess) -> None:
     volume = pool.create("data", "1G")
-    fill(pool.node("data"), 200 * MIB)
+    fill(pool.node("data"), 16 * MIB)
     blocksnap.backup(volume)
     again = blocksnap.backup(volume)
     assert (again["method"], again["volume_bytes"]) == ("thin-time", 1024 * MIB)
@@ -137,18 +143,22 @@ def test_a_run_that_is_ended_by_a_signal(
 ) -> None:
     blocksnap = CommandLine(tmp_path)
     blocksnap.done("init")
-    volume = pool.create("data", "256M")
-    fill(pool.node("data"), 150 * MIB)
+    volume = pool.create("data")
+    fill(pool.node("data"), 24 * MIB)
+    # So slow that it is not over before the signal, on any machine.
+    configuration = tmp_path / "blocksnap.toml"
+    configuration.write_text('[defaults.pace]\npolicy = "fixed"\nread_rate = "128K"\n')
     process = blocksnap.start("backup", volume, "--json")
     assert process.stdout is not None
     assert b"plan" in process.stdout.readline()
     assert len(pool.snapshots()) == 1
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == code, stderr
     assert b"Traceback" not in stderr
     if number != signal.SIGKILL:
         assert pool.snapshots() == []
+    configuration.unlink()
     assert blocksnap.done("list", "--json").document["backups"] == []
     events = blocksnap.done("backup", volume, "--json").events
     assert any(event["event"] == "recovered" for event in events) == (number == signal.SIGKILL)
@@ -165,7 +175,7 @@ def test_a_full_repository_leaves_no_snapshot(pool: ThinPool, blocksnap: InProce
     tool("mount", "-t", "tmpfs", "-o", "size=20M", "none", str(small))
     try:
         blocksnap.done("init", "--repo", str(small / "r"))
-        fill(pool.node("data"), 60 * MIB)
+        fill(pool.node("data"), 28 * MIB)
         code, _, err = blocksnap("backup", volume, "--repo", str(small / "r"))
         assert code == 1, err
         assert "No space left" in err

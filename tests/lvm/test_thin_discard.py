@@ -17,9 +17,9 @@ CHUNK = 192 << 10
 CHUNKS = 160
 
 
-@pytest.fixture
-def pool(_lab: None, tmp_path: Path) -> Iterator[ThinPool]:
-    with thin_pool(tmp_path, chunk="192k") as made:
+@pytest.fixture(scope="module")
+def pool(_lab: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThinPool]:
+    with thin_pool(tmp_path_factory.mktemp("pool"), chunk="192k") as made:
         yield made
 
 
