@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from blocksnap.cli.main import run
+from blocksnap.controller.session import SnapshotSession
+from blocksnap.repository.writer import RepositoryWriter
+from blocksnap.system import lvm
 from blocksnap.volumes import thin_base
 from blocksnap.volumes.thin_pool import PoolLimits
+from support.forks import exit_code_of
 from support.in_process import InProcess
+from support.killed import dead_after
 from support.lvm_lab import ThinPool, obstacle, thin_pool, tool, write_at
 from support.require import require
 
 KIB, MIB = 1 << 10, 1 << 20
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -162,34 +166,17 @@ def test_the_base_of_a_volume_that_was_removed(pool: ThinPool, volume: str, bloc
         pool.remove("other")
 
 
-DYING = """
-import os, sys
-sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
-from blocksnap.controller import journal, session
-from blocksnap.repository import keys, repository, writer
-from blocksnap.system import lvm
-from blocksnap.cli.main import run
-die_at = sys.argv[1]
-
-def after(owner, name, step):
-    real = getattr(owner, name)
-    def wrapped(*words, **named):
-        result = real(*words, **named)
-        if step == die_at:
-            os._exit(9)
-        return result
-    setattr(owner, name, wrapped)
-
-after(writer.RepositoryWriter, "commit", "committed")
-after(session.SnapshotSession, "_announce_rotation", "announced")
-after(lvm, "mark_base", "marked")
-after(lvm, "remove_snapshot", "removed")
-after(session.SnapshotSession, "settle", "settled")
-run(sys.argv[3:])
-"""
+DYING: dict[str, tuple[type | ModuleType, str]] = {
+    "committed": (RepositoryWriter, "commit"),
+    "announced": (SnapshotSession, "_announce_rotation"),
+    "marked": (lvm, "mark_base"),
+    "removed": (lvm, "remove_snapshot"),
+    "settled": (SnapshotSession, "settle"),
+}
+"""After what a run dies."""
 
 
-@pytest.mark.parametrize("step", ["committed", "announced", "marked", "removed", "settled"])
+@pytest.mark.parametrize("step", DYING)
 def test_a_run_that_is_killed_while_it_rotates(
     pool: ThinPool, volume: str, blocksnap: InProcess, step: str
 ) -> None:
@@ -197,9 +184,12 @@ def test_a_run_that_is_killed_while_it_rotates(
     blocksnap.backup(volume, "--base", "keep")
     (old,) = pool.snapshots()
     write_at(pool.node("data"), 4 * MIB, os.urandom(4 * KIB))
-    argv = [sys.executable, "-c", DYING, step, str(REPOSITORY), "backup", volume, "--base", "keep"]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+
+    def die() -> int:
+        dead_after(*DYING[step])
+        return run(["backup", volume, "--base", "keep"])
+
+    assert exit_code_of(die) == 9
     left = pool.snapshots()
     assert (old in left) == (step not in ("removed", "settled"))
     assert len(left) == (1 if step in ("removed", "settled") else 2)

@@ -22,10 +22,13 @@ from blocksnap.controller.recover import recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.extents.model import ExtentList
 from blocksnap.extents.thin_metadata import DeviceFacts, ThinMetadata
+from blocksnap.system import devmapper
 from blocksnap.volumes import thin_hold
 from blocksnap.volumes.resolve import resolve_volume
 from blocksnap.volumes.thin_hold import MetadataHeldError
 from support.dm_pool import delta_by_model, delta_by_tool, diff, held_root, holding, read_metadata
+from support.forks import exit_code_of
+from support.killed import dead_after
 from support.lvm_lab import ThinPool, tool, write_at
 from support.thin_lab import Backups
 
@@ -187,48 +190,34 @@ def test_the_metadata_snapshot_of_another_is_left_alone(
     assert read_entries(state) == []
 
 
-DYING = """
-import os, sys
-sys.path[:0] = [sys.argv[4], sys.argv[4] + "/tests"]
-from blocksnap import _native
-from blocksnap.controller import session
-from blocksnap.system import devmapper
-from blocksnap.volumes import thin_hold
-from blocksnap.volumes.resolve import resolve_volume
-volume, state, die_at = sys.argv[1:4]
+def die(volume: str, state: Path, step: str) -> None:
+    """Have a run in a process of its own die while it needs the pool to hold a metadata snapshot."""
 
-def dying(real, step):
-    def wrapped(*words):
-        result = real(*words)
-        if step == die_at:
-            os._exit(9)
-        return result
-    return wrapped
+    def run() -> int:
+        real = _native.thin_device
 
-def look(real):
-    def wrapped(fd, device, held):
-        if not held:
-            raise BlockingIOError
-        if die_at == "held":
-            os._exit(9)
-        return real(fd, device, held)
-    return wrapped
+        def look(fd: int, device: int, held: int) -> Any:
+            if not held:
+                raise BlockingIOError
+            if step == "held":
+                os._exit(9)
+            return real(fd, device, held)
 
-_native.thin_device = look(_native.thin_device)
-devmapper.reserve_metadata_snapshot = dying(devmapper.reserve_metadata_snapshot, "reserved")
-devmapper.release_metadata_snapshot = dying(devmapper.release_metadata_snapshot, "released")
-with session.SnapshotSession([resolve_volume(volume)], "dead-" + die_at, state) as s:
-    s.snapshots[0].find_changes(None)
-"""
+        setattr(_native, "thin_device", look)  # noqa: B010 - not for the type checker
+        dead_after(devmapper, "reserve_metadata_snapshot", when=step == "reserved")
+        dead_after(devmapper, "release_metadata_snapshot", when=step == "released")
+        with SnapshotSession([resolve_volume(volume)], f"dead-{step}", state) as session:
+            session.snapshots[0].find_changes(None)
+        return 0
+
+    assert exit_code_of(run) == 9
 
 
 @pytest.mark.parametrize("step", ["reserved", "held", "released"])
 def test_the_next_run_releases_what_a_killed_one_held(
     pool: ThinPool, volume: str, state: Path, step: str
 ) -> None:
-    argv = [sys.executable, "-c", DYING, volume, str(state), step, str(Path(__file__).parents[2])]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+    die(volume, state, step)
     assert (held_root(tpool(pool)) != 0) == (step != "released")
     found = recover(state)
     if step == "reserved":
@@ -243,8 +232,7 @@ def test_the_next_run_releases_what_a_killed_one_held(
 
 
 def test_one_that_another_took_meanwhile_is_not_released(pool: ThinPool, volume: str, state: Path) -> None:
-    argv = [sys.executable, "-c", DYING, volume, str(state), "held", str(Path(__file__).parents[2])]
-    assert subprocess.run(argv, check=False).returncode == 9
+    die(volume, state, "held")
     tool("dmsetup", "message", tpool(pool), "0", "release_metadata_snap")
     write_at(pool.node("data"), 9 * MIB, b"x" * 4096)
     with holding(tpool(pool)) as theirs:

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,20 +14,22 @@ import pytest
 
 from blocksnap.cli.ending import Ended, ended_by_signals
 from blocksnap.controller.recover import find_leftovers, read_report, recover
-from blocksnap.controller.session import SnapshotSession
+from blocksnap.controller.session import Journal, SnapshotSession
 from blocksnap.errors import VolumeError
-from blocksnap.system import blockdev, lvm
+from blocksnap.system import blockdev, command, lvm
 from blocksnap.volumes.discover import discover
 from blocksnap.volumes.errors import PoolFullError, SnapshotLostError
 from blocksnap.volumes.resolve import resolve_volume
 from blocksnap.volumes.thin import ThinVolume
 from blocksnap.volumes.thin_pool import PoolLimits
+from support.forks import exit_code_of
+from support.killed import dead_after
+from support.loops import detach
 from support.lvm_lab import ThinPool, remove_group, scratch_disks, tool, write_at
 from support.thin_lab import Backups, read_all
 
 UNIT = 65536
 NAME = "data-1.x+y"
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -218,11 +218,12 @@ def test_file_system_is_frozen_for_the_snapshot(
         (tmp_path / "file").write_bytes(b"written and not synced")
         assert resolve_volume(str(tmp_path)).name == volume
         assert resolve_volume(str(tmp_path / "lost+found")).name == volume
+        began = time.time()
         with SnapshotSession([resolve_volume(str(tmp_path))], "run1", state) as session:
             (snapshot,) = session.snapshots
             # It is measured by looking, so a short one may be missed.
-            assert 0 <= snapshot.timing.freeze_seconds < 5
-            assert abs(snapshot.timing.taken_at - time.time()) < 30
+            assert 0 <= snapshot.timing.freeze_seconds < time.time() - began
+            assert began < snapshot.timing.taken_at < time.time()
             assert b"written and not synced" in read_all(snapshot)
     finally:
         tool("umount", str(tmp_path))
@@ -264,14 +265,26 @@ def test_snapshot_that_vanishes_is_noticed(pool: ThinPool, volume: str, state: P
     assert session.warnings == []
 
 
-def test_removal_waits_for_whoever_looks_at_the_device(pool: ThinPool, volume: str, state: Path) -> None:
+def test_removal_waits_for_whoever_looks_at_the_device(
+    pool: ThinPool, volume: str, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, refused = lvm._change, list[str]()
+
+    def changing(group: str, *argv: str) -> str:
+        try:
+            return change(group, *argv)
+        except command.CommandError as err:
+            if not refused:
+                os.close(fd)
+            refused.append(err.message)
+            raise
+
     with SnapshotSession([resolve_volume(volume)], "run1", state) as session:
         (name,) = pool.snapshots()
         tool("lvchange", "-ay", "-K", f"{pool.group}/{name}")
         fd = os.open(f"/dev/{pool.group}/{name}", os.O_RDONLY)
-        timer = threading.Timer(1.5, os.close, [fd])
-        timer.start()
-    timer.join()
+        monkeypatch.setattr(lvm, "_change", changing)
+    assert any("in use" in message for message in refused)
     assert session.warnings == []
 
 
@@ -363,14 +376,14 @@ def scrap(_lab: None, tmp_path: Path) -> Iterator[ThinPool]:
         yield ThinPool("scrap", "pool", tmp_path)
     finally:
         remove_group("scrap", [loop])
-        subprocess.run(["losetup", "-d", loop], check=False)
+        detach(loop)
 
 
 def swap_disk(source: Path, target: Path) -> None:
     """Copy the disk of the scrap group while nothing has it open."""
     loop = tool("pvs", "--noheadings", "-o", "pv_name", "-S", "vg_name=scrap").strip()
     tool("vgchange", "-an", "scrap")
-    tool("losetup", "-d", loop)
+    detach(loop)
     shutil.copyfile(source, target)
     tool("losetup", loop, str(target.parent / "disk.img"))
     tool("udevadm", "settle")
@@ -432,43 +445,25 @@ def test_larger_metadata_is_no_doubt(scrap: ThinPool, state: Path) -> None:
 
 # A run that dies.
 
-DYING = """
-import os, sys
-sys.path[:0] = [sys.argv[4], sys.argv[4] + "/tests"]
-from blocksnap.controller import session
-from blocksnap.system import lvm
-from blocksnap.volumes.resolve import resolve_volume
-volume, state, die_at = sys.argv[1:4]
-
-def reach(step):
-    if step == die_at:
-        os._exit(9)
-
-def after(owner, name, step):
-    real = getattr(owner, name)
-    def wrapped(*words, **named):
-        result = real(*words, **named)
-        reach(step)
-        return result
-    setattr(owner, name, wrapped)
-
-after(session.Journal, "append_all", "begun")
-after(lvm, "create_thin_snapshot", "taken")
-after(lvm, "remove_snapshot", "removed")
-with session.SnapshotSession([resolve_volume(volume)], "dead-" + die_at, state) as s:
-    with s.snapshots[0].open_reader() as fd:
-        reach("active")
-        os.pread(fd, 0, 0)
-    s.committing()
-    reach("commit")
-reach("end")
-"""
-
 
 def die(volume: str, state: Path, step: str) -> None:
-    argv = [sys.executable, "-c", DYING, volume, str(state), step, str(REPOSITORY)]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+    """Have a run in a process of its own die right after a step."""
+
+    def run() -> int:
+        dead_after(Journal, "append_all", when=step == "begun")
+        dead_after(lvm, "create_thin_snapshot", when=step == "taken")
+        dead_after(lvm, "remove_snapshot", when=step == "removed")
+        with SnapshotSession([resolve_volume(volume)], f"dead-{step}", state) as session:
+            with session.snapshots[0].open_reader() as fd:
+                os.pread(fd, 0, 0)
+                if step == "active":
+                    os._exit(9)
+            session.committing()
+            if step == "commit":
+                os._exit(9)
+        return 0
+
+    assert exit_code_of(run) == 9
 
 
 @pytest.mark.parametrize("step", ["begun", "taken", "active", "commit", "removed"])
@@ -498,17 +493,30 @@ def test_snapshot_of_an_unknown_run_is_left_to_doctor(pool: ThinPool, volume: st
     assert len(recover(state / "elsewhere", force=True).removed) == 1
 
 
-def test_terminated_in_the_middle_of_lvcreate(pool: ThinPool, volume: str, state: Path) -> None:
-    """SIGTERM at many moments, as the command line takes it: the run ends and nothing stays."""
+def test_terminated_in_the_middle_of_lvcreate(
+    pool: ThinPool, volume: str, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM at many moments from its start on, as the command line takes it: nothing stays."""
     names = pool.names()
+    locate = command._locate
     for number in range(4):
-        sender = subprocess.Popen(["sh", "-c", f"sleep {0.5 + number * 0.5}; kill -TERM {os.getpid()}"])
+        read_end, write_end = os.pipe()
+
+        def located(program: str, begun: int = write_end) -> str:
+            if program == "lvcreate":
+                os.write(begun, b"\n")
+            return locate(program)
+
+        monkeypatch.setattr(command, "_locate", located)
+        words = f"read begun; sleep {number * 0.2}; kill -TERM {os.getpid()}"
         with (
+            os.fdopen(read_end),
+            os.fdopen(write_end),
+            subprocess.Popen(["sh", "-c", words], stdin=read_end),
             pytest.raises(Ended),
             ended_by_signals(),
             SnapshotSession([resolve_volume(volume)], f"run{number}", state),
         ):
-            time.sleep(30)
-        sender.wait()
+            time.sleep(600)
         assert pool.names() == names
         assert not list(state.glob("journal/*"))

@@ -26,6 +26,19 @@ _LVM_STEPS = (
 )
 
 
+def dead_after(owner: type | ModuleType, name: str, *, when: bool = True) -> None:
+    """Have this process die right after the first call of a function."""
+    real = getattr(owner, name)
+
+    def wrapped(*arguments: object, **named: object) -> object:
+        result = real(*arguments, **named)
+        os._exit(9)
+        return result
+
+    if when:
+        setattr(owner, name, wrapped)
+
+
 def killed(step: int, *words: str) -> bool:
     """Run a command in a child that dies right after its n-th step, and return whether it died.
 
