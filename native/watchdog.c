@@ -213,6 +213,9 @@ static void obey(struct bs_watch *watch, const struct bs_watch_message *message)
                 watch->dismissed = true;
         } else if (message->word == BS_WATCH_KILL) {
                 end_command(item, bs_watch_now_ms());
+        } else if (message->word == BS_WATCH_ASK) {
+                bs_watch_reap(watch);
+                bs_watch_send(watch, BS_WATCH_ASK, message->item, 0);
         }
 }
 

@@ -46,6 +46,7 @@ enum bs_watch_word {
         BS_WATCH_DISMISS, /* the controller needs no watchdog any more */
         BS_WATCH_ENDED,   /* the command ended: value is its exit code, or -N for signal N */
         BS_WATCH_EXPIRED, /* everything is being let go, the time was up: value is milliseconds */
+        BS_WATCH_ASK,     /* answered alike, when of all commands that have ended by now that was told */
 };
 
 struct bs_watch_message {

@@ -57,6 +57,10 @@ class Guard:
         """Return how its command ended, None when it did not."""
         return self.watchdog.ended(self._first + number)
 
+    def ended_by_now(self, number: int, deadline: float) -> int | None:
+        """Return the same, also of an end that nobody has noticed yet; waits for the watchdog's word."""
+        return self.watchdog.ended_by_now(self._first + number, deadline)
+
     def wait_ended(self, number: int, deadline: float) -> int | None:
         """Wait for its command until ``deadline``; None when it still runs then."""
         return self.watchdog.wait_ended(self._first + number, deadline)

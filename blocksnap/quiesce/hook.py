@@ -134,7 +134,7 @@ class SessionHook:
         if self._guard is None:
             return
         guard, self._guard = self._guard, None
-        early = guard.ended(0)
+        early = guard.ended_by_now(0, deadline)
         if early is None:
             self._finish(guard, deadline)
             return

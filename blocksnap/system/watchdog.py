@@ -22,7 +22,7 @@ from typing import Literal
 from blocksnap.errors import QuiesceError
 from blocksnap.system.children import inheritable
 
-_ARM, _START, _DISARM, _KILL, _DISMISS, _ENDED, _EXPIRED = range(1, 8)
+_ARM, _START, _DISARM, _KILL, _DISMISS, _ENDED, _EXPIRED, _ASK = range(1, 9)
 _MESSAGE = struct.Struct("=IIi")
 _PROGRAM = "blocksnap-watchdog"
 _START_SECONDS = 10.0
@@ -151,6 +151,7 @@ class Watchdog:
         ``environment`` is what the commands get beside PATH, HOME and LC_ALL.
         """
         self._ended: dict[int, int] = {}
+        self._asked = 0
         self._expired: float | None = None
         self._lost = False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -213,6 +214,18 @@ class Watchdog:
         """Return the exit code of a command that ended, -N when signal N ended it, else None."""
         self._receive(0.0)
         return self._ended.get(item)
+
+    def ended_by_now(self, item: int, deadline: float) -> int | None:
+        """Return what ``ended`` does, also of a command of whose end nobody has taken note yet.
+
+        Waits for the watchdog's word until ``deadline`` (CLOCK_MONOTONIC).
+        """
+        self._asked += 1
+        with contextlib.suppress(WatchdogError):
+            self._send(_ASK, item)
+        while self._asked and not self._lost and (left := deadline - time.monotonic()) > 0:
+            self._receive(left)
+        return self.ended(item)
 
     def wait_ended(self, item: int, deadline: float) -> int | None:
         """Wait for a command until ``deadline`` (CLOCK_MONOTONIC); None when it still runs then."""
@@ -283,6 +296,8 @@ class Watchdog:
             word, item, value = _MESSAGE.unpack(message)
             if word == _ENDED:
                 self._ended[item] = value
+            elif word == _ASK:
+                self._asked -= 1
             elif word == _EXPIRED and self._expired is None:
                 self._expired = value / 1000
             seconds = 0.0

@@ -231,6 +231,26 @@ static void test_a_controller_that_goes_lets_everything_go(void)
         CHECK(strstr(journal, "\"failed\": 0") != NULL);
 }
 
+static void test_who_asks_has_been_told_of_what_has_ended(void)
+{
+        struct running running = start(60000, "exit 7");
+        struct bs_watch_message message = {0};
+        bool told = false;
+
+        say(&running, BS_WATCH_START, 1);
+        for (int i = 0; i < 1000 && !told; i++) {
+                say(&running, BS_WATCH_ASK, 1);
+                do {
+                        CHECK_EQUAL(recv(running.control, &message, sizeof(message), 0),
+                                    (ssize_t)sizeof(message));
+                        told = told || (message.word == BS_WATCH_ENDED && message.value == 7);
+                } while (message.word != BS_WATCH_ASK);
+                usleep(10000);
+        }
+        CHECK(told);
+        CHECK(strcmp(finish(&running, NULL), "") == 0);
+}
+
 static void test_a_deadline_that_passes_lets_everything_go(void)
 {
         struct running running = start(50, "printf after");
@@ -363,6 +383,7 @@ int main(void)
         test_as_many_items_as_there_is_room_for();
         test_nothing_is_done_when_nothing_is_in_force();
         test_a_controller_that_goes_lets_everything_go();
+        test_who_asks_has_been_told_of_what_has_ended();
         test_a_deadline_that_passes_lets_everything_go();
         test_what_is_begun_when_the_time_was_up_is_let_go_too();
         test_what_is_armed_when_the_time_was_up_is_let_go_too();
