@@ -137,6 +137,7 @@ class RepositoryWriter:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="blocksnap-publish")
         self._durable: list[SealedPack] = []
         self._unreported: list[str] = []
+        self._manifest: str | None = None
         self._segments = 0
         self._sequence = 0
         self._announce()
@@ -150,6 +151,7 @@ class RepositoryWriter:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._tell_of_commit()
 
     def stop(self) -> None:
         """Drop what is open and end the thread; what is committed stays."""
@@ -157,7 +159,8 @@ class RepositoryWriter:
             if flow.open:
                 flow.open.abort()
                 flow.open = None
-        self._end_beat()
+        self._ended.set()
+        self._heart.join()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def backup_id(self, number: int) -> str:
@@ -267,13 +270,18 @@ class RepositoryWriter:
             # A retried creation may meet its own first try.
             if self._repository.backend.read(name) != sealed:
                 raise FencedError(self.id.hex()) from err
-        self._tell_of_commit(name)
+        self._manifest = name
         return manifest, len(sealed)
 
-    def _tell_of_commit(self, name: str) -> None:
-        """Name the manifest in a last record: should it be lost, the run does not look as if it had died."""
-        self._end_beat()
-        self._unreported.append(name)
+    def _tell_of_commit(self) -> None:
+        """Name the manifest in a last record: should it be lost, the run does not look as if it had died.
+
+        When all is done that follows from the commit: nothing of that must wait for the storage once more.
+        """
+        if self._manifest is None:
+            return
+        self._unreported.append(self._manifest)
+        self._manifest = None
         # It is committed, whatever the storage says now.
         with contextlib.suppress(BlocksnapError):
             self._announce()
@@ -363,10 +371,6 @@ class RepositoryWriter:
             # Storage that fails for a while may work again; if not, the run itself will notice.
             with contextlib.suppress(BlocksnapError):
                 self._announce()
-
-    def _end_beat(self) -> None:
-        self._ended.set()
-        self._heart.join()
 
     def _write_segment(self) -> None:
         if not self._durable:
