@@ -43,8 +43,9 @@ class StoredBackup:
         """Whether its arrival speaks against its host's clock, and the time that storing took is not why."""
         if self.dated is None or self.received is None:
             return False
-        stored = self.backup.time + timedelta(seconds=self.backup.statistics.seconds)
-        return abs(self.received - stored) > CLOCK_TOLERANCE
+        late = (self.received - self.backup.time).total_seconds()
+        # As numbers: whoever may store may say that it took longer than times can tell.
+        return abs(late - self.backup.statistics.seconds) > CLOCK_TOLERANCE.total_seconds()
 
     @property
     def origin(self) -> tuple[str, str]:

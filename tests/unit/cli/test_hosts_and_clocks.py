@@ -77,6 +77,16 @@ def test_a_time_that_is_not_believed_is_marked(tmp_path: Path, capsys: pytest.Ca
     assert "by its arrival" not in printed(capsys, place, "show", fine)
 
 
+def test_a_backup_that_took_longer_than_times_can_tell_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository, place = make_repository(tmp_path / "r", encrypted=False), tmp_path / "r"
+    store_empty(repository, NOW - timedelta(days=9))
+    forged = store_empty(repository, NOW - timedelta(hours=9), received=NOW, seconds=1e300)
+    assert f"{forged[:8]}  vg0/root" in printed(capsys, place, "list")
+    assert forged in printed(capsys, place, "show", forged)
+
+
 def test_a_copied_repository_marks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     repository, place = make_repository(tmp_path / "r", encrypted=False), tmp_path / "r"
     for day in (3, 2, 1):
