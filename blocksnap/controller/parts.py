@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from blocksnap.errors import BlocksnapError
 from blocksnap.quiesce.places import Target
 from blocksnap.system import spans
 from blocksnap.system.spans import Span
@@ -48,7 +49,7 @@ def find_parts(volumes: Sequence[Volume]) -> list[PartOfMore]:
     """
     above: dict[str, frozenset[int]] = {}
     own: set[int] = set()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, BlocksnapError):
         for volume in volumes:
             if (device := volume.snapshot_device) is None:
                 continue

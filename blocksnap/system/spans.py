@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blocksnap.errors import BlocksnapError
 from blocksnap.system import blockdev, devmapper, mounts
-from blocksnap.system.command import CommandError, CommandTimeoutError
 from blocksnap.system.mounts import Mount
 
 _EXT4 = Path("/sys/fs/ext4")
@@ -26,6 +26,8 @@ _NEEDS_ALL = re.compile(r"linear|striped|thin-pool|cache|writecache|raid(?!1$).*
 """Targets of device-mapper that have a part of their data on each device. Not those of which one is whole by
 itself: mirrors, and the origin of a snapshot or of a thin volume that has an external one."""
 _MIRROR = "raid1"
+_CUT_NAME = 15
+"""Bytes of a kernel thread's name (TASK_COMM_LEN in linux/sched.h, and its NUL)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,11 @@ def _external_journal(number: int) -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError):
         own = blockdev.sysfs_folder(number).resolve().name
         thread = (_EXT4 / own / "journal_task").read_text().strip()
-        name = (_PROC / thread / "comm").read_text().strip().removeprefix("jbd2/")
+        said = (_PROC / thread / "comm").read_text().strip()
+        name = said.removeprefix("jbd2/")
+        # Linux before 5.17 cuts it, and what is left may be the name of another device.
+        if len(said) >= _CUT_NAME and own.startswith(name):
+            return
         if not re.fullmatch(rf"{re.escape(own)}-\d+", name):
             yield blockdev.number_in(_CLASS / name / "dev")
 
@@ -120,6 +126,7 @@ def _needs_all(number: int) -> bool:
         return level != _MIRROR
     try:
         kinds = devmapper.target_kinds(number)
-    except (CommandError, CommandTimeoutError):
+    except BlocksnapError:
+        # It is a look that must not end what asks for it.
         return False
     return bool(kinds) and all(map(_NEEDS_ALL.fullmatch, kinds))

@@ -10,7 +10,7 @@ import pytest
 from blocksnap.system import blockdev, devmapper, mounts, spans
 from blocksnap.system.spans import Span, find_outside, spans_of
 
-ONE, TWO, THREE = (os.makedev(7, number) for number in range(3))
+ONE, TWO, THREE, FOUR = (os.makedev(7, number) for number in range(4))
 ARRAY = os.makedev(9, 0)
 VOLUME = os.makedev(253, 4)
 
@@ -99,18 +99,27 @@ def test_a_volume_needs_all_that_it_has_data_on(
 
 
 @pytest.mark.parametrize(
-    ("thread", "journal"),
-    [("jbd2/loop0-8", None), ("jbd2/loop1", TWO), ("jbd2/dm-3", THREE), ("jbd2/gone", None), ("", None)],
+    ("own", "thread", "journal"),
+    [
+        ("loop0", "jbd2/loop0-8", None),
+        ("loop0", "jbd2/loop1", TWO),
+        ("loop0", "jbd2/dm-3", THREE),
+        ("loop0", "jbd2/gone", None),
+        ("loop0", "", None),
+        # As Linux before 5.17 says ``jbd2/nvme10n1p12-8``.
+        ("nvme10n1p12", "jbd2/nvme10n1p1", None),
+        ("nvme10n1p2", "jbd2/nvme10n1p1", FOUR),
+    ],
 )
 def test_the_journal_of_an_ext4_is_told_by_its_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread: str, journal: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, thread: str, journal: int | None
 ) -> None:
-    for folder in ("block/loop0", "class/loop1", "class/dm-3", "ext4/loop0", "proc/77"):
+    for folder in (f"block/{own}", "class/loop1", "class/dm-3", "class/nvme10n1p1", f"ext4/{own}", "proc/77"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "7:0").symlink_to("block/loop0")
-    for name, number in (("loop1", TWO), ("dm-3", THREE)):
+    (tmp_path / "7:0").symlink_to(f"block/{own}")
+    for name, number in (("loop1", TWO), ("dm-3", THREE), ("nvme10n1p1", FOUR)):
         (tmp_path / "class" / name / "dev").write_text(blockdev.number_text(number) + "\n")
-    (tmp_path / "ext4/loop0/journal_task").write_text("77\n")
+    (tmp_path / f"ext4/{own}/journal_task").write_text("77\n")
     (tmp_path / "proc/77/comm").write_text(thread + "\n")
     monkeypatch.setattr(blockdev, "_SYSFS", tmp_path)
     monkeypatch.setattr(spans, "_CLASS", tmp_path / "class")
