@@ -64,7 +64,7 @@ CASES: list[tuple[str, Change, int, int]] = [
     # name, change, exit code of check --read-data, of a restore of the newest backup
     ("delete config", lambda place, _: (place / "config").unlink(), 10, 10),
     ("delete the key", delete("keys"), 12, 12),
-    ("delete a manifest", delete("manifests"), 0, 2),
+    ("delete a manifest", delete("manifests"), 13, 2),
     ("delete a segment", delete("index"), 13, 13),
     ("delete a pack", delete("packs"), 13, 13),
     ("delete a writer record", delete("writers"), 0, 0),
@@ -140,7 +140,8 @@ def test_exit_codes(run: InProcess, tmp_path: Path) -> None:
         assert code == check_code, (name, checked)
         if name == "delete a manifest":
             (finding,) = json.loads(checked)["findings"]
-            assert finding["object"].startswith("writers/"), finding
+            assert finding["object"].startswith("manifests/"), finding
+            assert "it is gone" in finding["message"]
         code, restored, said = run("restore", id_, "-")
         assert code == restore_code, (name, said)
         if restore_code in (0, 3):

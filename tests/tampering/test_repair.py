@@ -101,8 +101,8 @@ def test_whatever_is_harmed_is_mended_or_told(scene: Scene) -> None:
             repository, plan = mend(scene, objects)
             gone = name.startswith("manifests/") and name not in objects
             if gone:
-                # As if the run had never committed: of that only `check` can tell.
-                assert plan.is_whole
+                # The run's last record says that it was there.
+                assert [(bad.name, bad.reason) for bad in plan.manifests] == [(name, "it is gone")]
                 continue
             lost = require_told_exactly(scene, repository, plan)
             require_sound_but_for(repository, plan)
