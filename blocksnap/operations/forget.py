@@ -139,8 +139,7 @@ def _warn_of_copy(backups: Sequence[StoredBackup], now: datetime, report: Report
         report.warn(
             f"{len(copied)} backups made over {(max(times) - min(times)).days} days arrived together: the "
             "repository was copied without the times of its files",
-            resolution="bring the times after them: rsync -rt --size-only ORIGINAL/ COPY/; until then a "
-            "backup stays that its arrival or its host's clock keeps",
+            resolution='bring them after it: see "Moving or copying a repository" in docs/operations.md',
         )
 
 

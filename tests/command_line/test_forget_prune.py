@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -139,7 +140,8 @@ def test_a_copied_repository_keeps_its_dates(blocksnap: CommandLine, tmp_path: P
     assert not [each for each in decided["decisions"] if "arrival" in str(each["reasons"])]
 
 
-def test_a_repository_copied_twice_without_times_keeps_its_days(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_repository_copied_twice_without_times_keeps_its_days(tmp_path: Path, pruned: bool) -> None:
     """As by ``cp -r``, or by what only brings the new objects: a part a month ago, the rest today."""
     command = CommandLine(tmp_path)
     original, now = make_repository(tmp_path / "original", encrypted=False), datetime.now(UTC)
@@ -162,14 +164,37 @@ def test_a_repository_copied_twice_without_times_keeps_its_days(tmp_path: Path) 
     assert "copied without the times" in outcome.document["warnings"][0]
     said = command("forget", "--keep-daily", "14", "--dry-run").stderr.splitlines()
     assert [line.partition(":")[0] for line in said] == ["warning", "fix"]
-    assert "rsync -rt --size-only" in said[1]
-    # As it says: with the times brought after them, all is as it was.
-    require_done("rsync", "-rt", "--size-only", f"{tmp_path}/original/", f"{command.repository}/")
+    section = re.search(r'see "(.+)" in docs/operations.md$', said[1])
+    assert section is not None
+    if pruned:
+        assert command("forget", "--keep-daily", "14").code == 3
+        assert len(json.loads(command.done("prune", "--json").stdout)["deleted_manifests"]) > 20
+    listed = ids(command)
+    # As it says there: with the times brought after them, all is as it was, and nothing else is touched.
+    before = contents(command.repository)
+    require_done("sh", "-c", documented_cure(section[1], tmp_path / "original", command.repository))
+    assert contents(command.repository) == before
     outcome, kept = forget()
     assert outcome.code == 0
     assert outcome.document["warnings"] == []
     assert [each["id"] for each in kept] == days[-14:]
     assert not any("clock" in reason for each in kept for reason in each["reasons"])
+    assert [each["id"] for each in outcome.document["decisions"]] == listed
+    command.done("check")
+
+
+def documented_cure(section: str, original: Path, copy: Path) -> str:
+    """Return the command that the section gives for a copy without times, for these two places."""
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    paragraphs = text.partition(f"\n### {section}\n")[2].partition("\n## ")[0]
+    (command,) = re.findall(r"^    (cd .*)$", paragraphs, re.MULTILINE)
+    places = {"/srv/backup/blocksnap": original, "/mnt/new/blocksnap": copy}
+    assert all(place in command for place in places)
+    return re.sub("|".join(places), lambda found: str(places[found[0]]), command)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def require_done(*words: str | Path) -> None:
