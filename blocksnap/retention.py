@@ -27,7 +27,7 @@ write, but not delete, hopes that bogus backups push out the real ones, or stori
 then a policy of days does not mind. Or the repository was copied without the times of its objects, and the
 arrival says nothing. So where the two differ everything is counted a second time, by the hosts' clocks
 alone, and a backup stays that either of the two counts keeps. Against a flood, ``require_modest`` refuses to
-let most of a lineage go at once.
+let most of a lineage go at once, as many against what the better of the two counts keeps.
 
 Laws (tests/unit/test_retention.py): the order of the input is of no account; applied to what it kept, a
 policy keeps all of it; larger numbers never forget more; each period that counts keeps a backup; what a
@@ -249,8 +249,15 @@ class Decision:
     candidate: Candidate
     keep: bool
     reasons: tuple[str, ...]
-    only_by_clock: bool = False
-    """Whether it stays by its host's clock alone, against its arrival."""
+    by_date: bool = False
+    """Whether the count by the dates keeps it."""
+    by_clock: bool = False
+    """Whether that by the hosts' clocks does: in one of so many places, if the other count does not."""
+
+    @property
+    def only_by_clock(self) -> bool:
+        """Whether it stays by its host's clock alone, against its arrival."""
+        return self.keep and not self.by_date
 
 
 def apply_policy(candidates: Iterable[Candidate], policy: Policy, now: datetime) -> tuple[Decision, ...]:
@@ -281,17 +288,18 @@ def apply_policy(candidates: Iterable[Candidate], policy: Policy, now: datetime)
 def require_modest(decisions: Iterable[Decision], *, most_percent: int = MOST_PERCENT) -> None:
     """Raise TooMuchForgottenError when more than so many percent of a lineage would go.
 
-    What stays by its host's clock alone does not count: backups with bogus times must not make it easier.
+    Of what stays, as much counts as one of the two counts keeps by itself: backups with bogus times fill
+    the places of a count that was empty, and never add to one that was full.
     """
     lineages: dict[tuple[str, str, str], list[Decision]] = {}
     for decision in decisions:
-        if not decision.only_by_clock:
-            lineages.setdefault(decision.candidate.lineage, []).append(decision)
+        lineages.setdefault(decision.candidate.lineage, []).append(decision)
     for group in lineages.values():
         forgotten = sum(not decision.keep for decision in group)
-        if forgotten * 100 > len(group) * most_percent:
+        stay = max(sum(decision.by_date for decision in group), sum(decision.by_clock for decision in group))
+        if forgotten * 100 > (forgotten + stay) * most_percent:
             one = group[0].candidate
-            raise TooMuchForgottenError(one.name, one.hostname, forgotten, len(group), most_percent)
+            raise TooMuchForgottenError(one.name, one.hostname, forgotten, forgotten + stay, most_percent)
 
 
 _Dated = tuple[datetime, Candidate]
@@ -302,6 +310,8 @@ _Dated = tuple[datetime, Candidate]
 class _Verdict:
     kept: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
+    numbered: bool = False
+    """Whether it has one of so many places: bogus backups can have any number of the others."""
 
 
 def _decide(candidate: Candidate, verdict: _Verdict, by_clock: _Verdict | None) -> Decision:
@@ -310,7 +320,7 @@ def _decide(candidate: Candidate, verdict: _Verdict, by_clock: _Verdict | None) 
         reasons = [f"{reason}, by its host's clock" for reason in by_clock.kept]
         if candidate.dated_by_arrival:
             reasons.append(f"it arrived {candidate.moment:%Y-%m-%d %H:%M %Z}")
-        return Decision(candidate, keep=True, reasons=tuple(reasons), only_by_clock=True)
+        return Decision(candidate, keep=True, reasons=tuple(reasons), by_clock=by_clock.numbered)
     reasons = list(verdict.kept or verdict.against)
     if by_clock and not verdict.kept:
         others = [reason for reason in by_clock.against if reason not in reasons]
@@ -318,7 +328,9 @@ def _decide(candidate: Candidate, verdict: _Verdict, by_clock: _Verdict | None) 
     if candidate.dated_by_arrival:
         said = f"{candidate.time:%Y-%m-%d %H:%M %Z}"
         reasons.append(f"dated by its arrival: its host's clock said {said}")
-    return Decision(candidate, keep=bool(verdict.kept), reasons=tuple(reasons))
+    keep = bool(verdict.kept)
+    also = keep and bool((by_clock or verdict).kept)
+    return Decision(candidate, keep=keep, reasons=tuple(reasons), by_date=keep, by_clock=also)
 
 
 def _keep_newest(ordered: list[Candidate], verdicts: Mapping[str, _Verdict]) -> None:
@@ -338,6 +350,7 @@ def _judge(
         for place, (_, one) in enumerate(group, 1):
             if place <= keep.last:
                 verdicts[one.id].kept.append(f"last: {place} of {_count(keep.last)}")
+                verdicts[one.id].numbered |= keep.last != ALL
             else:
                 verdicts[one.id].against.append(f"last: not among the newest {keep.last}")
     for name in _PERIODS:
@@ -366,6 +379,7 @@ def _judge_by_calendar(
         elif len(newest) < count:
             newest[at] = one.id
             verdict.kept.append(f"{name}: {len(newest)} of {_count(count)}, the last of {at[0]}")
+            verdict.numbered |= count != ALL
         else:
             verdict.against.append(f"{name}: {at[0]} lies before the {count} that are kept")
 

@@ -88,7 +88,7 @@ def plan_by_policy(
     backups = [each for each in repository.backups() if origin is None or each.origin == origin]
     _warn_of_copy(backups, now, report)
     decisions = tuple(
-        replace(decision, keep=True, reasons=(f"being restored to {volume}",))
+        replace(decision, keep=True, reasons=(f"being restored to {volume}",), by_date=True, by_clock=True)
         if not decision.keep and (volume := arriving.get(decision.candidate.id)) is not None
         else decision
         for decision in apply_policy(map(_candidate, backups), policy, now)

@@ -251,6 +251,43 @@ def test_bogus_times_do_not_make_most_of_a_volume_few() -> None:
         require_modest(decisions)
 
 
+@pytest.mark.parametrize("more", [Keep(last=7, yearly=ALL), Keep(last=7, within=Span(hours=9 * 24))])
+def test_places_without_a_number_count_by_the_date_only(more: Keep) -> None:
+    """Years as far back as one likes; and what came long ago from a clock that was ahead."""
+    real = [backup(f"2026-{month:02}-{day:02} 01:00") for month in range(6, 11) for day in range(1, 21)]
+    flood = [backup(f"2026-11-20 {hour:02}:00") for hour in range(7)]
+    years = [backup(f"{year}-01-01 00:00", received="2026-11-19 00:00") for year in range(1900, 2026)]
+    ahead = [backup(f"2026-11-2{n % 4} 00:{n:02}", received="2026-10-20 02:00") for n in range(60)]
+    decisions = apply_policy([*real, *flood, *(years if more.yearly else ahead)], Policy((Rule(more),)), NOW)
+    assert sum(one.only_by_clock for one in decisions) > 50
+    with pytest.raises(TooMuchForgottenError):
+        require_modest(decisions)
+
+
+@pytest.mark.parametrize("keep", [Keep(daily=14), Keep(daily=14, weekly=8, monthly=12), Keep(daily=30)])
+@pytest.mark.parametrize("a_day", [24, 48])
+@pytest.mark.parametrize("before", [0, 14])
+def test_after_a_copy_without_times_no_night_is_refused(keep: Keep, a_day: int, before: int) -> None:
+    """One a day was left of what came by the copies. Now many come each day, and a policy each night."""
+    copied = NOW.replace(hour=0)
+    candidates = [
+        # What a first copy brought keeps its own dates.
+        replace(backup(f"{copied - timedelta(days=day - 1, hours=2):%Y-%m-%d %H:%M}"), received=received)
+        for first, last, received in ((before + 14, 14, None), (14, 0, copied))
+        for day in range(first, last, -1)
+    ]
+    for night in range(7):
+        midnight = copied + timedelta(days=night)
+        candidates += [
+            backup(f"{midnight + timedelta(days=n / a_day, minutes=1):%Y-%m-%d %H:%M}") for n in range(a_day)
+        ]
+        decisions = apply_policy(candidates, Policy((Rule(keep),)), midnight + timedelta(days=1, hours=1))
+        require_modest(decisions)
+        candidates = kept(decisions)
+        days = {one.time.date() for one in candidates}
+        assert days >= {(midnight - timedelta(days=day)).date() for day in range(14)}
+
+
 def test_periods_are_those_of_the_zone() -> None:
     times = ["2026-11-24 22:30", "2026-11-24 23:30", "2026-11-25 22:30"]
     for zone, expected in ((UTC, [1, 2]), (BERLIN, [0, 2])):
