@@ -81,7 +81,7 @@ def plan_by_policy(
 ) -> ForgetPlan:
     """Apply a policy to all backups, or those of a host by its id and name.
 
-    Raises TooMuchForgottenError unless forced. Warns where backups have come by a copy without times.
+    Raises TooMuchForgottenError unless forced. Warns where a copy without times changes dates.
 
     What is still on its way to a volume (``backups_arriving``) stays, whatever the policy says.
     """
@@ -134,7 +134,8 @@ def execute_forget(repository: Repository, plan: ForgetPlan) -> None:
 def _warn_of_copy(backups: Sequence[StoredBackup], now: datetime, report: Reporter) -> None:
     recent = [each for each in backups if each.received and each.received > now - TOLD_OF_COPY]
     copied = copied_without_times(recent)
-    if copied:
+    # What is older than the first arrival keeps its own dates: then nothing counts otherwise than it should.
+    if any(stored.dated for stored in copied):
         times = [stored.backup.time for stored in copied]
         report.warn(
             f"{len(copied)} backups made over {(max(times) - min(times)).days} days arrived together: the "

@@ -164,6 +164,7 @@ def test_what_was_copied_in_two_parts_loses_no_days(repository: Repository) -> N
 
 
 def test_a_copy_is_told_of_while_the_original_may_be_there(repository: Repository) -> None:
+    store_empty(repository, NOW - timedelta(days=100))
     for day in range(90, 60, -1):
         store_empty(repository, NOW - timedelta(days=day), received=NOW - timedelta(days=31))
     assert warnings_of(repository) == []
@@ -172,6 +173,16 @@ def test_a_copy_is_told_of_while_the_original_may_be_there(repository: Repositor
             repository, NOW - timedelta(days=day), host=("id", "db"), received=NOW - timedelta(days=29)
         )
     assert len(warnings_of(repository)) == 1
+
+
+def test_a_copy_that_changes_no_date_is_not_told(repository: Repository) -> None:
+    """As by ``cp -r`` from a cold copy, the original being gone; and it is gone on with."""
+    for day in range(90, 60, -1):
+        store_empty(repository, NOW - timedelta(days=day), received=NOW - timedelta(days=9, seconds=day))
+    for day in range(9, 0, -1):
+        store_empty(repository, NOW - timedelta(days=day))
+    assert warnings_of(repository) == []
+    assert not any("clock" in reason for each in plan(repository).decisions for reason in each.reasons)
 
 
 def test_what_arrives_late_is_no_copy(repository: Repository) -> None:
