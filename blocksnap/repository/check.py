@@ -272,7 +272,7 @@ class Checker:
         marker = self._marker(note)
         mark_backups(marker, backups, self._root)
         self.result.nodes, self.result.chunks = marker.nodes, marker.leaves
-        self.result.bad_ids |= marker.lost - marker.lost_nodes - marker.mistaken
+        self.result.bad_ids |= marker.lost - marker.lost_nodes
         if marker.mistaken:
             self._name_mistaken(backups, marker.mistaken)
         if newer:

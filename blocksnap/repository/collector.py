@@ -301,7 +301,7 @@ class Collector:
         chosen = {number for number, name in enumerate(names) if name in doomed}
         rows = index.entries() if marker.nodes + marker.leaves else ()
         kept = {names[row[2]] for row in rows if row[2] in chosen and marker.is_marked(row[1])}
-        for id_ in sorted(marker.lost):
+        for id_ in sorted(marker.lost | marker.mistaken):
             homes = {names[row.pack] for row in index.find(id_)} & sizes.keys()
             if homes:
                 kept |= homes

@@ -46,7 +46,8 @@ class Marker:
     read, ``gives_up`` tells whether to go on without. A node that cannot be read is told to ``on_damage``
     instead, if there is one. ``nodes`` counts the nodes and pages that were read, and ``leaves`` what they
     lead to, each once. Ids that are needed as one type, or at one level, and stored as another are
-    ``mistaken``: no loss that could be given up, but a map that is wrong.
+    ``mistaken``: no loss that could be given up, but a map that is wrong. Whoever needs such an id as what it
+    is may find it, or have lost it: that is judged apart, whatever comes first.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class Marker:
         self.nodes = 0
         self.leaves = 0
         self.lost: set[bytes] = set()
-        """Ids that are needed and in no usable pack."""
+        """Ids that are in no usable pack, and nowhere as something else than is needed."""
         self.lost_nodes: set[bytes] = set()
         """Those of them that are nodes, which may be readable all the same."""
         self.mistaken: set[bytes] = set()
-        """Ids that are stored, but as something else than is needed; of another type, they are lost, too."""
+        """Ids that are stored, but as something else than is needed; needed as what they are, lost or not."""
 
     def is_marked(self, number: int) -> bool:
         """Tell whether a row is needed."""
@@ -192,7 +193,8 @@ class Marker:
         rows = self._rows_of(entry, kind)
         if rows:
             self.leaves += self._mark(rows)
-        elif entry not in self.lost and not self._is_given_up(entry, kind):
+        elif entry not in self.lost and not self._is_mistaken(entry, kind) and not self._gives_up(entry):
+            self.lost.add(entry)
             self.leaves += 1
 
     def _mark_node(
@@ -211,12 +213,13 @@ class Marker:
             self.nodes += 1
             return True, row
         self._stuck.add((entry, level, leaf))
-        if entry not in self.lost:
-            if self._is_given_up(entry, kind):
-                return False, None
-            self.lost_nodes.add(entry)
-        if entry in self.mistaken:
+        if self._is_mistaken(entry, kind):
             return False, None
+        if entry not in self.lost:
+            if self._gives_up(entry):
+                return False, None
+            self.lost.add(entry)
+            self.lost_nodes.add(entry)
         self.nodes += 1
         return True, None
 
@@ -229,15 +232,13 @@ class Marker:
                 _set(self._bits, row.number)
         return is_new
 
-    def _is_given_up(self, entry: Entry, kind: FrameType) -> bool:
-        """Tell whether to go on without an id that has no usable row; if not it is lost, or mistaken."""
+    def _is_mistaken(self, entry: Entry, kind: FrameType) -> bool:
+        """Tell whether an id that has no usable row of a type has some of others."""
         types = {row.type for row in self._index.find(entry) if self._trust[row.pack] != UNUSABLE}
-        if types and kind not in types:
-            self.mistaken.add(entry)
-        elif self._gives_up(entry):
-            return True
-        self.lost.add(entry)
-        return False
+        if not types or kind in types:
+            return False
+        self.mistaken.add(entry)
+        return True
 
     def _try(
         self,

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from blocksnap.operations.catalogue import map_root
+from blocksnap.operations.losses import current_losses
+from blocksnap.operations.repair import RepairOptions, repair
+from blocksnap.operations.reporting import Quiet
 from blocksnap.repository.blockmap import HOLE, MapRoot, encode_node
 from blocksnap.repository.check import Checker
 from blocksnap.repository.documents import Inodes
@@ -109,6 +112,46 @@ def test_a_chunk_as_a_node(path: Path, role: Role, places: list[int]) -> None:
         wrong = commit_map(run, MapRoot(3, top), "false", chunks=4096)
     assert root.levels == 2
     assert named_by_a_check(path, role) == {wrong[:8]}
+
+
+def harm(path: Path, id_: bytes) -> frozenset[str]:
+    """Flip a bit of the only frame that has an id; return the pack it is in."""
+    repository = open_repository(path)
+    repository.refresh_index()
+    at = repository.index.find(id_)
+    assert at is not None
+    pack = path / at.pack.name
+    content = bytearray(pack.read_bytes())
+    content[at.offset + at.length // 2] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(content)
+    return frozenset([at.pack.name])
+
+
+@pytest.mark.parametrize("levels", [1, 3], ids=["false first", "true first"])
+@pytest.mark.parametrize("what", ["chunk", "node"])
+def test_what_a_false_map_leads_to_is_lost_all_the_same(path: Path, what: str, levels: int) -> None:
+    true, root = store_volume(path)
+    with open_writer(open_repository(path)) as run:
+        id_ = run.identify(FrameType.DATA, chunk(1)) if what == "chunk" else root.entry
+        # Maps with fewer levels are walked first, and nodes come before what they lead to.
+        if what == "node":
+            wrong = store_shared_map(run, [id_] * 64, levels)
+        elif levels == 1:
+            wrong = MapRoot(1, id_)
+        else:
+            wrong = MapRoot(levels, run.store_node(encode_node(levels - 1, [id_, *[HOLE] * 63])))
+        commit_map(run, wrong, "false")
+    suspects = harm(path, id_)
+    plan = Planner(open_repository(path), map_root, suspects).plan()
+    assert plan.lost == {id_}
+    assert not plan.is_whole
+    assert true in {each.backup for each in plan.harmed}
+    done = repair(open_repository(path), suspects, RepairOptions(), Quiet())
+    assert not done.plan.is_whole
+    repository = open_repository(path)
+    (backup,) = (each.backup for each in repository.backups() if each.backup.id == true)
+    assert current_losses(repository, backup).total_bytes > 0
 
 
 def test_all_that_need_what_is_gone_are_named(path: Path, role: Role) -> None:
