@@ -60,6 +60,8 @@ class Checker:
         self._any_manifest = False
         self._config_hash = ""
         self._aside: frozenset[str] = frozenset()
+        self._unread: set[bytes] = set()
+        """Nodes and pages that could not be read where a map has them."""
         self.result = CheckResult(level=level)
 
     def check_structure(self) -> None:
@@ -120,10 +122,10 @@ class Checker:
 
     def name_losses(self) -> None:
         """Say which byte ranges of which backups the damage touches; call last."""
-        if not self.result.bad_ids:
-            return
-        # What is whole may stand where it does not belong: then only the backups that have it there lose it.
         lost = {id_ for id_ in self.result.bad_ids if self._is_lost(id_)}
+        # What is whole may stand where it does not belong: then only the backups that have it there lose it.
+        if not lost and not self._unread:
+            return
         finder = LossFinder(self._repository, self._root, lost)
         for stored in self._listed:
             harmed = finder.look_at(stored.backup)
@@ -135,16 +137,18 @@ class Checker:
 
     def _is_lost(self, id_: bytes) -> bool:
         """Tell whether no place has a blob unharmed; a data chunk that the key cannot open counts as lost."""
-        location = self._repository.index.find(id_)
-        if location is None:
-            return True
-        if location.type == FrameType.DATA and not self._repository.keys.may(Right.READ):
-            return True
+        # Rows may say of one id that it is this and that.
+        kinds = {location.type for location in self._repository.index.find_all(id_)}
+        if not self._repository.keys.may(Right.READ):
+            kinds.discard(FrameType.DATA)
+        return not any(self._opens(kind, id_) for kind in FrameType if kind in kinds)
+
+    def _opens(self, kind: FrameType, id_: bytes) -> bool:
         try:
-            self._repository.load(FrameType(location.type), id_)
+            self._repository.load(kind, id_)
         except DamageError:
-            return True
-        return False
+            return False
+        return True
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -261,11 +265,13 @@ class Checker:
 
     def _maps(self, backups: Sequence[Backup]) -> None:
         newer: dict[bytes, BlocksnapError] = {}
+        self._unread.clear()
 
         def note(id_: bytes, err: BlocksnapError) -> None:
             if isinstance(err, NewerFormatError):
                 newer[id_] = err
                 return
+            self._unread.add(id_)
             self.result.bad_ids.add(id_)
             self.result.trouble(f"map node {id_.hex()[:16]}", err)
 

@@ -14,8 +14,10 @@ from blocksnap.repository.blockmap import HOLE, MapRoot, encode_node
 from blocksnap.repository.check import Checker
 from blocksnap.repository.documents import Inodes
 from blocksnap.repository.frame import FrameType
+from blocksnap.repository.index import encode_rows, segment_name
 from blocksnap.repository.keys import KeyRing, Role
 from blocksnap.repository.repair_plan import Planner
+from blocksnap.repository.repository import Repository
 from support.inode_trees import Node, chunk, store_tree
 from support.repositories import make_repository, open_repository, open_writer
 from support.shared_maps import commit_map, lose_data, store_shared_map
@@ -115,7 +117,7 @@ def test_a_chunk_as_a_node(path: Path, role: Role, places: list[int]) -> None:
 
 
 def harm(path: Path, id_: bytes) -> frozenset[str]:
-    """Flip a bit of the only frame that has an id; return the pack it is in."""
+    """Flip a bit of a frame that has an id; return the pack it is in."""
     repository = open_repository(path)
     repository.refresh_index()
     at = repository.index.find(id_)
@@ -152,6 +154,42 @@ def test_what_a_false_map_leads_to_is_lost_all_the_same(path: Path, what: str, l
     repository = open_repository(path)
     (backup,) = (each.backup for each in repository.backups() if each.backup.id == true)
     assert current_losses(repository, backup).total_bytes > 0
+
+
+@pytest.mark.parametrize("first", [bytes(16), b"\xff" * 16])
+def test_a_chunk_that_a_row_calls_a_node(path: Path, first: bytes) -> None:
+    store_volume(path)
+    repository = open_repository(path)
+    repository.refresh_index()
+    with open_writer(repository) as run:
+        id_ = run.identify(FrameType.DATA, chunk(1))
+        at = repository.index.find(id_)
+        assert at is not None
+        pack = [(at.pack, (path / at.pack.name).stat().st_size)]
+        rows = encode_rows([(id_, 0, at.offset, at.length, FrameType.NODE)], pack, repository.keys.index_key)
+        repository.backend.put(segment_name(0, first, 0), rows)
+        wrong = commit_map(run, MapRoot(1, id_), "false")
+    assert named_by_a_check(path, Role.ADMIN) == {wrong[:8]}
+
+
+def test_a_harmed_chunk_that_is_whole_elsewhere_has_no_map_walked(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_volume(path)
+    with open_writer(open_repository(path)) as run:
+        id_ = run.identify(FrameType.DATA, chunk(1))
+        run.store_again(FrameType.DATA, id_, chunk(1))
+        commit_map(run, MapRoot(1, HOLE), "second")
+    harm(path, id_)
+    checker = Checker(open_repository(path), map_root, lambda _: None)
+    checker.check_structure()
+    checker.check_packs()
+    assert checker.result.bad_ids == {id_}
+    loads: list[bytes] = []
+    monkeypatch.setattr(Repository, "load_node", lambda _, node: loads.append(node))
+    checker.name_losses()
+    assert not loads
+    assert not checker.result.losses
 
 
 def test_all_that_need_what_is_gone_are_named(path: Path, role: Role) -> None:
