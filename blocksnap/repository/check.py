@@ -287,12 +287,12 @@ class Checker:
     def _marker(self, note: Callable[[bytes, BlocksnapError], None]) -> Marker:
         return self._index.marker(self._sizes.keys() - self._aside, note)
 
-    def _name_mistaken(self, backups: Iterable[Backup], ids: Container[bytes]) -> None:
+    def _name_mistaken(self, backups: Sequence[Backup], ids: Container[bytes]) -> None:
         """Name the backups that have these ids where they are wrong, not those where they are right."""
         finder = LossFinder(self._repository, self._root, ids)
         new_marker = partial(self._marker, lambda _id, _err: None)
-        # Each is walked alone, so only those that have any of them; all, should it lie behind their ends.
-        for some in (filter(finder.is_touched, backups), backups):
+        # Walked more than once, so only those that have any of them; all, should it lie behind their ends.
+        for some in (list(filter(finder.is_touched, backups)), backups):
             wrong = list(mistaken_backups(some, new_marker, self._root))
             for backup in wrong:
                 self.result.damage(

@@ -16,6 +16,9 @@ from blocksnap.repository.documents import Inodes
 from blocksnap.repository.frame import FrameType
 from blocksnap.repository.index import encode_rows, segment_name
 from blocksnap.repository.keys import KeyRing, Role
+from blocksnap.repository.marking import TRUSTED, Marker, mistaken_backups
+from blocksnap.repository.nodes import NodeLoader
+from blocksnap.repository.numbered import NumberedIndex
 from blocksnap.repository.repair_plan import Planner
 from blocksnap.repository.repository import Repository
 from support.inode_trees import Node, chunk, store_tree
@@ -114,6 +117,26 @@ def test_a_chunk_as_a_node(path: Path, role: Role, places: list[int]) -> None:
         wrong = commit_map(run, MapRoot(3, top), "false", chunks=4096)
     assert root.levels == 2
     assert named_by_a_check(path, role) == {wrong[:8]}
+
+
+@pytest.mark.parametrize(("wrong", "most"), [([], 1), ([0], 15), ([77], 15), ([3, 40, 41, 99], 50)])
+def test_what_many_share_is_not_walked_for_each_of_them(path: Path, wrong: list[int], most: int) -> None:
+    _, root = store_volume(path)
+    with open_writer(open_repository(path)) as run:
+        commit_map(run, MapRoot(1, root.entry), "false")
+    repository = open_repository(path)
+    repository.refresh_index()
+    index = NumberedIndex(repository.index.views)
+    false, true = sorted((each.backup for each in repository.backups()), key=lambda each: each.volume.name)
+    backups = [(false if at in wrong else true).model_copy(update={"id": f"{at:032x}"}) for at in range(100)]
+    walks: list[Marker] = []
+
+    def new_marker() -> Marker:
+        walks.append(Marker(index, [TRUSTED] * len(index.packs), NodeLoader(repository)))
+        return walks[-1]
+
+    assert list(mistaken_backups(backups, new_marker, map_root)) == [backups[at] for at in wrong]
+    assert len(walks) <= most
 
 
 def harm(path: Path, id_: bytes) -> frozenset[str]:
