@@ -21,7 +21,10 @@ _MOST = 50_000
 
 @dataclass(frozen=True, slots=True)
 class CurrentLosses:
-    """What is lost: ``total`` in figures, and the ``first`` ranges of chunks, which may be all there are."""
+    """What is lost: ``total`` in figures, and the ``first`` ranges of chunks, which may be all there are.
+
+    Nodes are read for the one and again for the other: of a storage that fails now and then they may differ.
+    """
 
     geometry: Geometry
     total: Measure = NOTHING
@@ -38,7 +41,7 @@ class CurrentLosses:
     def left_out(self) -> str:
         """What is to be said of the ranges that are not among the first, if there are any."""
         more = self.total.ranges - len(self.first)
-        return f"{more} more ranges, {self.total_bytes} bytes in all" if more else ""
+        return f"{more} more ranges, {self.total_bytes} bytes in all" if more > 0 else ""
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield the first ranges as (offset, length)."""
@@ -48,7 +51,7 @@ class CurrentLosses:
         """Yield extents that all that is lost is in: the first ranges, and what lies behind them as one."""
         if self.total.ranges == len(self.first):
             return self.extents()
-        *_, (_, behind) = self.first
+        behind = max((end for _, end in self.first), default=self.total.begin)
         return Ranges([*self.first, (behind, self.total.end)]).extents(self.geometry)
 
 

@@ -12,21 +12,24 @@ from typing import cast
 
 import pytest
 
+from blocksnap.errors import DamageError
 from blocksnap.extents.changes import Changes
 from blocksnap.extents.model import ExtentList
 from blocksnap.operations import heal, losses
 from blocksnap.operations.backup import back_up
 from blocksnap.operations.catalogue import map_root
-from blocksnap.operations.losses import current_losses
+from blocksnap.operations.losses import CurrentLosses, current_losses
 from blocksnap.operations.repair import RepairOptions, plan_repair, repair
 from blocksnap.operations.reporting import Quiet
 from blocksnap.operations.restore import execute_restore, plan_restore
 from blocksnap.operations.runs import is_gone, this_author
 from blocksnap.operations.storing import BackupOptions, plan_backup, store_volume
-from blocksnap.pipeline.selection import subtract
+from blocksnap.pipeline.flow import Geometry
+from blocksnap.pipeline.selection import Ranges, subtract
 from blocksnap.repository import losses as finding
 from blocksnap.repository import repairing
 from blocksnap.repository.blockmap import ZERO, MapReader
+from blocksnap.repository.map_losses import NOTHING, Measure
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.stored import StoredBackup
 from blocksnap.repository.writer import RepositoryWriter, Stored
@@ -159,6 +162,50 @@ def test_more_losses_than_are_held_are_read_again_as_one(
     assert list(few.covering()) == [extents[0], (extents[1][0], sum(extents[-1]) - extents[1][0])]
     read, _ = plan(repository, volume, made)
     assert all(any(begin * CHUNK <= at < end * CHUNK for begin, end in read) for at, _ in extents)
+
+
+def test_a_node_that_is_read_only_the_second_time_is_read_again_from_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, volume, made = stored(tmp_path)
+    harm_largest_pack(tmp_path / "r")
+    repository = mended(tmp_path)
+    extents = list(current_losses(repository, made.backup).extents())
+    assert back_up(repository, [volume], str(tmp_path / "state"), BackupOptions(full=True), Quiet())
+    repository = open_repository(tmp_path / "r")
+    assert plan(repository, volume, made) == ([], "nothing")
+    load = repository.load_node
+    seen: list[bytes] = []
+
+    def load_node(id_: bytes) -> bytes:
+        seen.append(id_)
+        if len(seen) == 1:
+            raise DamageError("it could not be read")
+        return load(id_)
+
+    monkeypatch.setattr(repository, "load_node", load_node)
+    lost = current_losses(repository, made.backup)
+    assert (lost.total.ranges, len(lost.first)) == (1, 0)
+    seen.clear()
+    read, _ = plan(repository, volume, made)
+    assert read == [(offset // CHUNK, offset // CHUNK + 1) for offset, _ in extents]
+
+
+@pytest.mark.parametrize(
+    ("total", "first", "covered"),
+    [
+        (Measure(3, 1, 4, 7), [], [(4, 7)]),
+        (Measure(3, 3, 4, 9), [(4, 5)], [(4, 9)]),
+        (NOTHING, [(4, 5), (6, 7)], [(4, 5), (6, 7)]),
+        (Measure(2, 1, 1, 3), [(4, 5), (6, 7)], [(4, 5), (6, 7)]),
+    ],
+)
+def test_two_readings_that_differ_are_covered(
+    total: Measure, first: list[tuple[int, int]], covered: list[tuple[int, int]]
+) -> None:
+    lost = CurrentLosses(Geometry(10 * CHUNK, CHUNK), total, Ranges(first))
+    assert list(lost.covering()) == [(begin * CHUNK, (end - begin) * CHUNK) for begin, end in covered]
+    assert bool(lost.left_out) == (total.ranges > len(first))
 
 
 def test_more_losses_than_are_told_are_healed_all_the_same(
