@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from blocksnap.errors import DamageError
@@ -20,20 +21,26 @@ class MoreProblemsError(DamageError):
 
 
 class Problems:
-    """Holds problems up to a number of them: one lost chunk can stand in a large volume millions of times."""
+    """Holds problems up to a number of them: one lost chunk can stand in a large volume millions of times.
+
+    For any threads: maps are walked in one while chunks are read in another.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._first: list[DamageError] = []
         self._more = 0
 
     def add(self, err: DamageError, places: int = 1) -> None:
         """Take one more, or as many as ``places``."""
-        if len(self._first) < _MOST_TOLD:
-            self._first.append(err)
-            places -= 1
-        self._more += places
+        with self._lock:
+            if len(self._first) < _MOST_TOLD:
+                self._first.append(err)
+                places -= 1
+            self._more += places
 
     def told(self, key: Callable[[DamageError], int] | None = None) -> list[DamageError]:
         """Return the first, in the order in which they came or by a key, and one for all others."""
-        first = self._first if key is None else sorted(self._first, key=key)
-        return [*first, MoreProblemsError(self._more)] if self._more else list(first)
+        with self._lock:
+            first = list(self._first) if key is None else sorted(self._first, key=key)
+            return [*first, MoreProblemsError(self._more)] if self._more else first

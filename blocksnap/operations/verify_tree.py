@@ -57,7 +57,7 @@ class _Numbered(Geometry):
 
 
 def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter) -> list[DamageError]:
-    """Return what cannot be read, in order of inode numbers. Raises MissingRightError."""
+    """Return what cannot be read, the first of it, in order of inode numbers. Raises MissingRightError."""
     repository.keys.require(Right.READ)
     found = inode_map(backup)
     reader = InodeReader(repository, found)
@@ -91,7 +91,11 @@ def verify_tree_backup(repository: Repository, backup: Backup, report: Reporter)
 
     with phase(report, f"verifying {backup.volume.name}", backup.size):
         verify_chunks(repository, geometry, runs(), report.advance, note)
-    return problems.told()
+    return problems.told(_inode)
+
+
+def _inode(err: DamageError) -> int:
+    return err.inode if isinstance(err, UnreadableInodeError) else -1
 
 
 def _pages(reader: InodeReader, problems: Problems) -> Iterator[int]:
