@@ -18,7 +18,7 @@ from blocksnap.repository.repository import Repository
 from blocksnap.repository.stored import StoredBackup, copied_without_times
 from blocksnap.retention import Candidate, Decision, Policy, apply_policy, require_modest
 
-TOLD_OF_COPY = timedelta(days=30)
+_TOLD_OF_COPY = timedelta(days=30)
 """So long after a copy without times the original may still be there, and nothing is told later."""
 
 
@@ -132,7 +132,7 @@ def execute_forget(repository: Repository, plan: ForgetPlan) -> None:
 
 
 def _warn_of_copy(backups: Sequence[StoredBackup], now: datetime, report: Reporter) -> None:
-    recent = [each for each in backups if each.received and each.received > now - TOLD_OF_COPY]
+    recent = [each for each in backups if each.received and each.received > now - _TOLD_OF_COPY]
     copied = copied_without_times(recent)
     # What is older than the first arrival keeps its own dates: then nothing counts otherwise than it should.
     if any(stored.dated for stored in copied):

@@ -64,7 +64,7 @@ class BackupLosses:
     @property
     def who(self) -> str:
         """Which backup it is, as people say it."""
-        return f"backup {self.backup[:8]} of {self.volume}"
+        return _called(self.backup, self.volume)
 
     @property
     def left_out(self) -> str:
@@ -151,7 +151,11 @@ class CheckResult:
 
 def named(backup: Backup) -> str:
     """Return what people call a backup."""
-    return f"backup {backup.id[:8]} of {backup.volume.name}"
+    return _called(backup.id, backup.volume.name)
+
+
+def _called(backup: str, volume: str) -> str:
+    return f"backup {backup[:8]} of {volume}"
 
 
 def finding_of(name: str, err: BlocksnapError) -> Finding:

@@ -11,8 +11,8 @@ from blocksnap.repository.documents import Backup, Manifest
 CLOCK_TOLERANCE = timedelta(hours=1)
 """Where a backup arrives later, or earlier, its host's clock is not believed: storing takes its time, too."""
 
-COPIED_AT_LEAST = 3
-COPIED_MADE_OVER = timedelta(days=1)
+_COPIED_AT_LEAST = 3
+_COPIED_MADE_OVER = timedelta(days=1)
 """So many backups of a lineage, made over more than that, do not arrive within an hour but by a copy."""
 
 
@@ -98,7 +98,7 @@ def copied_without_times(found: Iterable[StoredBackup]) -> tuple[StoredBackup, .
             if end == len(arrivals) or arrivals[end][0] - arrivals[begin][0] > CLOCK_TOLERANCE:
                 together = arrivals[begin:end]
                 times = [stored.backup.time for _, stored in together]
-                if len(together) >= COPIED_AT_LEAST and max(times) - min(times) > COPIED_MADE_OVER:
+                if len(together) >= _COPIED_AT_LEAST and max(times) - min(times) > _COPIED_MADE_OVER:
                     copied += together
                 begin = end
     return tuple(stored for _, stored in sorted(copied, key=lambda arrival: arrival[0]))
