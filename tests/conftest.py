@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from blocksnap.repository import key_objects
 from support.in_process import InProcess
 
+_TOLD_LINES = 60
+
 # A deadline makes a busy machine look like a broken program, and so does how long it takes to make examples.
 settings.register_profile("blocksnap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("blocksnap")
@@ -34,6 +36,25 @@ def _take_note_of(*_: object) -> None:
 for _number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _take_note_of)
+
+
+class _Teller:
+    """Tells of a failure when it happens: the end, where pytest does, is not always reached."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            lines = report.longreprtext.splitlines()[-_TOLD_LINES:]
+            self._terminal.write_line("\n".join(["", f"FAILED in {report.when}: {report.nodeid}", *lines]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Teller(terminal))
 
 
 def shared_directories() -> dict[str, tuple[int, int, int, list[str]]]:

@@ -90,6 +90,11 @@ class Restoring:
         self.events += [json.loads(line) for line in out.splitlines()]
         return self.process.returncode
 
+    def kill(self) -> None:
+        """End it, if it has not ended, and forget what it tells."""
+        self.process.kill()
+        self.process.communicate()
+
     def end(self, number: signal.Signals) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)
@@ -103,9 +108,13 @@ def restoring(*words: str, instant: bool = True, prelude: str = "") -> Iterator[
     run = Restoring(*words, instant=instant, prelude=prelude)
     try:
         yield run
+    except BaseException:
+        run.kill()
+        # Or whatever cleans up after the test waits for ever for a server that is gone, as LVM's scan does.
+        disconnect_all()
+        raise
     finally:
-        run.process.kill()
-        run.process.communicate()
+        run.kill()
 
 
 @contextmanager
