@@ -68,11 +68,10 @@ def replace(name: str, table: str, *, flushing: bool, limit_seconds: float = WAI
             run("dmsetup", "resume", *options, name, timeout_seconds=limit_seconds)
         except CommandError:
             # A command that an earlier call left running waited for the same, and has just exchanged the
-            # table; ours was dropped then (do_resume in drivers/md/dm-ioctl.c).
+            # table; ours was dropped then (do_resume in drivers/md/dm-ioctl.c). It may also do so right
+            # after ours, while that lets the device go on: so the table is looked at again in any case.
             if attempt == _REPLACE_ATTEMPTS - 1:
                 raise
-        else:
-            return
     if number is not None and is_suspended(number):
         run("dmsetup", "resume", name, timeout_seconds=limit_seconds)
 
