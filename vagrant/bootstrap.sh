@@ -44,16 +44,33 @@ hold_services() {
     HELD+=("$cluster/blocksnap-bootstrap.conf")
 }
 
+# What comes from elsewhere does not always come at once.
+again() {
+    local attempt
+    for attempt in 1 2 3; do
+        if "$@"; then
+            return
+        fi
+        say "$1 failed (attempt $attempt of 3)"
+        [ "$attempt" = 3 ] || sleep $((attempt * 10))
+    done
+    return 1
+}
+
+fetch_packages() {
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -o DPkg::Lock::Timeout=600 update -qq &&
+        apt-get -o DPkg::Lock::Timeout=600 install -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 \
+            -o Dpkg::Options::=--force-confold "$@" > /dev/null
+}
+
 install_packages() {
     [ "$(id -u)" = 0 ] || die "these packages are missing, and only root can install them: $*"
     say "installing $*"
     HELD=()
     trap 'rm -f "${HELD[@]}"' EXIT
     hold_services
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq
-    apt-get install -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 \
-        -o Dpkg::Options::=--force-confold "$@" > /dev/null
+    again fetch_packages "$@"
     rm -f "${HELD[@]}"
     trap - EXIT
 }
@@ -115,8 +132,8 @@ ensure_venv() {
 print(*tomllib.load(open(sys.argv[1], "rb"))["build-system"]["requires"], sep="\n")' \
         "$PROJECT/pyproject.toml")
     mapfile -t source <<< "$requires"
-    "$VENV/bin/python" -m pip install -qq "${source[@]}"
-    "$VENV/bin/python" -m pip install -qq --no-build-isolation -e "${PROJECT}[dev]"
+    again "$VENV/bin/python" -m pip install -qq "${source[@]}"
+    again "$VENV/bin/python" -m pip install -qq --no-build-isolation -e "${PROJECT}[dev]"
     healthy || die "the package was installed but does not import"
     echo "$wanted" > "$STAMP"
 }
