@@ -173,8 +173,8 @@ LAB_SECOND := $(addprefix tests/lvm/test_,thin_bases.py thin_histories.py thin_m
 	restore_failures.py restore_in_place.py instant.py instant_endings.py instant_failures.py instant_targets.py)
 lab-test:
 	@mkdir -p build
-	@vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
+	@vagrant/lab --timeout 7200 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
 	second=$$!; \
-	vagrant/lab --timeout 3600 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND)) tests/lvm; \
+	vagrant/lab --timeout 7200 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND)) tests/lvm; \
 	rest=$$?; wait $$second; code=$$?; cat build/lab-second.log; \
 	test $$rest -eq 0 && test $$code -eq 0

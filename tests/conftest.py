@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from blocksnap.repository import key_objects
 from support.in_process import InProcess
 
 _TOLD_LINES = 60
+_CLEANING_SECONDS = 300.0
 
 # A deadline makes a busy machine look like a broken program, and so does how long it takes to make examples.
 settings.register_profile("blocksnap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -48,6 +50,40 @@ class _Teller:
         if report.failed:
             lines = report.longreprtext.splitlines()[-_TOLD_LINES:]
             self._terminal.write_line("\n".join(["", f"FAILED in {report.when}: {report.nodeid}", *lines]))
+            self._terminal.flush()
+
+
+class _Ender:
+    """Ends the whole run where a test that has failed cannot be cleaned up after.
+
+    pytest-timeout sets no limit any more once a test has failed, and a program that waits for a dead device
+    cannot be killed: nobody would be told of anything. pytest's own plugin for faulthandler takes any timer
+    back when something fails, so there are two: one for a test that was to be ended, and does not end, and
+    one for what comes after it.
+    """
+
+    def __init__(self, stderr: int, limit_seconds: float) -> None:
+        self._stderr = stderr
+        self._limit_seconds = limit_seconds
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        return (yield from self._within_limit(item))
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        return (yield from self._within_limit(item))
+
+    def _within_limit(self, item: pytest.Item) -> Generator[None, object, object]:
+        marker = item.get_closest_marker("timeout")
+        limit = float(marker.args[0]) if marker else self._limit_seconds
+        # None is asked for by 0.
+        if limit:
+            faulthandler.dump_traceback_later(limit + _CLEANING_SECONDS, exit=True, file=self._stderr)
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(trylast=True)
@@ -55,6 +91,8 @@ def pytest_configure(config: pytest.Config) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Teller(terminal))
+    limit = config.getoption("timeout") or config.getini("timeout")
+    config.pluginmanager.register(_Ender(os.dup(2), float(limit)))
 
 
 def shared_directories() -> dict[str, tuple[int, int, int, list[str]]]:

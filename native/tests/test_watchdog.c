@@ -293,7 +293,7 @@ static void test_what_is_begun_when_the_time_was_up_is_let_go_too(void)
 
 static void test_what_is_armed_when_the_time_was_up_is_let_go_too(void)
 {
-        struct running running = start(50, "exit 0");
+        struct running running = start_with(50, 60000, "exit 0");
 
         CHECK_EQUAL(pwrite(running.file, "go", 2, 0), 2);
         say(&running, BS_WATCH_ARM, 1);
@@ -308,7 +308,7 @@ static void test_what_is_armed_when_the_time_was_up_is_let_go_too(void)
 
 static void test_after_is_run_once_by_whoever_asks(void)
 {
-        struct running running = start(200, "printf x >&2; exit 7");
+        struct running running = start_with(200, 60000, "printf x >&2; exit 7");
 
         say(&running, BS_WATCH_ARM, 1);
         say(&running, BS_WATCH_START, 1);
@@ -352,14 +352,15 @@ static void test_after_is_not_run_beside_its_before(void)
         usleep(400000);
         CHECK(strcmp(finish(&running, NULL), "after") == 0);
 
-        running = start_pair("trap '' TERM; while :; do sleep 0.1; done", "printf after");
+        running = start_pair("trap '' TERM; printf 1; while :; do sleep 0.1; done", "printf after");
         say(&running, BS_WATCH_ARM, 1);
         say(&running, BS_WATCH_START, 0);
-        usleep(100000);
+        while (lseek(running.file, 0, SEEK_END) == 0)
+                usleep(1000);
         say(&running, BS_WATCH_START, 1);
         CHECK_EQUAL(hear(&running, BS_WATCH_ENDED), -SIGKILL);
         CHECK_EQUAL(hear(&running, BS_WATCH_ENDED), 0);
-        CHECK(strcmp(finish(&running, NULL), "after") == 0);
+        CHECK(strcmp(finish(&running, NULL), "1after") == 0);
 }
 
 static void test_what_cannot_be_understood_is_passed_over(void)

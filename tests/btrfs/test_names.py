@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import CommandLine
-from support.loops import call, loop_device, mounted
+from support.loops import await_unused, call, loop_device, mounted
 from support.require import require
 
 
@@ -40,5 +40,6 @@ def test_subvolumes_by_their_paths_and_nothing_else(blocksnap: CommandLine, tmp_
                 assert len(refused.errors) == 1
                 assert "fix:" in refused.stderr
         # Unmounted, it is a device like any other.
+        await_unused(device)
         blocksnap.done("backup", device)
         blocksnap.done("verify", "latest", device)

@@ -96,7 +96,7 @@ def test_a_subvolume_is_restored_verified_and_looked_at(lab: BtrfsLab, blocksnap
         ]
         assert "looked at" in steps[2][2]
         assert "not kept" not in steps[1][2]
-        assert left(blocksnap.folder) == []
+        assert wait_until(lambda: left(blocksnap.folder) == [])
     (listed,) = blocksnap.done("list", "--json").document["backups"]
     assert (listed["drill"]["good"], listed["drill"]["failed_at"]) == (True, None)
     blocksnap.done("report", "--drill-age", "1d")

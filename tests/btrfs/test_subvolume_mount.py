@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -251,7 +252,9 @@ def test_nothing_is_left_whoever_is_killed(
         (holder,) = children_of(process.pid)
         victims = {"all": [process.pid, holder], "tree": [holder]}
         for pid in victims.get(victim, [process.pid]):
-            os.kill(pid, signal.SIGTERM if victim == "terminated" else signal.SIGKILL)
+            # The others may have ended by themselves once the first one has.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if victim == "terminated" else signal.SIGKILL)
         process.communicate(timeout=60)
         if victim == "all":
             # Nobody is left who could unmount it.

@@ -73,7 +73,7 @@ def dpkg(root: Path, *arguments: str | Path) -> None:
     call("dpkg", f"--instdir={root}", f"--admindir={admin}", "--force-depends", "--force-confnew", *arguments)
 
 
-@pytest.mark.timeout(7200 if SOAK else 120)
+@pytest.mark.timeout(7200 if SOAK else 900)
 def test_packages_come_and_go(lab: BtrfsLab, elsewhere: Path, tmp_path: Path) -> None:
     for part in PARTS:
         target = lab.live / part.lstrip("/")

@@ -20,6 +20,7 @@ from blocksnap.system.files import is_being_written
 from blocksnap.volumes.image import FOLDER
 from blocksnap.volumes.resolve import resolve_volume, resolve_volumes
 from support.file_ioctls import set_immutable
+from support.forks import exit_code_of
 from support.in_process import InProcess
 from support.loops import call, loop_device, mounted
 
@@ -55,14 +56,15 @@ def test_a_clone_is_found_where_its_directory_was_renamed(place: Path, blocksnap
     (folder / "image").write_bytes(random.Random(1).randbytes(MIB))
     volume = resolve_volume(str(folder / "image"))
     dead = f"dead{uuid4().hex}"
-    child = os.fork()
-    if not child:
+
+    def die_with_a_snapshot() -> int:
         journal = Journal(blocksnap.folder / "state", dead)
         journal.append("snapshot", volume=volume.key, name=volume.name, trace=volume.trace(dead))
         volume.prepare()
         volume.take_snapshot(dead, lambda _step, _facts: None)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+        return 0
+
+    assert exit_code_of(die_with_a_snapshot) == 0
     snapshot = volume.take_snapshot("alive", lambda _step, _facts: None)
     folder.rename(place / "after")
     assert len(clones(place / "after")) == 2
@@ -215,7 +217,7 @@ def test_random_writes_of_a_mounted_filesystem(place: Path, blocksnap: InProcess
         with mounted(device, tmp_path / "guest") as guest:
             data = guest / "data"
             data.write_bytes(random.Random(1).randbytes(16 * MIB))
-            os.sync()
+            call("sync", "-f", guest)
             blocksnap.backup(str(path), "--base", "keep")
             for number in range(3):
                 written = write_randomly(data, random.Random(number))

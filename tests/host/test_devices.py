@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import CommandLine
-from support.loops import call, loop_device, mounted
+from support.loops import await_unused, call, loop_device, mounted
 
 MIB = 1 << 20
 
@@ -43,6 +43,7 @@ def test_a_mounted_device_is_no_volume(blocksnap: CommandLine, tmp_path: Path) -
             refused = blocksnap("backup", device)
         assert refused.code == 14
         assert str(tmp_path / "mnt") in refused.stderr
+        await_unused(device)
         blocksnap.done("backup", device)
 
 

@@ -11,7 +11,14 @@ ROOT = Path(__file__).parents[2]
 
 def test_pip_install_into_a_new_environment(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    pip = [tmp_path / "venv" / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [
+        tmp_path / "venv" / "bin" / "pip",
+        "install",
+        "--quiet",
+        "--retries",
+        "10",
+        "--disable-pip-version-check",
+    ]
     subprocess.run(
         [*pip, f"--config-settings=build-dir={tmp_path / 'build'}", ROOT], check=True, cwd=tmp_path
     )

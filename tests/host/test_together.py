@@ -58,7 +58,7 @@ class Household:
             self.restore,
         ]
         threads = [
-            threading.Thread(target=live, args=(work, random.Random(SEED * 100 + number)))
+            threading.Thread(target=live, args=(work, random.Random(SEED * 100 + number)), daemon=True)
             for number, work in enumerate(works)
         ]
         for thread in threads:

@@ -62,7 +62,7 @@ def test_a_good_backup_passes_and_stays_as_it_is(blocksnap: CommandLine, tmp_pat
         ]
         assert (result["good"], result["chunks"] > 10) == (True, True)
         assert "looked at" in result["steps"][4]["said"]
-        assert processes_with(sleeps) == []
+        assert wait_until(lambda: processes_with(sleeps) == [])
     (listed,) = blocksnap.done("list", "--json").document["backups"]
     assert (listed["drill"]["good"], listed["drill"]["failed_at"]) == (True, None)
     assert blocksnap.done("check").code == 0
@@ -86,7 +86,7 @@ def test_what_is_wrong_with_the_data_fails_and_is_told(blocksnap: CommandLine, t
     configure(blocksnap, image, f"#!/bin/sh\nsleep {sleeps} & sleep {sleeps}\n", seconds=1)
     result = drilled(blocksnap, "latest", code=1)
     assert "was killed" in result["steps"][-1]["said"]
-    assert processes_with(sleeps) == []
+    assert wait_until(lambda: processes_with(sleeps) == [])
     # A filesystem whose own check finds fault.
     content = bytearray(image.read_bytes())
     content[8 * MIB : 9 * MIB] = b"\xff" * MIB

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -164,7 +164,9 @@ def test_nothing_is_left_whoever_is_killed(blocksnap: CommandLine, tmp_path: Pat
         tree_pid, inner_pid = children_of(process.pid)
         victims = {"all": [process.pid, tree_pid, inner_pid], "tree": [tree_pid]}
         for pid in victims.get(victim, [process.pid]):
-            os.kill(pid, signal.SIGTERM if victim == "terminated" else signal.SIGKILL)
+            # The others may have ended by themselves once the first one has.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if victim == "terminated" else signal.SIGKILL)
         process.communicate(timeout=60)
         if victim == "all":
             # Nobody is left who could unmount the tree, but all that it was made of is gone.

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -246,7 +247,9 @@ def test_nothing_is_left_after_kill(blocksnap: CommandLine, tmp_path: Path, what
         ]
         assert len([loop for loop in loops if int(loop["offset"] or 0)]) >= 2
         for pid in [process.pid, *children_of(process.pid)]:
-            os.kill(pid, signal.SIGKILL)
+            # The others may have ended by themselves once the first one has.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=60)
         if what == "mount":
             unmount(tree)

@@ -21,6 +21,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 LAB = PROJECT / "vagrant" / "lab"
 LAB_FAILED = 125
 RUN_PREFIX = "blocksnap-lab-"
+_LONGEST = "600"
+"""Seconds, for what hangs: labs that are started beside one another share the processors."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,7 +41,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def lab(*words: str, script: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
-    argv = [LAB, "--timeout", "120", *words, "--", "bash", "-c", script]
+    argv = [LAB, "--timeout", _LONGEST, *words, "--", "bash", "-c", script]
     return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=cwd)
 
 
@@ -70,20 +72,20 @@ def test_signal_becomes_128_plus_number() -> None:
 
 
 def test_missing_command_is_127() -> None:
-    argv = [LAB, "--timeout", "120", "--", "no-such-command"]
+    argv = [LAB, "--timeout", _LONGEST, "--", "no-such-command"]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert result.returncode == 127
     assert "no-such-command" in result.stderr
 
 
 def test_output_comes_while_the_command_runs() -> None:
-    argv = [LAB, "--timeout", "200", "--", "bash", "-c", "echo first; sleep 1000"]
+    argv = [LAB, "--timeout", _LONGEST, "--", "bash", "-c", "echo first; sleep 1000"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "first\n"
         assert process.poll() is None
         process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
 
 
 def test_a_lot_of_output_arrives_whole() -> None:
@@ -111,26 +113,24 @@ def test_timeout_kills_everything(scratch: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_clean_up(scratch: Path, number: signal.Signals) -> None:
     with subprocess.Popen([LAB, "--", "sleep", "600"], stderr=subprocess.PIPE, text=True) as process:
-        assert wait_until(lambda: kernels(scratch), 60)
-        time.sleep(1)
+        assert wait_until(lambda: processors(scratch), 300)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 128 + number
+        assert process.wait(timeout=300) == 128 + number
     assert not list(scratch.iterdir())
     assert not kernels(scratch)
 
 
 def test_kernel_dies_with_a_killed_runner_and_the_next_run_sweeps(scratch: Path) -> None:
     with subprocess.Popen([LAB, "--", "sleep", "600"]) as process:
-        assert wait_until(lambda: kernels(scratch), 60)
-        time.sleep(1)
+        assert wait_until(lambda: processors(scratch), 300)
         process.kill()
-    assert wait_until(lambda: not kernels(scratch), 60), kernels(scratch)
+    assert wait_until(lambda: not kernels(scratch), 300), kernels(scratch)
     assert lab(script="true").returncode == 0
     assert not list(scratch.iterdir())
 
 
 def test_kernel_that_does_not_boot_is_explained(scratch: Path) -> None:
-    argv = [LAB, "--memory", "16M", "--timeout", "60", "--", "true"]
+    argv = [LAB, "--memory", "16M", "--timeout", _LONGEST, "--", "true"]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert result.returncode == LAB_FAILED
     assert "lab: the kernel ended before the command did" in result.stderr
@@ -202,7 +202,7 @@ def test_filesystems_loop_freezer_and_loopback_network() -> None:
 
 
 def test_two_labs_at_once() -> None:
-    argv = [LAB, "--timeout", "120", "--disk", "256M", "--", "bash", "-c"]
+    argv = [LAB, "--timeout", _LONGEST, "--disk", "256M", "--", "bash", "-c"]
     script = 'vgcreate -q same "$LAB_DISKS" >/dev/null && sleep 3 && vgs --noheadings -o pv_count same'
     both = [subprocess.Popen([*argv, script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in both] == ["1", "1"]
@@ -218,7 +218,7 @@ def test_project_may_lie_anywhere(parent: str) -> None:
         for name in ("lab", "init.sh", "uml-registers.c"):
             shutil.copy(PROJECT / "vagrant" / name, project / "vagrant" / name)
         (project / "data").write_text("here\n")
-        argv = [project / "vagrant" / "lab", "--timeout", "120", "--", "cat", str(project / "data")]
+        argv = [project / "vagrant" / "lab", "--timeout", _LONGEST, "--", "cat", str(project / "data")]
         result = subprocess.run(argv, capture_output=True, text=True, check=False, cwd="/")
         assert (result.returncode, result.stdout) == (0, "here\n"), result.stderr
 
@@ -259,7 +259,7 @@ print(len(answers), all(answers))
 """
     python = PROJECT / ".venv" / "bin" / "python"
     done = subprocess.run(
-        [LAB, "--timeout", "120", "--", python, "-c", script], capture_output=True, text=True, check=False
+        [LAB, "--timeout", _LONGEST, "--", python, "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.returncode) == ("240 True\n", 0), done.stderr
 
@@ -284,9 +284,9 @@ def test_each_lab_has_a_processor_of_its_own(scratch: Path) -> None:
     argv = ["unshare", "--net", "sh", "-c", script]
     with subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         try:
-            assert wait_until(lambda: len({frozenset(each) for each in processors(scratch)}) == 2, 60)
+            assert wait_until(lambda: len({frozenset(each) for each in processors(scratch)}) == 2, 300)
             assert all(len(each) == 1 for each in processors(scratch))
         finally:
             os.killpg(process.pid, signal.SIGTERM)
     # The labs are nobody's children here: what they still remove must not be removed beside them.
-    assert wait_until(lambda: not kernels(scratch) and not any(scratch.iterdir()), 60)
+    assert wait_until(lambda: not kernels(scratch) and not any(scratch.iterdir()), 300)

@@ -15,7 +15,7 @@ from blocksnap.volumes.resolve import resolve_volume
 from support.classic_volume import ClassicVolume, classic_group, make_volume, read_device
 from support.in_process import InProcess
 from support.killed import killed
-from support.lvm_lab import tool, write_at
+from support.lvm_lab import suspended, tool, write_at
 
 KIB, MIB = 1 << 10, 1 << 20
 CHUNK = 128 * KIB
@@ -49,11 +49,6 @@ def volume(group: str, kind: str) -> Iterator[ClassicVolume]:
     write_at(made.node, 0, random.Random(1).randbytes(8 * MIB))
     yield made
     tool("lvremove", "-ff", "-y", f"{group}/{NAME}")
-
-
-def suspended() -> list[str]:
-    lines = tool("dmsetup", "info", "-c", "--noheadings", "-o", "name,suspended").splitlines()
-    return [line.partition(":")[0] for line in lines if line.endswith("Suspended")]
 
 
 def test_backed_up_tracked_restored(kind: str, volume: ClassicVolume, blocksnap: InProcess) -> None:
@@ -100,10 +95,10 @@ def test_what_a_dead_lvcreate_left_suspended_goes_on(
     assert killed(1, "backup", name, "-q")
     nodes = [volume.node, volume.node_of(base), volume.node_of(NAME, "-real")]
     nodes += [*map(volume.node_of, BELOW[kind]), volume.node_of(base, "-cow")]
-    for node in nodes:
-        tool("dmsetup", "suspend", node)
-    assert len(suspended()) == len(nodes)
     try:
+        for node in nodes:
+            tool("dmsetup", "suspend", node)
+        assert len(suspended()) == len(nodes)
         code, out, _ = blocksnap("doctor", "--fix", "--json")
         assert code == 0, out
         assert any("left suspended" in message for message in json.loads(out)["fixed"])

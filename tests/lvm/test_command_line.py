@@ -149,11 +149,14 @@ def test_a_run_that_is_ended_by_a_signal(
     configuration = tmp_path / "blocksnap.toml"
     configuration.write_text('[defaults.pace]\npolicy = "fixed"\nread_rate = "128K"\n')
     process = blocksnap.start("backup", volume, "--json")
-    assert process.stdout is not None
-    assert b"plan" in process.stdout.readline()
-    assert len(pool.snapshots()) == 1
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=600)
+    try:
+        assert process.stdout is not None
+        assert b"plan" in process.stdout.readline()
+        assert len(pool.snapshots()) == 1
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=600)
+    finally:
+        process.kill()
     assert process.returncode == code, stderr
     assert b"Traceback" not in stderr
     if number != signal.SIGKILL:

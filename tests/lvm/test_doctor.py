@@ -138,7 +138,9 @@ def test_a_volume_that_a_dead_lvcreate_left_suspended(
     assert killed(1, "backup", volumes[0], "-q")
     name = f"{pool.group.replace('-', '--')}-one"
     tool("dmsetup", "suspend", name)
-    code, out, _ = blocksnap("doctor", "--fix", "--json")
-    tool("dmsetup", "resume", name)
+    try:
+        code, out, _ = blocksnap("doctor", "--fix", "--json")
+    finally:
+        tool("dmsetup", "resume", name)
     assert code == 0, out
     assert any("left suspended" in message for message in json.loads(out)["fixed"])

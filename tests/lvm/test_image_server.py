@@ -15,6 +15,7 @@ from blocksnap.system import nbd
 from blocksnap.system.command import has_program, run
 from blocksnap.system.nbdkit import serve_connection
 from support.require import require
+from support.standing import wait_until
 
 IDENTIFIER = "blocksnap-test-image-server"
 
@@ -49,5 +50,8 @@ def test_the_end_of_the_server_before_is_waited_for(tmp_path: Path, monkeypatch:
             assert said == []
         finally:
             before.close()
-            server.disconnect()
-    assert nbd.find(IDENTIFIER) is None
+            server.close()
+            if (left := nbd.find(IDENTIFIER)) is not None:
+                nbd.disconnect(left)
+    # Who looks at new devices may have it open for a moment yet.
+    assert wait_until(lambda: nbd.find(IDENTIFIER) is None)

@@ -16,6 +16,7 @@ import pytest
 
 from blocksnap.cli.main import run
 from blocksnap.system import command
+from support.forks import exit_code_of
 from support.in_process import InProcess
 from support.instant_restore import (
     MIB,
@@ -108,28 +109,25 @@ def test_a_crash_of_the_machine(
 
 def forked(*words: str) -> int:
     """Run a command in a process of its own, and return its exit code."""
-    pid = os.fork()
-    if not pid:
-        os._exit(run(list(words)))
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return exit_code_of(lambda: run(list(words)))
 
 
 def killed_at(number: int, *words: str) -> bool:
     """Run a command that kills itself before its n-th program; tell whether it got to its end."""
-    pid = os.fork()
-    if not pid:
-        count, locate = 0, command._locate
+    count, locate = 0, command._locate
 
-        def deadly(program: str) -> str:
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return locate(program)
+    def deadly(program: str) -> str:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return locate(program)
 
+    def work() -> int:
         command._locate = deadly
-        os._exit(run(list(words)))
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return run(list(words))
+
+    status = exit_code_of(work)
     assert status in (0, -signal.SIGKILL), (number, status)
     return status == 0
 

@@ -181,7 +181,7 @@ def moments(log: str, medium: str) -> Iterator[Promised]:
     assert len(promised.contents) == ROUNDS - 2
 
 
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("_lab")
 def test_no_committed_backup_is_lost(tmp_path: Path) -> None:
     first, second = scratch_disks()[:2]
@@ -210,4 +210,4 @@ def test_no_committed_backup_is_lost(tmp_path: Path) -> None:
                         apart(partial(look, folder, promised, tmp_path, thoroughly=looked % 4 == 0))
                         looked += 1
         print(f"{looked} of them looked at")
-        assert looked > 5
+        assert looked > 2

@@ -83,8 +83,14 @@ def writer(mounts: list[Path], group: Path) -> Iterator[None]:
         (group / "cgroup.procs").write_text(str(process.pid))
         assert process.stdout is not None
         assert process.stdout.readline() == b"running\n"
-        yield
-        process.kill()
+        try:
+            yield
+        finally:
+            # What a run left standing still would not end.
+            (group / "cgroup.freeze").write_text("0")
+            for folder in mounts:
+                thaw(folder)
+            process.kill()
 
 
 class Counters:

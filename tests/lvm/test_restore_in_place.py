@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -90,12 +91,11 @@ def test_an_interrupted_one_goes_on(
     write(node, 0, random.Random(7).randbytes(16 * MIB))
     backup, state = blocksnap.backup(volume)["id"], content(node)
     write(node, 0, random.Random(8).randbytes(16 * MIB))
-    lately, writes = content(node), []
+    lately, writes = content(node), itertools.count(1)
     whole_write = Place.write
 
     def interrupted(place: Place, offset: int, data: bytes | memoryview) -> None:
-        writes.append(offset)
-        if len(writes) == 5:
+        if next(writes) == 5:
             raise KeyboardInterrupt
         whole_write(place, offset, data)
 
@@ -174,14 +174,13 @@ def test_a_new_volume_that_is_interrupted_is_taken_over(
     volume = pool.create("whole")
     write(pool.node("whole"), 0, random.Random(10).randbytes(24 * MIB))
     blocksnap.backup(volume)
-    target, writes = f"{pool.group}/again", []
+    target, writes = f"{pool.group}/again", itertools.count(1)
     whole_write = Place.write
     monkeypatch.setattr("blocksnap.restore.place._RECORD_SECONDS", 0.0)
     monkeypatch.setattr("blocksnap.restore.plan._FIRST_CHUNKS", 16)
 
     def interrupted(place: Place, offset: int, data: bytes | memoryview) -> None:
-        writes.append(offset)
-        if len(writes) == 15:
+        if next(writes) == 15:
             raise KeyboardInterrupt
         whole_write(place, offset, data)
 

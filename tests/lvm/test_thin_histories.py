@@ -18,7 +18,7 @@ SOAK = int(os.environ.get("BLOCKSNAP_SOAK_ROUNDS", "1"))
 
 
 @pytest.mark.parametrize("chunk_size", [64 * KIB, 192 * KIB])
-@pytest.mark.timeout(300 * SOAK)
+@pytest.mark.timeout(max(900, 300 * SOAK))
 @pytest.mark.usefixtures("_lab")
 def test_random_histories_against_the_tool_and_the_model(chunk_size: int) -> None:
     """Any two snapshots, of any ages, after anything; and what the times say is never less than that."""

@@ -221,7 +221,7 @@ def test_a_snapshot_is_taken_in_a_filesystem_that_would_be_frozen(tmp_path: Path
         call("mkfs.btrfs", "-q", device)
         with mounted(device, tmp_path / "btrfs") as point:
             volume = SubvolumeVolume(str(point))
-            request = QuiesceRequest(QuiesceSettings(deadline_seconds=2))
+            request = QuiesceRequest(QuiesceSettings(deadline_seconds=30))
             standstill = request.assemble([Device(device), volume], tmp_path)  # type: ignore[list-item]
             assert standstill is not None
             with Path(os.devnull).open("wb") as journal:
@@ -322,12 +322,15 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
             finally:
                 controller.kill()
         assert wait_until(lambda: is_gone(watchdog))
-        # What the disk of this machine, busy with other tests, makes anybody wait is not ours.
-        assert application.longest_stall() < deadline + 1 + beside.longest_stall()
+        assert not thaw(nested.inner)
+        # What the disk of this machine, busy with other tests, makes anybody wait is not ours; and what is
+        # flushed in a filesystem in an image in another one is flushed several times.
+        assert application.longest_stall() < deadline + 1 + 8 * beside.longest_stall()
     finally:
+        # Or it could not be killed.
+        thaw(nested.inner)
         application.kill()
         beside.kill()
-    assert not thaw(nested.inner)
 
 
 def test_what_is_frozen_when_the_time_was_up_is_thawed(nested: Nested) -> None:

@@ -173,6 +173,8 @@ def test_a_lock_that_is_lost_is_noticed(world: World, tmp_path: Path) -> None:
     names = "SELECT id FROM information_schema.processlist WHERE command = 'Sleep' AND id <> connection_id()"
 
     def kill() -> None:
+        # Who has just been answered may not be asleep yet.
+        assert wait_until(lambda: ask(root, names))
         for (number,) in ask(root, names):
             ask(root, f"KILL {number}")
 
@@ -197,7 +199,7 @@ def test_the_watchdog_ends_the_lock_of_a_run_that_takes_too_long(world: World) -
 
         data.meanwhile = dawdle
         with pytest.raises(QuiesceError, match="the watchdog ended the standstill"):
-            world.back_up(data, deadline_seconds=3)
+            world.back_up(data, deadline_seconds=10)
         assert seen
     finally:
         ledger.stop()

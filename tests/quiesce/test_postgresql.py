@@ -101,9 +101,10 @@ def load(world: World, wal: CopiedVolume, data: CopiedVolume, space: CopiedVolum
         "CREATE TABLE ledger (number integer PRIMARY KEY, words text) TABLESPACE far",
     )
     call(*server.argv("pgbench", "-i", "-q", "-s", "1", "--tablespace", "far", "postgres"))
+    # Paced: the log that it writes is kept, and its volume is small.
     bench = world.stack.enter_context(
         subprocess.Popen(
-            server.argv("pgbench", "-n", "-c", "2", "-T", "600", "postgres"),
+            server.argv("pgbench", "-n", "-c", "2", "-R", "50", "-T", "600", "postgres"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

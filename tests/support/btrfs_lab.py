@@ -79,7 +79,8 @@ class BtrfsLab:
         used = Path("/sys/fs/btrfs", call("blkid", "-o", "value", "-s", "UUID", self.device).strip())
         unmount(self.mount)
         deadline = time.monotonic() + RELEASE_SECONDS
-        while used.exists() and time.monotonic() < deadline:
+        while used.exists():
+            assert time.monotonic() < deadline, f"{self.device} is mounted elsewhere"
             time.sleep(0.02)
         yield
         call("mount", "-o", self.options, self.device, self.mount)

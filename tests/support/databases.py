@@ -17,6 +17,7 @@ from support.loops import call
 from support.standing import wait_until
 
 PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"))
+_STOPPING_SECONDS = 120
 _POSTGRES = (
     "shared_buffers=16MB max_wal_size=16MB min_wal_size=2MB checkpoint_timeout=30s max_connections=12 "
     "max_replication_slots=2"
@@ -87,7 +88,7 @@ class Postgres:
 
     def wait(self) -> None:
         """Wait until it answers."""
-        assert wait_until(lambda: self.process.poll() is not None or self.answers(), 120), self.log()
+        assert wait_until(lambda: self.process.poll() is not None or self.answers()), self.log()
         assert self.process.poll() is None, self.log()
 
     def answers(self) -> bool:
@@ -109,7 +110,12 @@ class Postgres:
         """Let go of the files, whatever it does."""
         if self.process.poll() is None:
             self.process.send_signal(3)
-        self.process.wait()
+        try:
+            self.process.wait(_STOPPING_SECONDS)
+        except subprocess.TimeoutExpired:
+            # It stands still with its control group, which is its owner's to let go on.
+            self.process.kill()
+            raise
         self._log.close()
 
 
@@ -137,9 +143,9 @@ def mariadb(
         if group is not None:
             (group / "cgroup.procs").write_text(str(server.pid))
     try:
-        assert wait_until(
-            lambda: server.poll() is not None or "ready for connections" in log.read_text(), 120
-        ), log.read_text()
+        assert wait_until(lambda: server.poll() is not None or "ready for connections" in log.read_text()), (
+            log.read_text()
+        )
         assert server.poll() is None, log.read_text()
         yield server
     finally:
@@ -165,7 +171,7 @@ def _make_mariadb(data: Path, *options: str) -> None:
 
 def connect(socket: Path) -> pymysql.Connection:  # type: ignore[type-arg]
     """A connection of root's, which the server knows by the kernel's word."""
-    return pymysql.connect(unix_socket=str(socket), user="root", autocommit=True, read_timeout=120)
+    return pymysql.connect(unix_socket=str(socket), user="root", autocommit=True, read_timeout=300)
 
 
 def ask(connection: pymysql.Connection, statement: str) -> list[tuple[object, ...]]:  # type: ignore[type-arg]

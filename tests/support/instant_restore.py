@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ ROWS = 2000
 NAME = "data"
 _LONGEST_SECONDS = 600
 """More than any of these commands takes, on any machine."""
+_KILLED_SECONDS = 60
 _BEHIND_A_GATE = """
 import os
 from blocksnap.restore import place, plan
@@ -93,7 +94,9 @@ class Restoring:
     def kill(self) -> None:
         """End it, if it has not ended, and forget what it tells."""
         self.process.kill()
-        self.process.communicate()
+        # What descends from it may keep its output open.
+        with suppress(subprocess.TimeoutExpired):
+            self.process.communicate(timeout=_KILLED_SECONDS)
 
     def end(self, number: signal.Signals) -> int:
         """Send a signal and return the exit code."""
@@ -109,7 +112,7 @@ def restoring(*words: str, instant: bool = True, prelude: str = "") -> Iterator[
     try:
         yield run
     except BaseException:
-        run.kill()
+        run.process.kill()
         # Or whatever cleans up after the test waits for ever for a server that is gone, as LVM's scan does.
         disconnect_all()
         raise
@@ -123,6 +126,10 @@ def mounted(device: str, folder: Path) -> Iterator[Path]:
     tool("mount", device, str(folder))
     try:
         yield folder
+    except BaseException:
+        # It could not be unmounted while it waits for a server that is gone.
+        disconnect_all()
+        raise
     finally:
         tool("umount", str(folder))
 
@@ -155,7 +162,8 @@ def nothing_is_left(pool: ThinPool, name: str) -> None:
     assert "blocksnap" not in tool("lvs", "--noheadings", "-o", "lv_tags", f"{pool.group}/{name}")
     devices = tool("dmsetup", "ls")
     assert "blocksnap" not in devices
-    assert [p for p in Path("/sys/block").glob("nbd*/backend") if p.read_text().startswith("blocksnap")] == []
+    # Who looks at new devices may have one open for a moment yet.
+    assert wait_until(lambda: served_devices() == [])
     assert list((Path(os.environ["BLOCKSNAP_STATE_DIRECTORY"]) / "instant").glob("*.json")) == []
 
 
@@ -210,7 +218,8 @@ def lost_volume(pool: ThinPool, blocksnap: InProcess, folder: Path) -> Iterator[
     require("nbdkit", any(path.exists() for path in programs), "needs nbdkit")
     volume = pool.create(NAME, "80M")
     try:
-        tool("mkfs.ext4", "-q", pool.node(NAME))
+        # In blocks of the size in which writes are kept: none of them has to be filled up from the backup.
+        tool("mkfs.ext4", "-q", "-b", "4096", pool.node(NAME))
         with mounted(pool.node(NAME), folder / "mnt") as mnt:
             digests = fill(mnt)
             tool("sync")
@@ -228,9 +237,19 @@ def device_name(pool: ThinPool) -> str:
 
 def disconnect_all() -> None:
     """Take every server's device away; what waits for one fails."""
+    for index in served_devices():
+        nbd.disconnect(index)
+
+
+def served_devices() -> list[int]:
+    """The numbers of all devices of our servers."""
+    found = []
     for backend in Path("/sys/block").glob("nbd*/backend"):
-        if backend.read_text().startswith("blocksnap"):
-            nbd.disconnect(int(backend.parent.name.removeprefix("nbd")))
+        # It may go meanwhile.
+        with suppress(OSError):
+            if backend.read_text().startswith("blocksnap"):
+                found.append(int(backend.parent.name.removeprefix("nbd")))
+    return found
 
 
 def clean_up(pool: ThinPool) -> None:

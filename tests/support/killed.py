@@ -15,6 +15,7 @@ from blocksnap.cli.main import run
 from blocksnap.controller.journal import Journal
 from blocksnap.system import clones, lvm
 from blocksnap.volumes import image
+from support.forks import exit_code_of
 
 _LVM_STEPS = (
     "create_thin_snapshot",
@@ -44,9 +45,6 @@ def killed(step: int, *words: str) -> bool:
 
     Steps are the lines of the journal, and whatever changes what is on the host: LVM's commands, clones.
     """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
     left = step
 
     def around(owner: type | ModuleType, name: str) -> None:
@@ -62,14 +60,17 @@ def killed(step: int, *words: str) -> bool:
 
         setattr(owner, name, wrapped)
 
-    for name in ("append_all", "finish"):
-        around(Journal, name)
-    for name in _LVM_STEPS:
-        around(lvm, name)
-    for name in ("make_clone", "remove_clone"):
-        around(clones, name)
-    around(image, "_write_mark")
-    os._exit(run(list(words)))
+    def work() -> int:
+        for name in ("append_all", "finish"):
+            around(Journal, name)
+        for name in _LVM_STEPS:
+            around(lvm, name)
+        for name in ("make_clone", "remove_clone"):
+            around(clones, name)
+        around(image, "_write_mark")
+        return run(list(words))
+
+    return exit_code_of(work) != 0
 
 
 def kill_when(

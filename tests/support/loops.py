@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-RELEASE_SECONDS = 60
+from blocksnap.system.udev import settle
+
+RELEASE_SECONDS = 600
+"""A lab keeps copies of the mounts of others as long as it runs."""
 
 
 def call(*argv: str | Path) -> str:
@@ -28,6 +32,8 @@ def loop_device(image: Path, *, size: int | None = None, read_only: bool = False
     device = call("losetup", "--find", "--show", *options, image).strip()
     try:
         _remove_partitions(device)
+        # What udev knows of the file that the device had before would be taken for this one's.
+        settle()
         yield device
     finally:
         detach(device)
@@ -54,12 +60,13 @@ def _await_release(attached: Path, image: str) -> None:
     Whoever looks at new devices does, and what another test began meanwhile with mounts of its own.
     """
     deadline = time.monotonic() + RELEASE_SECONDS
-    while time.monotonic() < deadline:
+    while True:
         try:
             if attached.read_text().rstrip("\n") != image:
                 return
         except OSError:
             return
+        assert time.monotonic() < deadline, f"{image} is kept"
         time.sleep(0.05)
 
 
@@ -76,6 +83,22 @@ def call_until_done(*argv: str | Path) -> None:
 def unmount(folder: Path) -> None:
     """Unmount a filesystem, once nobody is in it any more."""
     call_until_done("umount", folder)
+
+
+def await_unused(device: str) -> None:
+    """Wait until nobody has a device mounted, in any namespace, or holds it for itself.
+
+    What others began while it was mounted, a lab or a server, may have a copy of all mounts all its life.
+    """
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+        except OSError:
+            assert time.monotonic() < deadline, f"{device} is held"
+            time.sleep(0.1)
+        else:
+            return
 
 
 @contextmanager

@@ -17,6 +17,8 @@ GROUP = "my-vg.a+b"
 """Hyphens, dots and plus signs are all allowed in names, and all have been somebody's bug."""
 POOL = "pool-1.x+y"
 
+_REMOVING_SECONDS = 60.0
+
 _FIELDS = {
     "vg_name": "vg0",
     "vg_uuid": "2UB2k5-yH8s-Ydj5-MEy0-qWmR-d7ng-NfWDnv",
@@ -202,15 +204,37 @@ def thin_pool(root: Path, *, group: str = GROUP, pool: str = POOL, chunk: str = 
 
 def remove_group(group: str, disks: list[str]) -> None:
     """Remove a group, however it looks; udev may still hold something for a moment."""
-    deadline = time.monotonic() + 60
-    while subprocess.run(["vgremove", "-ff", "-y", group], check=False, capture_output=True).returncode:
+    deadline = time.monotonic() + _REMOVING_SECONDS
+    while exit_code("vgremove", "-ff", "-y", group):
         # There may be none, as where a test removes it.
-        if subprocess.run(["vgs", group], check=False, capture_output=True).returncode:
+        if exit_code("vgs", group):
             break
         if time.monotonic() > deadline:
-            break
+            raise AssertionError(
+                f"{group} cannot be removed:\n{tool('dmsetup', 'info', '-c')}{tool('mount')}"
+            )
         time.sleep(0.3)
-    subprocess.run(["pvremove", "-ff", "-y", *disks], check=False, capture_output=True)
+        for name in suspended():
+            exit_code("dmsetup", "resume", name)
+    exit_code("pvremove", "-ff", "-y", *disks)
+
+
+def suspended() -> list[str]:
+    """What device-mapper holds suspended."""
+    lines = tool("dmsetup", "info", "-c", "--noheadings", "-o", "name,suspended").splitlines()
+    return [line.partition(":")[0] for line in lines if line.endswith("Suspended")]
+
+
+def exit_code(*words: str) -> int:
+    """Run a program; one that waits for a device that is dead or suspended, and cannot be killed, is left."""
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        return process.wait(_REMOVING_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return -1
 
 
 def write_at(node: str, offset: int, data: bytes) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from support.commands import CommandLine
@@ -33,7 +33,9 @@ def mounting(blocksnap: CommandLine, what: str, folder: Path) -> Iterator[subpro
     finally:
         subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
         process.kill()
-        process.communicate()
+        # What descends from it may keep its output open, where something has failed.
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
 
 
 def wait_for(process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -131,7 +131,7 @@ class Application:
         self._process.communicate()
 
 
-def wait_until(happens: object, seconds: float = 30.0) -> bool:
+def wait_until(happens: object, seconds: float = 300.0) -> bool:
     """Wait until a callable returns something true."""
     assert callable(happens)
     until = time.monotonic() + seconds

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from blocksnap.cli import main
 from blocksnap.cli.ending import Ended, ended_by_signals
 from blocksnap.errors import TargetError
 from blocksnap.system import command
+from support.standing import wait_until
 
 
 class _Finalized:
@@ -113,6 +115,8 @@ class _AtFork:
 
 
 def test_a_signal_around_a_fork_waits_for_the_program_it_started() -> None:
+    # With other threads beside it no program is forked; some may have ended and not be gone yet.
+    assert wait_until(lambda: threading.active_count() == 1)
     at_fork = _AtFork()
     at_fork.armed = True
     begun = time.monotonic()

@@ -42,7 +42,8 @@ def test_one_holds_it_and_others_see_that(tmp_path: Path) -> None:
     assert file.read() is None
 
 
-def test_who_only_looks_keeps_nobody_from_it(tmp_path: Path) -> None:
+def test_who_only_looks_keeps_nobody_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocksnap.controller.arriving._LOCK_SECONDS", 60.0)
     with ArrivalFile(str(tmp_path), "vg-1", "data").held():
         pass
     with (tmp_path / "instant" / "vg--1-data.lock").open("r+b") as looking:

@@ -36,7 +36,14 @@ STANDING: list[dict[str, Any]] = [
 
 
 def dead_run(state: Path, *steps: object, boot: str | None = None, run: str = "d1") -> Path:
-    begin = {"step": "begin", "pid": 1, "start": 1, "boot": boot or host.boot_id(), "host": "h", "began": 1.0}
+    begin = {
+        "step": "begin",
+        "pid": 4194999,
+        "start": 1,
+        "boot": boot or host.boot_id(),
+        "host": "h",
+        "began": 1.0,
+    }
     (state / "journal").mkdir(parents=True, exist_ok=True)
     path = state / "journal" / f"{run}.jsonl"
     path.write_text("".join(f"{json.dumps(step)}\n" for step in (begin, *steps)))
@@ -177,7 +184,8 @@ def test_a_live_run_is_left_alone(tmp_path: Path) -> None:
     journal.finish()
 
 
-def test_a_watchdog_at_work_is_waited_for(tmp_path: Path) -> None:
+def test_a_watchdog_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_TAKE_OVER_SECONDS", 60.0)
     path = dead_run(tmp_path, quiesce(*STANDING))
     fd = os.open(path, os.O_RDWR | os.O_APPEND)
     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -198,8 +206,11 @@ def test_a_watchdog_at_work_is_waited_for(tmp_path: Path) -> None:
     assert read_entries(tmp_path) == []
 
 
-def test_who_only_reads_the_journal_does_not_keep_anything_standing(tmp_path: Path) -> None:
+def test_who_only_reads_the_journal_does_not_keep_anything_standing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor the run after it: it would find nothing to let go, and the next one comes tomorrow."""
+    monkeypatch.setattr(journal_module, "_TAKE_OVER_SECONDS", 60.0)
     path = dead_run(tmp_path, quiesce(STANDING[0]))
     reader = os.open(path, os.O_RDONLY)
     fcntl.flock(reader, fcntl.LOCK_SH)

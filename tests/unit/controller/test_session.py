@@ -242,7 +242,7 @@ def test_a_snapshot_that_may_still_come_is_not_forgotten(
     assert traces == ["s-a"]
     assert [entry.run for entry in read_entries(tmp_path)] == ["run1"]
     begin, *steps = (tmp_path / "journal" / "run1.jsonl").read_text().splitlines()
-    dead = json.loads(begin) | {"pid": 1, "start": 1}
+    dead = json.loads(begin) | {"pid": 4194999, "start": 1}
     (tmp_path / "journal" / "run1.jsonl").write_text("\n".join([json.dumps(dead), *steps]) + "\n")
     recover(tmp_path, ["key:a"])
     assert [entry.run for entry in read_entries(tmp_path)] == ["run1"]

@@ -135,7 +135,7 @@ def test_a_session_that_fails_at_the_end_did_not_hold(attended: MakeStandstill, 
 def test_a_session_that_does_not_end_is_killed(attended: MakeStandstill, hooks: Path) -> None:
     body = "echo $$ > $0.pid; log runs; read word; echo ready; while :; do sleep 1; done"
     script = write_hook(hooks, "lock", body)
-    standstill = attended(deadline_seconds=1.5, hooks=[{"session": [script]}])
+    standstill = attended(deadline_seconds=4, hooks=[{"session": [script]}])
     assert wait_until(lambda: read_log(hooks) == ["runs"])
     standstill.begin()
     standstill.end()
@@ -232,7 +232,7 @@ def test_an_after_that_fails_is_a_warning(attended: MakeStandstill, hooks: Path)
 
 def test_an_after_that_hangs_is_killed(attended: MakeStandstill, hooks: Path) -> None:
     start = write_hook(hooks, "start", "sleep 1000")
-    standstill = attended(deadline_seconds=0.5, hooks=[{"after": [start]}])
+    standstill = attended(deadline_seconds=3, hooks=[{"after": [start]}])
     standstill.begin()
     standstill.end()
     assert standstill.warnings == [f"the hook {start} failed, with signal 15"]

@@ -305,7 +305,7 @@ def test_a_record_of_a_clock_that_was_wrong_does_not_last_for_ever(path: Path) -
     repository = open_repository(path)
     now = datetime.now(UTC)
     record = WriterRecord(
-        writer="a" * 32, sequence=0, host="h", hostname="h", pid=1, time=now.replace(year=2099)
+        writer="a" * 32, sequence=0, host="h", hostname="h", pid=1, time=datetime(2099, 1, 1, tzinfo=UTC)
     )
     name = f"writers/{'a' * 32}.0"
     sealed = Sealer(repository.keys).seal(FrameType.WRITER, record.model_dump_json().encode())

@@ -328,7 +328,7 @@ def test_what_is_reached_moves_on_within_a_window_and_is_always_there(
     target = Watched(content)
     read = partial(read_map, ids)
     restore_to_target(open_repository(folder), GEOMETRY, read, target, lambda _: None)  # type: ignore[arg-type]
-    assert len(target.steps) > 1
+    assert len(target.steps) >= (2 if workers == 1 else 1)
 
 
 @given(st.permutations(range(12)), st.lists(st.integers(0, 100), min_size=12, max_size=12))
