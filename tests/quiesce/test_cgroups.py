@@ -149,26 +149,29 @@ def test_the_application_goes_on_within_the_deadline_and_a_second(
     beside = Application(tmp_path / "beside")
     settings = json.dumps({"cgroups": [str(group)], "deadline_seconds": deadline})
     argv = [sys.executable, "-c", CONTROLLER, settings, str(tmp_path / "journal"), when]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as controller:
-        assert controller.stdout is not None
-        watchdog = int(controller.stdout.readline())
-        try:
-            if when == "late":
-                # It is let go before it was frozen; then the controller wakes up and freezes it after all.
-                assert wait_until(lambda: has_stopped(controller.pid))
-                time.sleep(deadline + 0.2)
-                controller.send_signal(signal.SIGCONT)
-                assert wait_until(lambda: is_gone(controller.pid))
-            else:
-                # It has done that to itself once everything stood still.
-                assert wait_until(lambda: has_stopped(controller.pid) or is_gone(controller.pid))
-                assert wait_until(lambda: not is_frozen(group))
-        finally:
-            controller.kill()
-    assert wait_until(lambda: is_gone(watchdog))
-    assert not is_frozen(group)
-    # What this machine, busy with other tests, makes anybody wait is not ours.
-    assert application.longest_stall() < deadline + 1 + beside.longest_stall()
+    try:
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as controller:
+            assert controller.stdout is not None
+            watchdog = int(controller.stdout.readline())
+            try:
+                if when == "late":
+                    # Let go before it was frozen; then the controller wakes up and freezes it after all.
+                    assert wait_until(lambda: has_stopped(controller.pid))
+                    time.sleep(deadline + 0.2)
+                    controller.send_signal(signal.SIGCONT)
+                    assert wait_until(lambda: is_gone(controller.pid))
+                else:
+                    # It has done that to itself once everything stood still.
+                    assert wait_until(lambda: has_stopped(controller.pid) or is_gone(controller.pid))
+                    assert wait_until(lambda: not is_frozen(group))
+            finally:
+                controller.kill()
+        assert wait_until(lambda: is_gone(watchdog))
+        assert not is_frozen(group)
+        # What this machine, busy with other tests, makes anybody wait is not ours.
+        assert application.longest_stall() < deadline + 1 + beside.longest_stall()
+    finally:
+        beside.kill()
 
 
 def test_what_is_frozen_when_the_time_was_up_runs_on(group: Path, application: Application) -> None:
