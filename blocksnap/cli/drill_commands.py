@@ -61,8 +61,8 @@ def _show(settings: Settings, result: Drilled) -> None:
 
 
 def _told(step: DrillStep) -> str:
-    # What of a disk is not looked into is said where it would be taken for looked into.
-    return step.said if step.step == "partitions" else f"{step.step} {step.seconds:.1f} s"
+    # What is not looked into is said where it would be taken for looked into.
+    return step.said if step.step in ("partitions", "contents") else f"{step.step} {step.seconds:.1f} s"
 
 
 @click.command("report")

@@ -117,10 +117,10 @@ def restore_command(
     if instant:
         if create or in_place or image != "raw" or missing != "fail":
             raise UsageError(
-                "--instant makes a volume, and goes with --pool, --classic, --size, --verify only"
+                "--instant makes a volume: it goes with --pool, --classic, --size, --verify only"
             )
         if abandon:
-            _abandon(settings, backup, target)
+            _abandon(settings, backup, target, resume, verify, write_room, rate, pool, classic, size)
             return
         made = (pool, classic, size)
         _restore_instantly(settings, backup, target, made, write_room, rate, verify=verify, resume=resume)
@@ -182,10 +182,11 @@ def _restore(
         click.get_current_context().exit(EXIT_WARNINGS)
 
 
-def _abandon(settings: Settings, volume: str, rest: str) -> None:
+def _abandon(settings: Settings, volume: str, *others: str | bool | None) -> None:
     from blocksnap.operations.instant import abandon_instant
 
-    if rest:
+    # One of them may ask for the opposite.
+    if any(others):
         raise UsageError("write it as: blocksnap restore --instant --abandon VG/NAME")
     abandon_instant(volume, settings.state_directory)
     if settings.json:

@@ -227,6 +227,7 @@ class Bringing:
                 end_users=users.close,
                 tell=self._tell,
                 when_lost=partial(self._lose, server),
+                silence=server.silence,
                 patient=True,
             ),
         ):
@@ -353,6 +354,9 @@ class Bringing:
                 restore_to_target(self._repository, self._geometry, read_map, target, self._report.advance)
             target.finish()
         except BaseException as err:
+            if not isinstance(err, TargetError):
+                # Who reads from a repository that is away would be waited for, and all others with him.
+                target.stay()
             # Should that fail as well it must not hide what led to it, a signal least of all.
             with suppress(TargetError):
                 target.close(keep=may_go_on(err))

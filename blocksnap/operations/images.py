@@ -198,14 +198,16 @@ def served_images(
     when_lost: Callable[[str], None] = lambda _: None,
     patient: bool = False,
     writable: bool = False,
+    silence: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
     """Serve backups as files of the folder ``IMAGES_FOLDER``, for other processes, never this one.
 
     ``end_users`` is called at the end: what is made of an image goes before the image, and not by the hand
-    that serves it. ``tell`` is called with what keeps a read waiting or fails it, each time; without it that
-    is a warning, once. ``when_lost`` is called, by another thread, with the reason when they are served no
-    more before the end. With ``patient`` their reads wait for a repository that is away; with ``writable``
-    each image has an overlay that is thrown away.
+    that serves it. Reads that wait for the repository fail before that, and ``silence`` is called still
+    before, for users who are not to hear of it. ``tell`` is called with what keeps a read waiting or fails
+    it, each time; without it that is a warning, once. ``when_lost`` is called, by another thread, with the
+    reason when they are served no more before the end. With ``patient`` their reads wait for a repository
+    that is away; with ``writable`` each image has an overlay that is thrown away.
     """
     from blocksnap.restore.serving import ServedImages
 
@@ -232,6 +234,7 @@ def served_images(
         try:
             yield
         finally:
+            silence()
             images.give_up()
             end_users()
 

@@ -26,7 +26,7 @@ from blocksnap.operations.bringing import (
 from blocksnap.operations.catalogue import find_backup, require_image
 from blocksnap.operations.images import OpenRepository, require_fuse
 from blocksnap.operations.reporting import Reporter
-from blocksnap.operations.restore import NewVolumeOptions
+from blocksnap.operations.restore import NewVolumeOptions, require_possible
 from blocksnap.operations.restore_limits import LimitsOf
 from blocksnap.repository.documents import Backup
 from blocksnap.repository.keys import Right
@@ -98,6 +98,7 @@ def begin_instant(
         stored = find_backup(repository, name)
         backup = stored.backup
         require_image(backup)
+        require_possible(options.new, backup)
         if backup.size % _SECTOR or not backup.size:
             raise UnevenSizeError(backup.size)
         before = file.read()
@@ -242,7 +243,7 @@ def _make_volumes(arrival: Arrival, backup: Backup, report: LvReport, options: I
     uuid = backup.source.get("pool_uuid")
     known = uuid if isinstance(uuid, str) and not new.classic else None
     pool = choose_pool(report, arrival.group, new.pool, known)
-    size = max(backup.size, new.volume_bytes)
+    size = new.volume_bytes or backup.size
     room = options.write_room or store_bytes(size)
     for name, size_bytes in ((arrival.arriving, size), (arrival.meanwhile, room)):
         tags = (lvm.INSTANT_TAG,)

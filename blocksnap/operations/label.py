@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 from blocksnap.errors import TargetError, UsageError
 from blocksnap.operations.reporting import Reporter
@@ -20,6 +21,7 @@ from blocksnap.repository.documents import ApplicationRecord, Backup
 from blocksnap.restore.naming import give_name, hidden_name
 
 _ROOM = 1 << 20
+_SERVERS = ("postgres", "postmaster")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +134,20 @@ def _require_its(label: Label, directory: str, folder: int) -> os.stat_result:
 
 
 def _running(folder: int) -> int | None:
-    """Return the server that runs on the directory; the pid file of a snapshot tells of one long gone."""
-    try:
-        pid = int(_read(folder, "postmaster.pid").split(b"\n", 1)[0])
-        same = os.path.samestat(os.stat(f"/proc/{pid}/cwd"), os.fstat(folder))
-    except (OSError, ValueError):
-        return None
-    return pid if same else None
+    """Return a server that runs on the directory, in which all its processes are.
+
+    The pid file of a snapshot tells of one long gone, and that of a container has a number of its own.
+    """
+    its, told = os.fstat(folder), ""
+    with contextlib.suppress(OSError):
+        told = _read(folder, "postmaster.pid").split(b"\n", 1)[0].decode(errors="replace")
+    for process in Path("/proc").glob("[0-9]*"):
+        # It may end meanwhile, and those of the kernel have no directory.
+        with contextlib.suppress(OSError):
+            is_server = process.name == told or (process / "comm").read_text().startswith(_SERVERS)
+            if is_server and os.path.samestat(os.stat(process / "cwd"), its):
+                return int(process.name)
+    return None
 
 
 def _current_map(stored: str, folder: int) -> str:

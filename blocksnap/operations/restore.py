@@ -127,13 +127,8 @@ def plan_restore(
     return RestorePlan(backup, found, kind, in_place=in_place, image=image, limits=limits)
 
 
-def _new_volume(
-    backup: Backup, target: str, name: re.Match[str] | None, new: NewVolumeOptions, image: ImageFormat
-) -> RestorePlan:
-    if name is None:
-        raise UsageError(f"{target!r} is not the name of a volume", resolution="write it as VG/NAME")
-    if image != "raw":
-        raise UsageError("a volume holds the raw content: leave out --format")
+def require_possible(new: NewVolumeOptions, backup: Backup) -> None:
+    """Raise UsageError where no volume can be made as it is asked for."""
     if new.pool and new.classic:
         raise UsageError("a classic volume is in no pool: give --pool or --classic")
     if 0 < new.volume_bytes < backup.size:
@@ -141,6 +136,16 @@ def _new_volume(
             f"--size {new.volume_bytes} is less than the {backup.size} bytes of the backup",
             resolution="leave it out, or make the volume larger",
         )
+
+
+def _new_volume(
+    backup: Backup, target: str, name: re.Match[str] | None, new: NewVolumeOptions, image: ImageFormat
+) -> RestorePlan:
+    if name is None:
+        raise UsageError(f"{target!r} is not the name of a volume", resolution="write it as VG/NAME")
+    if image != "raw":
+        raise UsageError("a volume holds the raw content: leave out --format")
+    require_possible(new, backup)
     # The pool the backup came from, if it still is there, is where the volume belongs.
     known = backup.source.get("pool_uuid")
     uuid = known if isinstance(known, str) and not new.classic else None

@@ -91,16 +91,16 @@ def serve_backup(
         ExitStack() as users,
         served_images(repository, [backup], report, end_users=users.close, when_lost=lost.append),
     ):
-        where, path = ["--ipaddr", LOOPBACK, "--port", str(endpoint.port)], ""
+        where, path, made = ["--ipaddr", LOOPBACK, "--port", str(endpoint.port)], "", None
         if not endpoint.port:
             path = os.path.abspath(endpoint.socket or f"{DEFAULT_FOLDER}/{backup.id[:8]}.nbd")
-            users.enter_context(_free_socket(path))
+            made = users.enter_context(_free_socket(path))
             where = ["--unix", path]
         mark = Path(namespace.PRIVATE_FOLDER) / "nbdkit.pid"
         image = f"{IMAGES_FOLDER}/{backup.id}"
         server = users.enter_context(serve_socket(image, where, mark, writable=writable))
-        if path:
-            os.chmod(path, 0o600)
+        if made is not None:
+            made.note()
         serving(Serving(backup, endpoint.url(path)))
         while not server.wait(_LOOK_SECONDS):
             if lost:
@@ -109,17 +109,36 @@ def serve_backup(
 
 
 @contextmanager
-def _free_socket(path: str) -> Iterator[None]:
-    """Make a path free for a socket that only root can reach, and see that it is gone afterwards."""
+def _free_socket(path: str) -> Iterator[_Made]:
+    """Make a path free for a socket that only root can reach, and see that ours is gone afterwards."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     except OSError as err:
         raise SocketTakenError(path, os.strerror(err.errno or 0)) from err
     if os.path.lexists(path):
         _remove_dead(path)
-    yield
-    with suppress(FileNotFoundError):
-        os.unlink(path)
+    made = _Made(path)
+    yield made
+    made.remove()
+
+
+class _Made:
+    """A socket that another server, of the same backup, may make in the same moment."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._status: os.stat_result | None = None
+
+    def note(self) -> None:
+        """Take what is there now for ours, and let only root reach it."""
+        os.chmod(self._path, 0o600)
+        self._status = os.lstat(self._path)
+
+    def remove(self) -> None:
+        """Remove it if it is still there."""
+        with suppress(FileNotFoundError):
+            if self._status is not None and os.path.samestat(self._status, os.lstat(self._path)):
+                os.unlink(self._path)
 
 
 def _remove_dead(path: str) -> None:

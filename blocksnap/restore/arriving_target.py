@@ -73,6 +73,10 @@ class ArrivingTarget(DeviceTarget):
         self._given_up.set()
         super().give_up()
 
+    def stay(self) -> None:
+        """Have nothing more be read from here than is by now; what is kept after this counts later."""
+        self._moved = lambda _: None
+
     def keep_record(self) -> bool:
         """Write down how far it has come, and have that be read from here."""
         kept = super().keep_record()

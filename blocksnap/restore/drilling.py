@@ -20,6 +20,7 @@ from blocksnap.restore.inside import Answering, Inner, Request
 from blocksnap.restore.partitions import Contents
 from blocksnap.system import namespace
 from blocksnap.system.contained import TIMED_OUT, run_contained
+from blocksnap.system.partitions import name_content
 
 _CHECK_SECONDS = 6 * 3600.0
 SAID_BYTES = 1000
@@ -145,6 +146,8 @@ def _steps(
     """Yield what there is to do, by name."""
     if contents.partitions:
         yield "partitions", lambda: _judge(contents)
+    elif contents.whole is None:
+        yield "contents", lambda: _name_unknown(check.image)
     # As after a power cut: first a filesystem brings itself in order, then nobody may find fault with it.
     for each in drilled:
         yield _named("replay", each), each.replay
@@ -160,6 +163,12 @@ def _steps(
 
 def _named(step: str, filesystem: _Filesystem) -> str:
     return f"{step} {filesystem.name}" if filesystem.name else step
+
+
+def _name_unknown(image: str) -> str:
+    """Say what it is, if not a filesystem that can be mounted: nobody is to take it for looked into."""
+    name = name_content(image, offset=0, size=os.path.getsize(image))
+    return f"it holds {name}, not looked into" if name else "it holds no filesystem that is known"
 
 
 def _judge(contents: Contents) -> str:

@@ -59,6 +59,15 @@ class ImageServer:
         if server is not None:
             _kill(server)
 
+    def silence(self) -> None:
+        """Answer nothing any more, and wait for no server to end: it may wait for the image itself."""
+        self._ending.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._closing:
+            if self._server is not None:
+                self._server.kill()
+
     def disconnect(self) -> None:
         """Take the device away, which nobody uses any more, and serve no more."""
         self._ending.set()

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from blocksnap.errors import BlocksnapError, DamageError, StorageError
@@ -66,7 +67,9 @@ class ImageReader:
             return b""
         first, last = geometry.numbers(offset, end - offset)
         wanted = self._want(image, first, last)
-        self._fetch_ahead(image, offset, end)
+        # What is wrong there is for whoever reads it, if anybody does.
+        with suppress(BlocksnapError):
+            self._fetch_ahead(image, offset, end)
         parts: list[bytes | memoryview] = []
         for number, source in wanted:
             begin = number * geometry.chunk_size

@@ -17,6 +17,7 @@ from blocksnap.repository.lookup import Location
 
 WINDOW_CHUNKS = 16384
 _FIRST_CHUNKS = 512
+_EMPTY_FOR_EACH = 4
 MAX_RANGE = 4 << 20
 MAX_GAP = 256 << 10
 
@@ -59,13 +60,16 @@ def plan_windows(
     *,
     window: int = WINDOW_CHUNKS,
 ) -> Iterator[Window]:
-    """Turn the runs of a map, in order, into windows; the first are small, so that work begins at once."""
+    """Turn the runs of a map, in order, into windows; the first are small, so that work begins at once.
+
+    A window has ``window`` chunks to fetch at most, and not many times more empty ranges.
+    """
     limit = min(window, _FIRST_CHUNKS)
     empty: dict[Entry, list[tuple[int, int]]] = {HOLE: [], ZERO: []}
     wanted: dict[bytes, list[int]] = {}
     begin = end = chunks = 0
     for number, count, entry in runs:
-        if chunks == limit:
+        if chunks == limit or len(empty[HOLE]) + len(empty[ZERO]) >= _EMPTY_FOR_EACH * limit:
             yield _window(begin, end, empty, wanted, locate)
             limit = min(limit * 2, window)
             empty, wanted, begin, chunks = {HOLE: [], ZERO: []}, {}, number, 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +129,10 @@ def give_uuid(name: str, uuid: str) -> None:
 
 
 def _with_table(table: str, *words: str) -> None:
-    with tempfile.NamedTemporaryFile("w", prefix="blocksnap-") as file:
-        file.write(table + "\n")
-        file.flush()
-        run("dmsetup", *words, file.name)
+    # In memory, since no folder is sure to have room for it.
+    fd = os.memfd_create("blocksnap-table", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, f"{table}\n".encode())
+        run("dmsetup", *words, f"/proc/{os.getpid()}/fd/{fd}")
+    finally:
+        os.close(fd)
