@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from support.instant_restore import (
     MIB,
     NAME,
     Gate,
+    arrived_from,
     clean_up,
     device_name,
     disconnect_all,
@@ -212,44 +215,99 @@ def children_called(pid: int, name: str) -> list[int]:
     return [child for child in children if Path(f"/proc/{child}/comm").read_text().strip() == name]
 
 
-@pytest.mark.skipif(not SOAK, reason="make soak-instant")
-def test_a_repository_that_is_away_is_waited_for(
+class Far:
+    """A repository on a volume of its own that can be taken away, and what was lost and is in it."""
+
+    def __init__(self, node: str, digests: dict[str, str]) -> None:
+        self._node, self.digests = node, digests
+        self._table = tool("dmsetup", "table", node).strip()
+
+    def go(self) -> None:
+        switch(self._node, f"0 {self._table.split()[1]} error")
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+
+    def come(self) -> None:
+        switch(self._node, self._table)
+
+
+@pytest.fixture
+def far(
     pool: ThinPool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsysbinary: pytest.CaptureFixture[bytes],
-) -> None:
-    store = pool.create("store", "160M")
+) -> Iterator[Far]:
+    pool.create("store", "160M")
     tool("mkfs.ext4", "-q", pool.node("store"))
-    with mounted(pool.node("store"), tmp_path / "far") as far:
-        blocksnap = InProcess(far, monkeypatch, capsysbinary)
+    with mounted(pool.node("store"), tmp_path / "far") as folder:
+        blocksnap = InProcess(folder, monkeypatch, capsysbinary)
         # Only the repository goes; its filesystem is read-only once it could not note that it was read.
         monkeypatch.setenv("BLOCKSNAP_STATE_DIRECTORY", str(tmp_path / "state"))
         monkeypatch.setenv("BLOCKSNAP_CACHE", str(tmp_path / "cache"))
         blocksnap.done("init", "--no-encryption")
         with lost_volume(pool, blocksnap, tmp_path) as digests:
-            volume, table = f"{pool.group}/{NAME}", tool("dmsetup", "table", pool.node("store")).strip()
-            sectors = table.split()[1]
-            # So slow that it is not over before the repository goes, on any machine.
-            with restoring("latest", volume, "--rate", "1M") as run_:
-                device = run_.until("usable")["device"]
-                with mounted(device, tmp_path / "mnt") as folder:
-                    use(folder, 0, 5)
-                    tool("sync")
-                    switch(pool.node("store"), f"0 {sectors} error")
-                    Path("/proc/sys/vm/drop_caches").write_text("3")
-                    told = run_.until("warning")
-                    assert "waits" in told["message"], told
-                    time.sleep(3)
-                    assert run_.process.poll() is None
-                    switch(pool.node("store"), table)
-                    run_.until("arrived")
-                    use(folder, 5, 5)
-                    assert run_.done() == 3
-                    judge(folder, digests, 10)
-            nothing_is_left(pool, NAME)
+            yield Far(pool.node("store"), digests)
     pool.remove("store")
-    assert store
+
+
+@pytest.mark.skipif(not SOAK, reason="make soak-instant")
+def test_a_repository_that_is_away_is_waited_for(pool: ThinPool, far: Far, tmp_path: Path) -> None:
+    volume = f"{pool.group}/{NAME}"
+    # So slow that it is not over before the repository goes, on any machine.
+    with restoring("latest", volume, "--rate", "1M") as run_:
+        device = run_.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt") as folder:
+            use(folder, 0, 5)
+            tool("sync")
+            far.go()
+            told = run_.until("warning")
+            assert "waits" in told["message"], told
+            time.sleep(3)
+            assert run_.process.poll() is None
+            far.come()
+            run_.until("arrived")
+            use(folder, 5, 5)
+            assert run_.done() == 3
+            judge(folder, far.digests, 10)
+    nothing_is_left(pool, NAME)
+
+
+def test_who_waits_for_a_repository_waits_on_when_the_command_ends(
+    pool: ThinPool, far: Far, tmp_path: Path
+) -> None:
+    """Nor does anybody wait beside him who reads what has arrived."""
+    volume, below = f"{pool.group}/{NAME}", f"{device_name(pool)}-blocksnap"
+    # At the end so slow that it goes on when the repository goes.
+    with restoring("latest", volume, "--rate", "1M") as first:
+        device = first.until("usable")["device"]
+        with mounted(device, tmp_path / "mnt") as folder:
+            assert part_has_arrived(below)
+            arrived = arrived_from(below)
+            far.go()
+            found: list[str] = []
+
+            def read() -> None:
+                found.append(hashlib.sha256((folder / "file 11").read_bytes()).hexdigest())
+
+            reader = threading.Thread(target=read, daemon=True)
+            reader.start()
+            told = first.until("warning")
+            assert "waits" in told["message"], told
+            with open(device, "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                file.seek(arrived)
+                assert len(file.read(4096)) == 4096
+            assert first.end(signal.SIGTERM) == 143
+            reader.join(3)
+            assert (reader.is_alive(), found) == (True, [])
+            far.come()
+            with restoring("--resume", volume) as second:
+                second.until("usable")
+                reader.join(300)
+                assert found == [far.digests["file 11"]]
+                assert second.done() == 0
+            judge(folder, far.digests, 0)
+    nothing_is_left(pool, NAME)
 
 
 def write_much(path: Path) -> None:
