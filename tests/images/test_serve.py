@@ -176,6 +176,19 @@ def test_what_is_damaged_is_an_error_that_names_the_range(
     assert ("bytes" in said, "cannot be restored" in said) == (True, True), said
 
 
+def test_the_socket_of_a_quicker_one_stays(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """Of another server of the same backup, that was begun in the same moment."""
+    (tmp_path / "raw").write_bytes(os.urandom(4096))
+    blocksnap.done("backup", tmp_path / "raw", "-q")
+    with serving(blocksnap, "--socket", tmp_path / "nbd") as (process, _):
+        (tmp_path / "nbd").unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(tmp_path / "nbd"))
+            process.terminate()
+            process.communicate(timeout=60)
+            assert (tmp_path / "nbd").is_socket()
+
+
 def test_what_is_in_the_way_of_the_socket_stays(
     blocksnap: CommandLine, backed_up: bytes, tmp_path: Path
 ) -> None:

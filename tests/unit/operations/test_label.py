@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -124,6 +126,23 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, name: str, make: Callable[[
     with pytest.raises(NotItsDirectoryError, match=f"cannot be written to .{name}: it is no regular file"):
         write_label(LABEL, str(data))
     assert not (data / "backup_label").exists()
+
+
+def test_a_server_in_a_container_is_seen(tmp_path: Path) -> None:
+    """What it calls its own number is another process here, most often the first."""
+    data = data_directory(tmp_path)
+    (data / "postmaster.pid").write_text("1\n")
+    script = "open('/proc/self/comm', 'w').write('postgres'); print(flush=True); input()"
+    argv = [sys.executable, "-I", "-S", "-c", script]
+    with subprocess.Popen(argv, cwd=data, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            server.stdout.readline()
+            with pytest.raises(NotItsDirectoryError, match=f"is in use: process {server.pid}"):
+                write_label(LABEL, str(data))
+        finally:
+            server.kill()
+    assert write_label(LABEL, str(data))
 
 
 def test_the_server_is_named_where_there_are_several() -> None:

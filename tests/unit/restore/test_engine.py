@@ -151,6 +151,17 @@ def test_small_windows_fetch_the_same(stored: tuple[Path, MapRoot, bytes]) -> No
     assert numbers(1) == numbers(7) == numbers(100_000)
 
 
+def test_a_map_of_small_holes_comes_in_windows_too() -> None:
+    """The nodes of a map may be shared: it may be of any length, and little of it be stored."""
+    count = 100_000
+    alternating = ((number, 1, ZERO if number % 2 else HOLE) for number in range(count))
+    windows = list(plan_windows(alternating, {}.__getitem__, window=100))
+    assert (windows[0].begin, windows[-1].end) == (0, count)
+    assert [each.end for each in windows[:-1]] == [each.begin for each in windows[1:]]
+    assert max(len(each.holes) + len(each.zeros) for each in windows) <= 400
+    assert sum(end - begin for each in windows for begin, end in each.holes + each.zeros) == count
+
+
 def test_packs_come_in_the_order_of_the_volume() -> None:
     """Whatever the order of the ids is in."""
     ids = [random.Random(number).randbytes(32) for number in range(90)]

@@ -112,6 +112,30 @@ def test_a_damaged_chunk_costs_itself(stored: tuple[Path, MapRoot], content: byt
     assert failed == [victim]
 
 
+def test_a_damaged_node_ahead_harms_nobody_who_does_not_read_there(
+    stored: tuple[Path, MapRoot], content: bytes
+) -> None:
+    repository = open_repository(stored[0])
+    load, begun = repository.load_node, 64 * CHUNK
+    loaded: list[bytes] = []
+
+    def damaged(id_: bytes) -> bytes:
+        loaded.append(id_)
+        # The root and the first leaf, which has 64 chunks, are whole.
+        if len(set(loaded)) > 2:
+            raise DamageError("a node is damaged")
+        return load(id_)
+
+    repository.load_node = damaged  # type: ignore[method-assign]
+    reader, image = ImageReader(repository), Image(GEOMETRY, stored[1])
+    for at in range(0, begun, CHUNK):
+        assert reader.read(image, at, CHUNK) == content[at : at + CHUNK]
+    assert len(set(loaded)) > 2
+    with pytest.raises(DamageError):
+        reader.read(image, begun, CHUNK)
+    reader.close()
+
+
 def test_the_same_chunk_in_another_place_is_told_as_there(stored: tuple[Path, MapRoot]) -> None:
     """Whoever waits for what another one fetches is told of its own range, not of the other's."""
     repository = open_repository(stored[0])
