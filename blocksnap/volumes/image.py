@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from blocksnap.errors import BlocksnapError
 from blocksnap.extents.changes import BASE_KEPT, BaseDecision, BasePolicy, Binding, Changes, Parent
 from blocksnap.extents.clone_identity import CloneIdentity, CloneSource
 from blocksnap.system import clones
-from blocksnap.system.clones import ClonedFile, CloneError
+from blocksnap.system.clones import ClonedFile, CloneError, CloneFolderError
 from blocksnap.system.handles import handle_of, open_directory
 from blocksnap.system.host import host_id
 from blocksnap.system.mounts import mount_under, read_mounts
@@ -37,6 +38,7 @@ TRACE = "clone"
 """Kind of the traces that a run leaves in the journal."""
 _PREFIX = "clone-"
 _MARK = ".base"
+_MARK_BYTES = 64 * 1024
 _SOURCES: Mapping[str, CloneSource] = {"xfs": "xfs-clone", "btrfs": "btrfs-clone"}
 BASE_FREE_PERCENT = 10.0
 """How much of the filesystem has to be free for a base to stay: what is overwritten takes room twice."""
@@ -375,23 +377,35 @@ def _open_base(path: str, parent: Parent | None) -> Iterator[int | None]:
 
 def _bases(path: str) -> dict[str, dict[str, str]]:
     """Return the names of the clones of an image that are bases, with their marks."""
-    folder = _folder_of(path)
     found = {}
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return {}
-    for name in names:
-        if not name.endswith(_MARK):
-            continue
+    with ExitStack() as stack:
         try:
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
-                mark = json.load(file)
-        except (OSError, ValueError):
-            continue
-        if isinstance(mark, dict) and mark.get("path") == path:
-            found[name.removesuffix(_MARK)] = {str(key): str(value) for key, value in mark.items()}
+            folder = clones.open_folder(_folder_of(path))
+            stack.callback(os.close, folder)
+            names = os.listdir(folder)
+        except (CloneFolderError, OSError):
+            return {}
+        for name in names:
+            mark = _read_mark(folder, name) if name.endswith(_MARK) else None
+            if isinstance(mark, dict) and mark.get("path") == path:
+                found[name.removesuffix(_MARK)] = {str(key): str(value) for key, value in mark.items()}
     return found
+
+
+def _read_mark(folder: int, name: str) -> object:
+    """Return what a mark says; None where it is no file, or says nothing that can be read."""
+    try:
+        # The directory of an image is its owner's, who may put a pipe there, or a link to /dev/zero.
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return None
+    try:
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        return json.loads(os.read(fd, _MARK_BYTES)) if is_file else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    finally:
+        os.close(fd)
 
 
 def _write_mark(folder: str, name: str, mark: Mapping[str, str]) -> None:

@@ -1,0 +1,46 @@
+"""The folder beside an image, where others may have been, or be at work."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from blocksnap.volumes.image import FOLDER, bases_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / FOLDER
+    folder.mkdir(0o700)
+    return folder
+
+
+def mark(folder: Path, name: str) -> None:
+    text = json.dumps({"owner": "me", "path": str(folder.parent / "disk"), "run": "run1"})
+    (folder / f"{name}.base").write_text(text)
+
+
+@pytest.mark.timeout(20)
+def test_marks_that_are_no_files_or_make_no_sense_are_passed_over(folder: Path) -> None:
+    mark(folder, "clone-1")
+    os.mkfifo(folder / "clone-pipe.base")
+    (folder / "clone-link.base").symlink_to("/dev/zero")
+    (folder / "clone-link-2.base").symlink_to(folder / "clone-1.base")
+    (folder / "clone-folder.base").mkdir()
+    (folder / "clone-deep.base").write_text("[" * 50_000)
+    (folder / "clone-bytes.base").write_bytes(b"\xff\xfe\xfd")
+    (folder / "clone-long.base").write_text(" " * 65536 + (folder / "clone-1.base").read_text())
+    (folder / "clone-other.base").write_text('{"path": "/another"}')
+    found = bases_of(str(folder.parent / "disk"))
+    assert [Path(each).name for each in found] == ["clone-1"]
+
+
+def test_a_folder_that_others_can_write_to_has_no_bases(folder: Path) -> None:
+    mark(folder, "clone-1")
+    folder.chmod(0o777)
+    assert bases_of(str(folder.parent / "disk")) == ()
+    folder.chmod(0o700)
+    assert len(bases_of(str(folder.parent / "disk"))) == 1
