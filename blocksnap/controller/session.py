@@ -203,7 +203,7 @@ class SnapshotSession:
         for volume, snapshot, stays in decided:
             try:
                 snapshot.settle(owner, stays=stays)
-            except BlocksnapError as err:
+            except (BlocksnapError, OSError) as err:
                 self.warnings.append(
                     f"the base snapshots of {volume.name} were not brought up to date: {err}"
                 )

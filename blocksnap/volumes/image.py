@@ -409,16 +409,16 @@ def _read_mark(folder: int, name: str) -> object:
 
 
 def _write_mark(folder: str, name: str, mark: Mapping[str, str]) -> None:
-    fd = clones.open_folder(folder)
-    try:
-        os.stat(name, dir_fd=fd, follow_symlinks=False)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(name + _MARK, flags, 0o600, dir_fd=fd), "w", encoding="utf-8") as file:
-            json.dump(mark, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.fsync(fd)
-    except OSError as err:
-        raise CloneError(f"{folder}/{name}", err) from err
-    finally:
-        os.close(fd)
+    with ExitStack() as stack:
+        try:
+            fd = clones.open_folder(folder)
+            stack.callback(os.close, fd)
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(name + _MARK, flags, 0o600, dir_fd=fd), "w", encoding="utf-8") as file:
+                json.dump(mark, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.fsync(fd)
+        except OSError as err:
+            raise CloneError(f"{folder}/{name}", err) from err

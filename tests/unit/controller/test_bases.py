@@ -138,11 +138,12 @@ def test_auto_that_does_not_keep_is_no_warning(mock: MockCommands, tmp_path: Pat
     assert session.warnings == []
 
 
+@pytest.mark.parametrize("failure", [VolumeError("no"), OSError("no")])
 def test_what_fails_after_the_commit_is_a_warning(
-    mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     a, b = Volume("a", KEEP), Volume("b", KEEP)
-    a.snapshot.failure = VolumeError("no")
+    a.snapshot.failure = failure
     with SnapshotSession([a, b], "run1", tmp_path) as session:  # type: ignore[list-item]
         session.settle(OWNER, session.decide_bases("keep"))
     assert session.warnings == ["the base snapshots of a were not brought up to date: no"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.volumes.image import FOLDER, bases_of
+from blocksnap.system.clones import CloneError
+from blocksnap.volumes.image import FOLDER, bases_of, settle_base
 
 
 @pytest.fixture
@@ -44,3 +45,11 @@ def test_a_folder_that_others_can_write_to_has_no_bases(folder: Path) -> None:
     assert bases_of(str(folder.parent / "disk")) == ()
     folder.chmod(0o700)
     assert len(bases_of(str(folder.parent / "disk"))) == 1
+
+
+def test_a_base_whose_folder_is_not_there_any_more_is_a_failure_of_its_volume(folder: Path) -> None:
+    (folder / "clone-1").touch()
+    path = str(folder.parent / "disk")
+    folder.rename(folder.with_name("renamed"))
+    with pytest.raises(CloneError, match="No such file or directory"):
+        settle_base(path, "clone-1", "run1", "me", stays=True)
