@@ -28,6 +28,9 @@ _FLAGS = struct.Struct("=Q")
 _UINT = struct.Struct("=I")
 _RANGE = struct.Struct("=qQQQ")
 _BLOCK = 4096
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+ATTEMPTS = 10
+"""How often a folder is made again that others remove as soon as it is empty."""
 
 
 class CloneError(VolumeError):
@@ -109,24 +112,28 @@ def can_clone(path: str) -> bool:
 
 def open_folder(path: str, *, create: bool = False) -> int:
     """Open a folder that only we write to; raises CloneFolderError, FileNotFoundError where there is none."""
-    if create:
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
-        except OSError as err:
-            raise CloneFolderError(path, os.strerror(err.errno or 0)) from err
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
+        fd = _make_folder(path) if create else os.open(path, _FOLDER_FLAGS)
     except OSError as err:
+        if isinstance(err, FileNotFoundError) and not create:
+            raise
         raise CloneFolderError(path, os.strerror(err.errno or 0)) from err
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         os.close(fd)
         raise CloneFolderError(path, "others can write to it")
     return fd
+
+
+def _make_folder(path: str) -> int:
+    """Make a folder unless it is there, and open it; raises OSError."""
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        # A run that has just removed the last clone in it removes the folder.
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, _FOLDER_FLAGS)
+    return os.open(path, _FOLDER_FLAGS)
 
 
 def make_clone(source: int, folder: int, name: str) -> int:

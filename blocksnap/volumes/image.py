@@ -12,6 +12,7 @@ What is in the image does not matter: a qcow2 file is backed up as the bytes tha
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -112,15 +113,7 @@ class ImageVolume:
         with ExitStack() as stack:
             fd = self._open()
             stack.callback(os.close, fd)
-            folder = clones.open_folder(_folder_of(self._path), create=True)
-            stack.callback(os.close, folder)
-            name = clone_name(run, self._path)
-            at, began = time.time(), time.monotonic()
-            try:
-                clone = clones.make_clone(fd, folder, name)
-            except OSError as err:
-                raise CloneError(self._path, err) from err
-            timing = SnapshotTiming(taken_at=at, freeze_seconds=time.monotonic() - began)
+            clone, timing = _make_clone(fd, self._path, clone_name(run, self._path))
         return ImageSnapshot(self._path, self._source, clone, self.trace(run) or {}, timing)
 
     def _open(self) -> int:
@@ -350,6 +343,24 @@ def remove_clone(folder: str, name: str) -> Left:
     with contextlib.suppress(OSError):
         os.rmdir(folder)
     return "removed" if removed else "nothing"
+
+
+def _make_clone(fd: int, path: str, name: str) -> tuple[int, SnapshotTiming]:
+    """Clone an image into its folder, anew where another run removed that in between."""
+    attempts_left = clones.ATTEMPTS
+    while True:
+        attempts_left -= 1
+        folder = clones.open_folder(_folder_of(path), create=True)
+        try:
+            at, began = time.time(), time.monotonic()
+            clone = clones.make_clone(fd, folder, name)
+            return clone, SnapshotTiming(taken_at=at, freeze_seconds=time.monotonic() - began)
+        except OSError as err:
+            is_removed = err.errno == errno.ENOENT and not os.fstat(folder).st_nlink
+            if not is_removed or not attempts_left:
+                raise CloneError(path, err) from err
+        finally:
+            os.close(folder)
 
 
 def _folder_of(path: str) -> str:

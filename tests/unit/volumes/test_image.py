@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from blocksnap.system.clones import CloneError
-from blocksnap.volumes.image import FOLDER, bases_of, settle_base
+from blocksnap.system import clones
+from blocksnap.system.clones import CloneError, CloneFolderError
+from blocksnap.volumes.image import FOLDER, ImageVolume, bases_of, settle_base
+
+NO_LEDGER: Any = None
 
 
 @pytest.fixture
@@ -53,3 +57,47 @@ def test_a_base_whose_folder_is_not_there_any_more_is_a_failure_of_its_volume(fo
     folder.rename(folder.with_name("renamed"))
     with pytest.raises(CloneError, match="No such file or directory"):
         settle_base(path, "clone-1", "run1", "me", stays=True)
+
+
+def test_a_folder_that_another_run_removes_before_it_is_opened_is_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    real = os.open
+
+    def open_late(path: str, flags: int) -> int:
+        opened.append(path)
+        if len(opened) <= removals:
+            folder.rmdir()
+        return real(path, flags)
+
+    monkeypatch.setattr(os, "open", open_late)
+    removals = 2
+    os.close(clones.open_folder(str(folder), create=True))
+    assert len(opened) == 3
+    removals = 100
+    with pytest.raises(CloneFolderError, match="No such file or directory"):
+        clones.open_folder(str(folder), create=True)
+
+
+def test_a_folder_that_another_run_removes_before_the_clone_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").write_bytes(b"1")
+    tried = []
+
+    def make_late(_: int, folder: int, name: str) -> int:
+        tried.append(name)
+        if len(tried) <= removals:
+            (tmp_path / FOLDER).rmdir()
+        return os.open(name, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=folder)
+
+    monkeypatch.setattr(clones, "make_clone", make_late)
+    volume = ImageVolume(str(tmp_path / "disk"), "xfs-clone")
+    removals = 2
+    volume.take_snapshot("run1", NO_LEDGER)
+    assert len(tried) == 3
+    (tmp_path / FOLDER / tried[0]).unlink()
+    removals = 100
+    with pytest.raises(CloneError, match="No such file or directory"):
+        volume.take_snapshot("run2", NO_LEDGER)
