@@ -150,15 +150,15 @@ def find_cow_changes(
     its exception store, if it is active.
     """
     if parent is None:
-        return _all(size, "first backup of this volume")
+        return compare_whole(size, "first backup of this volume")
     decision = decide(identity, parent, base)
     if isinstance(decision, Doubt):
-        return _all(size, decision.reason)
+        return compare_whole(size, decision.reason)
     if store is None:
-        return _all(size, "the base snapshot is not active")
+        return compare_whole(size, "the base snapshot is not active")
     found = read_exceptions(store, parent.size, decision.chunk_size)
     if isinstance(found, Doubt):
-        return _all(size, found.reason)
+        return compare_whole(size, found.reason)
     # Beyond its end a snapshot records nothing: there all is new. (kernel: dm-snap.c, __origin_write)
     grown = ExtentList.of([(parent.size, size - parent.size)])
     return Changes(
@@ -286,6 +286,7 @@ def _misfit(found: Exceptions, counted: SnapshotStatus, chunk_size: int) -> str:
     return ""
 
 
-def _all(size: int, reason: str) -> Changes:
+def compare_whole(size: int, reason: str) -> Changes:
+    """Answer a doubt: nothing is taken over unread."""
     whole = ExtentList.whole(size)
     return Changes("compare", reason, inherits=False, allocated=whole, changed=whole, discarded=ExtentList())

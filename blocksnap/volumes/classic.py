@@ -17,8 +17,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blocksnap.errors import BlocksnapError
 from blocksnap.extents.changes import BaseDecision, BasePolicy, Binding, Changes, Parent
-from blocksnap.extents.cow import ATTACHMENT, CowBase, CowIdentity, CowStore, find_cow_changes
+from blocksnap.extents.cow import ATTACHMENT, CowBase, CowIdentity, CowStore, compare_whole, find_cow_changes
 from blocksnap.system import blockdev, devmapper, mounts, written
 from blocksnap.system.command import CommandError
 from blocksnap.system.devmapper import SnapshotStatus
@@ -160,7 +161,11 @@ class ClassicSnapshot:
         base = find_base(known.report, self._origin.lv_uuid, parent) if parent else None
         with ExitStack() as stack:
             store = stack.enter_context(_open_store(base)) if base else None
-            record = _base_record(base) if base else None
+            try:
+                record = _base_record(base) if base else None
+            except BlocksnapError as err:
+                # What LVM has no room to tell is in doubt, and no reason to fail.
+                return compare_whole(self.size, err.brief)
             return find_cow_changes(known.identity, self.size, parent, record, store)
 
     @contextmanager
