@@ -34,7 +34,7 @@ EXIT_BUSY = 11
 @click.option("--keep-within", metavar="SPAN", help="Keep what is younger than 36h, 14d, 8w, 6m, 1y6m.")
 @click.option("--volume", "volumes", multiple=True, help="Only backups of volumes like this; * and ? match.")
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="Only backups with this tag.")
-@click.option("--zone", default="UTC", show_default=True, help="Time zone whose hours and days count.")
+@click.option("--zone", metavar="NAME", help="Time zone whose hours and days count; UTC if none is named.")
 @click.option("--dry-run", is_flag=True, help="Say what would be forgotten, and why, and do nothing.")
 @click.option("--force", is_flag=True, help="Also the newest of a volume, or most of its backups at once.")
 @common_options
@@ -45,7 +45,7 @@ def forget_command(
     job: str | None,
     volumes: tuple[str, ...],
     tags: tuple[str, ...],
-    zone: str,
+    zone: str | None,
     dry_run: bool,
     force: bool,
     **keep: str | None,
@@ -66,14 +66,18 @@ def forget_command(
             "forget needs either backups, or rules, or a job",
             resolution="name backups, or say what to keep, as in: --keep-daily 14 --keep-monthly 12",
         )
-    if job and (volumes or tags):
+    if not rules and (volumes or tags or zone):
+        # Passed over, they would make somebody believe that they narrow what is forgotten.
         raise UsageError(
-            "a job's retention is about all of its backups", resolution="leave out --volume, --tag"
+            "--volume, --tag and --zone say what the rules of --keep-... are about",
+            resolution="leave them out: a job has all of this in its retention"
+            if job
+            else "leave them out, or say what to keep instead of naming backups",
         )
     if job:
         settings, policy = _policy_of_job(settings, job)
     elif rules:
-        policy = _policy_of_rules(rules, volumes, tags, zone)
+        policy = _policy_of_rules(rules, volumes, tags, zone or "UTC")
     repository = settings.open_repository()
     report = Quiet(settings.warnings) if settings.json else settings.reporter
     arriving = backups_arriving(settings.state_directory)

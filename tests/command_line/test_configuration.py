@@ -92,7 +92,7 @@ def test_jobs_and_repositories_by_name(blocksnap: Configured, tmp_path: Path) ->
     }
     left = blocksnap.done("list", "--json").document["backups"]
     assert sorted(each["tags"].get("job", "") for each in left) == ["", "files", "files"]
-    for words in (("--keep-last", "3"), ("--tag", "a=b")):
+    for words in (("--keep-last", "3"), ("--tag", "a=b"), ("--zone", "UTC")):
         assert blocksnap("forget", "--job", "files", *words).code == 2
     assert "has no retention" in blocksnap("forget", "--job", "apart").stderr
     assert "configured jobs: apart, files" in blocksnap("backup", "--job", "nosuch").stderr

@@ -100,6 +100,17 @@ def test_neither_names_nor_rules_is_wrong_usage(blocksnap: CommandLine) -> None:
     assert len(ids(blocksnap)) == 4
 
 
+def test_what_narrows_rules_is_refused_beside_names(blocksnap: CommandLine, tmp_path: Path) -> None:
+    for words in (("--volume", "vg0/scratch"), ("--tag", "a=b"), ("--zone", "Europe/Berlin")):
+        refused = blocksnap("forget", "latest", "--force", *words)
+        assert refused.code == 2, words
+        assert "--volume, --tag and --zone say what the rules" in refused.stderr
+    assert len(ids(blocksnap)) == 4
+    words = ("--volume", f"{tmp_path}/*", "--zone", "Europe/Berlin")
+    blocksnap.done("forget", "--keep-daily", "1", "--force", *words)
+    assert len(ids(blocksnap)) == 1
+
+
 def test_a_gc_key_prunes_and_a_backup_key_does_not(blocksnap: CommandLine, tmp_path: Path) -> None:
     for role in ("gc", "backup"):
         secret = tmp_path / f"{role}.passphrase"
