@@ -46,9 +46,17 @@ def _volume(text: str) -> str:
     raise ValueError("write VG/LV, an absolute path, or a name from [volumes]")
 
 
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    if JOB_TAG in tags:
+        # It would put the backups under the retention of another job.
+        raise ValueError(f"the tag {JOB_TAG} is set by blocksnap, to the name of the job")
+    return tags
+
+
 Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
 Calendar = Annotated[str, AfterValidator(_calendar)]
 VolumeText = Annotated[str, AfterValidator(_volume)]
+Tags = Annotated[dict[str, str], AfterValidator(_tags)]
 
 
 class _Model(BaseModel):
@@ -139,7 +147,7 @@ class JobSettings(_Model):
     """Whether files that are open for writing may be read where they are: nobody writes to them meanwhile."""
     luks_headers: bool = False
     """Whether the headers of the LUKS containers below are stored too: with one, an old passphrase opens."""
-    tags: dict[str, str] = {}
+    tags: Tags = {}
     quiesce: QuiesceSettings = Field(default_factory=QuiesceSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     pace: PaceSettings = Field(default_factory=PaceSettings)

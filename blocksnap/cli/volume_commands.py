@@ -149,6 +149,7 @@ def backup_command(
     from blocksnap.operations.grouping import with_nested
 
     memory.retain()
+    own_tags = _checked_tags(tags)
     settings, job_settings, job_tags = _job_of(settings, volumes, job)
     if quiet_files:
         job_settings = job_settings.model_copy(update={"quiet_files": True})
@@ -157,7 +158,7 @@ def backup_command(
     resolved, volume_limits = _volumes_of(settings, job_settings)
     options = BackupOptions(
         full=full,
-        tags={**job_tags, **dict(tags)},
+        tags={**job_tags, **own_tags},
         base=base or job_settings.base,
         quiesce=job_settings.quiesce,
         job=job or "",
@@ -241,6 +242,18 @@ def verify_command(settings: Settings, *, backup: str, volume: str | None) -> No
         click.get_current_context().exit(code)
 
 
+def _checked_tags(tags: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Return the tags that were named; raises UsageError for the one that a job's retention goes by."""
+    from blocksnap.config import JOB_TAG
+
+    if JOB_TAG in dict(tags):
+        raise UsageError(
+            f"the tag {JOB_TAG} is set by blocksnap, to the name of the job",
+            resolution="give the tag another name",
+        )
+    return dict(tags)
+
+
 def _job_of(
     settings: Settings, volumes: tuple[str, ...], name: str | None
 ) -> tuple[Settings, Job, dict[str, str]]:
@@ -251,7 +264,7 @@ def _job_of(
         if volumes:
             raise UsageError("name volumes or a job, not both")
         settings, job = settings.of_job(name)
-        return settings, job, {JOB_TAG: name, **job.tags}
+        return settings, job, {**job.tags, JOB_TAG: name}
     if not volumes:
         raise UsageError("no volume was named", resolution="see what there is with: blocksnap volumes")
     configuration = settings.configuration

@@ -94,6 +94,10 @@ def test_jobs_and_repositories_by_name(blocksnap: Configured, tmp_path: Path) ->
     assert sorted(each["tags"].get("job", "") for each in left) == ["", "files", "files"]
     for words in (("--keep-last", "3"), ("--tag", "a=b"), ("--zone", "UTC")):
         assert blocksnap("forget", "--job", "files", *words).code == 2
+    for words in (("--job", "files"), (tmp_path / "one.img",)):
+        refused = blocksnap("backup", *words, "--tag", "job=apart")
+        assert (refused.code, "the tag job is set by blocksnap" in refused.stderr) == (2, True)
+    assert len(blocksnap.done("list", "--json").document["backups"]) == len(left)
     assert "has no retention" in blocksnap("forget", "--job", "apart").stderr
     assert "configured jobs: apart, files" in blocksnap("backup", "--job", "nosuch").stderr
 

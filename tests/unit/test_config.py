@@ -174,6 +174,9 @@ WRONG = [
         "[repositories.r]\nurl = '/r'\npassphrase_file = '/p'\npassphrase_command = ['/c']",
         "b.toml:1: repositories.r: the passphrase comes from a file, a command or a credential",
     ),
+    ("[jobs.a]\nvolumes = ['v/a']\ntags = { job = 'b' }", "b.toml:3: jobs.a.tags: the tag job is set by"),
+    ("[defaults.tags]\njob = 'b'\n[jobs.a]\nvolumes = ['v/a']",
+     "b.toml:1: defaults.tags: the tag job is set by"),
     ("[jobs.'a b']\nvolumes = ['v/a']", "b.toml:1: jobs.a b: String should match pattern"),
     ("\n\nrepository = ", "b.toml:3: Invalid value"),
 ]  # fmt: skip
