@@ -9,6 +9,7 @@ The files may name commands, and who runs them is root: so nobody else may be ab
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import stat
@@ -108,6 +109,8 @@ def drop_in_folder(path: str) -> Path:
 def load(path: str, *, required: bool) -> Loaded:
     """Load the file ``path``, which has to be there if it is ``required``; raises ConfigurationError."""
     main = Path(path)
+    if not main.name:
+        raise ConfigurationError([Problem(Place(path), "", os.strerror(errno.EISDIR))])
     files = [main] if required or main.exists() else []
     files += sorted(drop_in_folder(path).glob("*.toml"))
     merged: dict[str, Any] = {}

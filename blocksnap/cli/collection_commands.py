@@ -8,6 +8,7 @@ import click
 
 from blocksnap.cli.context import Settings, common_options
 from blocksnap.cli.output import format_size, format_time, print_json, print_table, printable
+from blocksnap.cli.parameters import NumberRange
 from blocksnap.errors import UsageError
 from blocksnap.quantities import parse_size
 
@@ -95,10 +96,21 @@ def forget_command(
 
 @click.command("prune")
 @click.option(
-    "--max-dead", default=25.0, show_default=True, metavar="PERCENT", help="Rewrite packs with more garbage."
+    "--max-dead",
+    type=NumberRange(min=0, max=100),
+    default=25.0,
+    show_default=True,
+    metavar="PERCENT",
+    help="Rewrite packs with more garbage.",
 )
 @click.option("--max-repack", default="64G", show_default=True, help="Bytes to read and write again at most.")
-@click.option("--wait", default=0.0, metavar="SECONDS", help="Wait so long for backups that are being taken.")
+@click.option(
+    "--wait",
+    type=NumberRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait so long for backups that are being taken.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would go, and why, and do nothing.")
 @common_options
 def prune_command(

@@ -107,11 +107,11 @@ def _split(command: str, variable: str) -> list[str]:
 
 
 def _ask_command(words: Sequence[str], source: str) -> bytes:
-    from blocksnap.system.command import CommandError, run
+    from blocksnap.system.command import CommandError, MissingProgramError, run
 
     try:
         answer = run(*words).split("\n", 1)[0].rstrip("\r")
-    except CommandError as err:
+    except (CommandError, MissingProgramError) as err:
         failure = err.brief
     else:
         return _not_empty(answer.encode(errors="surrogateescape"), f"what {source} printed")

@@ -18,6 +18,7 @@ from blocksnap.cli.output import (
     print_table,
     printable,
 )
+from blocksnap.cli.parameters import NumberRange
 from blocksnap.errors import BlocksnapError, DamageError, UsageError
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def volumes_command(settings: Settings) -> None:
 )
 @click.option(
     "--wait",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0),
     default=0.0,
     metavar="SECONDS",
     help="Wait so long for another run that has a volume, before giving up (exit code 11).",

@@ -129,7 +129,7 @@ def _missing(repository: Repository, name: str) -> BlocksnapError:
 def _parse_time(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError as err:
+    except (ValueError, OverflowError) as err:
         raise UsageError(
             f"{text!r} is not a time", resolution="write it like 2026-11-21T10:00 or 2026-11-21T10:00+01:00"
         ) from err

@@ -199,6 +199,7 @@ def test_errors_say_what_to_do(blocksnap: CommandLine, tmp_path: Path) -> None:
         (12, ["key", "change", "--new-passphrase-file", tmp_path / "missing"], {}),
         (12, ["key", "change"], {"BLOCKSNAP_NEW_PASSPHRASE": ""}),
         (12, ["key", "change"], {"BLOCKSNAP_NEW_PASSPHRASE_COMMAND": "false"}),
+        (12, ["key", "change"], {"BLOCKSNAP_NEW_PASSPHRASE_COMMAND": "no-such-program"}),
         (12, ["key", "show"], {"BLOCKSNAP_PASSPHRASE": "wrong"}),
         (12, ["list", "--key", key], {}),
         (2, ["list", "--key", "ffff"], {}),

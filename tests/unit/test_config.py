@@ -213,6 +213,12 @@ def test_only_root_and_oneself_may_write_it(tmp_path: Path) -> None:
         assert "belongs to user 1234" in problems_of(path)[0]
 
 
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_directory_is_no_file(path: str) -> None:
+    with pytest.raises(ConfigurationError, match="Is a directory"):
+        load(path, required=True)
+
+
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "b.toml"
     path.write_bytes(b"\xff\xfe")

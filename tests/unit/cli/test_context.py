@@ -9,6 +9,7 @@ import click
 import pytest
 
 from blocksnap.cli.context import Settings, common_options
+from blocksnap.cli.main import run
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -26,6 +27,23 @@ def test_a_command_that_has_warned_ends_with_3(*, as_json: bool, warns: bool, of
 
     code = command.main(args=["--json"] if as_json else [], standalone_mode=False)
     assert code == (3 if warns else None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["backup", "vg0/x", "--wait", "nan"],
+        ["backup", "vg0/x", "--wait", "-1"],
+        ["prune", "--wait", "nan"],
+        ["prune", "--wait", "-1"],
+        ["prune", "--max-dead", "nan"],
+        ["prune", "--max-dead", "-5"],
+        ["prune", "--max-dead", "100.5"],
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*words, "--repo", "/nowhere"]) == 2
+    assert words[-2] in capsys.readouterr().err
 
 
 def test_the_repository_of_the_defaults_is_that_of_volumes_that_are_named(tmp_path: Path) -> None:

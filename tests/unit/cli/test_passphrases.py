@@ -29,6 +29,13 @@ def test_the_credential_that_is_configured_is_read(tmp_path: Path, monkeypatch: 
     assert CURRENT.find(None) == b"the usual one"
 
 
+@pytest.mark.parametrize("command", ["false", "no-such-program"])
+def test_a_command_that_gives_none_is_named(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("BLOCKSNAP_PASSPHRASE_COMMAND", command)
+    with pytest.raises(PassphraseError, match=f"^BLOCKSNAP_PASSPHRASE_COMMAND: {command} "):
+        CURRENT.find(None)
+
+
 def test_a_credential_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CURRENT.find(None) is None
     with pytest.raises(PassphraseError, match=r"credential of systemd \(shop\), and this is none of its"):

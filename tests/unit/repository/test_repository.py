@@ -247,7 +247,7 @@ def test_backups_are_found_by_volume_and_time(tmp_path: Path) -> None:
     assert find_backup(repository, "vg0/b@latest").backup == two
     assert find_backup(repository, "/dev/vg0/b@latest").backup == two
     assert find_backup(repository, f"vg0/a@{two.time.isoformat()}").backup == one
-    for name in ("vg0/c@latest", "ffff", "vg0/a@2001-01-01", "", "zz"):
+    for name in ("vg0/c@latest", "ffff", "vg0/a@2001-01-01", "vg0/a@9999-12-31T23:59:59-12:00", "", "zz"):
         with pytest.raises(UsageError):
             find_backup(repository, name)
 
