@@ -16,6 +16,7 @@ from blocksnap.controller.examine_host import (
     examine_block_devices,
     examine_journals,
     examine_standing,
+    examine_state_directory,
     examine_suspended,
     examine_tools,
 )
@@ -51,6 +52,7 @@ def examine(state_directory: str, limits: LimitSettings | None = None) -> list[F
 
     examinations: tuple[tuple[Area, str, Callable[[], Iterable[Finding]]], ...] = (
         ("tool", "programs", lambda: examine_tools(lvm_in_use=devmapper.has_lvm_devices())),
+        ("journal", state_directory, lambda: examine_state_directory(state_directory)),
         ("journal", state_directory, lambda: examine_journals(entries, time.time())),
         ("leftover", state_directory, lambda: examine_standing(entries)),
         ("leftover", state_directory, lambda: examine_arrivals(state_directory)),

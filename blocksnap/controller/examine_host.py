@@ -44,6 +44,27 @@ _TOOLS = {
 }
 
 
+def examine_state_directory(state_directory: str) -> Iterator[Finding]:
+    """Every backup needs a place for its journal, which is made when it is not there yet."""
+    nearest = os.path.abspath(state_directory)
+    # A link that leads nowhere is there as well, and in the way.
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest):
+        trouble = "is not a directory"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        trouble = "cannot be written to"
+    else:
+        return
+    yield Finding(
+        "error",
+        "journal",
+        state_directory,
+        f"no backup can keep its journal there: {nearest} {trouble}",
+        "name another state directory: state_directory in the configuration, or BLOCKSNAP_STATE_DIRECTORY",
+    )
+
+
 def examine_journals(entries: Collection[Entry], now: float) -> Iterator[Finding]:
     """Tell of runs that died, or that take very long."""
     for entry in entries:

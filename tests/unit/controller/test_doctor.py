@@ -223,6 +223,35 @@ def test_journals(tmp_path: Path) -> None:
         journal.finish()
 
 
+@pytest.mark.parametrize("below", ["", "/a/b"])
+@pytest.mark.parametrize(
+    ("kind", "trouble"),
+    [("file", "is not a directory"), ("link", "is not a directory"), ("closed", "cannot be written to")],
+)
+def test_a_state_directory_that_cannot_be_one(
+    mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, trouble: str, below: str
+) -> None:
+    mock.add("lvs", out=report_text())
+    place = tmp_path / "place"
+    if kind == "file":
+        place.touch()
+    elif kind == "link":
+        place.symlink_to(tmp_path / "nowhere")
+    else:
+        place.mkdir()
+        # Root may write everywhere, unless the file system is read-only.
+        asked = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, mode: not (mode & os.W_OK and path == str(place)) and asked(path, mode)
+        )
+    found = [one for one in doctor.examine(f"{place}{below}") if one.area == "journal"]
+    (one,) = found
+    assert one.severity == "error"
+    assert one.message == f"no backup can keep its journal there: {place} {trouble}"
+    assert "state_directory" in str(one.advice)
+    assert [one for one in doctor.examine(f"{tmp_path}/new{below}") if one.area == "journal"] == []
+
+
 def test_what_a_dead_run_left_standing_still_is_an_error_until_it_is_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
