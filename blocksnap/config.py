@@ -6,6 +6,7 @@ docs/configuration.md describes every key, docs/blocksnap.toml is an example wit
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Self
 
@@ -44,6 +45,15 @@ def _volume(text: str) -> str:
     if text.startswith("/") or re.fullmatch(_NAME, text) or re.fullmatch(r"[^/]+/[^/]+", text):
         return text
     raise ValueError("write VG/LV, an absolute path, or a name from [volumes]")
+
+
+def _place(url: str) -> str:
+    """Return a URL in one of the ways in which that of a local directory can be written."""
+    path = url.removeprefix("file://") if url.startswith("file:///") else url
+    # Two dots behind a symbolic link lead elsewhere than they seem to.
+    if not path or "://" in path or ".." in path.split("/"):
+        return path
+    return os.path.normpath(path)
 
 
 def _tags(tags: dict[str, str]) -> dict[str, str]:
@@ -188,8 +198,9 @@ class Configuration(_Model):
         return Job.model_construct(**facts, volumes=volumes)
 
     def find_repository(self, name: str) -> RepositorySettings | None:
-        """Return what is said of a repository, by its name or its URL."""
-        by_url = (each for each in self.repositories.values() if each.url == name)
+        """Return what is said of a repository, by its name or its URL, which may be written differently."""
+        place = _place(name)
+        by_url = (each for each in self.repositories.values() if _place(each.url) == place)
         return self.repositories.get(name) or next(by_url, None)
 
     def repository_of(self, job: Job) -> str | None:

@@ -29,6 +29,12 @@ def open_backend(url: str) -> Backend:
     path = match[2] if match else url
     if not path:
         raise UsageError("the repository's name is empty", resolution="name a directory")
+    if match and not path.startswith("/"):
+        # What stands there is a host by RFC 8089, and would be taken for a directory below this one.
+        raise UsageError(
+            f"{url} names no absolute path",
+            resolution="write it with three slashes, as in file:///srv/repo, or as a plain path",
+        )
     from blocksnap.backends.local import LocalBackend
 
     return LocalBackend(path)

@@ -279,6 +279,16 @@ def test_no_schedules(text: str) -> None:
         JobSettings(schedule=text)
 
 
+@pytest.mark.parametrize("url", ["/srv/repo", "/srv/repo/", "file:///srv/repo", "file:///srv//repo/."])
+def test_a_repository_is_found_however_its_directory_is_written(url: str) -> None:
+    other = {"url": "."}
+    found = Configuration.model_validate({"repositories": {"other": other, "main": {"url": url}}})
+    for name in ("main", "/srv/repo", "/srv/repo/", "file:///srv/repo", "file:///srv/repo/"):
+        assert found.find_repository(name) is found.repositories["main"], name
+    for name in ("", "/srv", "srv/repo", "file://srv/repo", "/srv/x/../repo", "sftp:///srv/repo"):
+        assert found.find_repository(name) is None, name
+
+
 def test_names_stand_for_repositories_and_volumes(tmp_path: Path) -> None:
     text = """
 repository = "main"

@@ -58,3 +58,13 @@ def test_the_repository_of_the_defaults_is_that_of_volumes_that_are_named(tmp_pa
     path.write_text('repository = "/srv/top"\n')
     settings = replace(settings)
     assert _job_of(settings, ("vg0/x",), None)[0].repository_url == "/srv/top"
+
+
+@pytest.mark.parametrize("url", ["file://srv/repo", "file://./repo"])
+def test_a_url_that_names_no_absolute_path_is_refused(
+    url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["init", "--no-encryption", "--repo", url]) == 2
+    assert "names no absolute path" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

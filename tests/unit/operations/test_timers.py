@@ -21,7 +21,7 @@ CONFIGURATION = Configuration.model_validate(
             "three": {
                 "volumes": ["v/c"],
                 "retention": {"last": 3},
-                "repository": "/r",
+                "repository": "file:///r/",
                 "drill": {"schedule": "weekly"},
             },
         },
