@@ -35,6 +35,8 @@ from blocksnap.repository.stored import StoredBackup
 INDEX, MAPS = 1, 2
 """The levels of a check that read no data."""
 _ATTEMPTS = 5
+FOLDERS = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/", CHECKS, DRILLS)
+"""Where the objects of a repository are, but for its config."""
 _PASSING = ("writers/", "keys/", CHECKS, DRILLS)
 """What may go while a check is under way, without a trace in ``gc/``."""
 
@@ -194,9 +196,8 @@ class Checker:
             self._try(info.name, partial(read_checked, self._repository, info.name))
         for info in backend.list(DRILLS):
             self._try(info.name, partial(read_drilled, self._repository, info.name))
-        known = ("keys/", "writers/", "manifests/", "index/", "packs/", "gc/", CHECKS, DRILLS)
         for info in backend.list(""):
-            if info.name != "config" and not info.name.startswith(known):
+            if info.name != "config" and not info.name.startswith(FOLDERS):
                 self.result.garbage(info.name, "it is no part of a repository that this version knows")
 
     def _config(self) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.repository.check import FOLDERS
+from blocksnap.repository.repository import ASIDE, FORGET
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted
 from support.require import require
@@ -38,6 +40,16 @@ def recipe(place: Path) -> list[str]:
     assert len(lines) == 3
     here = [line.replace("/srv/backup/blocksnap", str(place)) for line in lines]
     return [line.replace("-mmin +60 ", "") for line in here]
+
+
+def test_every_folder_is_made_beforehand(tmp_path: Path) -> None:
+    """One that is made later has no +a: what lies in it could be removed."""
+    CommandLine(tmp_path).done("init")
+    place = tmp_path / "repository"
+    subprocess.run(["bash", "-ec", recipe(place)[0]], check=True)
+    folders = {path for path in place.rglob("*") if path.is_dir()}
+    assert {place / name.rstrip("/") for name in (*FOLDERS, ASIDE, FORGET)} <= folders
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
 
 
 def client(*argv: str | Path) -> subprocess.CompletedProcess[str]:
