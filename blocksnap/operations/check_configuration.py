@@ -12,6 +12,7 @@ from blocksnap.backends import open_backend
 from blocksnap.config import Configuration, Job, RepositorySettings
 from blocksnap.controller.parts import find_parts
 from blocksnap.errors import BlocksnapError, UsageError
+from blocksnap.quiesce.errors import how_to_install
 from blocksnap.quiesce.settings import LoginSettings, QuiesceSettings
 from blocksnap.system.command import CommandError, has_program, run
 from blocksnap.volumes.base import Volume
@@ -110,13 +111,11 @@ def _volumes(key: tuple[str | int, ...], configuration: Configuration, job: Job)
 def _databases(key: tuple[str | int, ...], quiesce: QuiesceSettings) -> Iterator[Surprise]:
     logins: tuple[tuple[str, str, Sequence[LoginSettings]], ...] = (
         ("postgresql", "psycopg", quiesce.postgresql),
-        ("mariadb", "pymysql", quiesce.mariadb),
+        ("mariadb", "PyMySQL", quiesce.mariadb),
     )
     for kind, driver, servers in logins:
-        if servers and find_spec(driver) is None:
-            yield Surprise(
-                (*key, kind), f"{driver} is not installed", f"install it: apt install python3-{driver}"
-            )
+        if servers and find_spec(driver.lower()) is None:
+            yield Surprise((*key, kind), f"{driver} is not installed", how_to_install(driver))
         for number, server in enumerate(servers):
             if server.password_file:
                 yield from _secret((*key, kind, number, "password_file"), server.password_file)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+
 from blocksnap.errors import QuiesceError
 
 _SHOWN_BYTES = 600
@@ -113,9 +116,12 @@ class MisplacedError(QuiesceError):
 class MissingDriverError(QuiesceError):
     """The library that talks with a database is not installed (exit code 15)."""
 
-    def __init__(self, library: str, extra: str, package: str) -> None:
+    def __init__(self, library: str) -> None:
         self.library = library
-        super().__init__(
-            f"{library} is not installed",
-            resolution=f"install it: pip install 'blocksnap[{extra}]', or apt install {package}",
-        )
+        super().__init__(f"{library} is not installed", resolution=how_to_install(library))
+
+
+def how_to_install(library: str) -> str:
+    """Say how the Python that runs this gets a library; in a venv it does not see the distribution's."""
+    requirement = shlex.quote({"psycopg": "psycopg[binary]"}.get(library, library))
+    return f"install it: {shlex.quote(sys.executable)} -m pip install {requirement}"

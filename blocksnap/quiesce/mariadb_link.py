@@ -28,7 +28,7 @@ class MariadbLink:
         try:
             import pymysql
         except ImportError as err:
-            raise MissingDriverError("PyMySQL", "mariadb", "python3-pymysql") from err
+            raise MissingDriverError("PyMySQL") from err
         self._server = server
         self._driver_error = pymysql.MySQLError
         self._wait = settings.lock_wait_seconds

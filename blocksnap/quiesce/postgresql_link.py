@@ -32,7 +32,7 @@ class PostgresqlLink:
         try:
             import psycopg
         except ImportError as err:
-            raise MissingDriverError("psycopg", "postgresql", "python3-psycopg") from err
+            raise MissingDriverError("psycopg") from err
         self._server = server
         self._driver_error = psycopg.Error
         # Read as who we are: it is no file of the account's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,22 @@ def test_config_check_and_show(blocksnap: Configured, tmp_path: Path) -> None:
     ]
     assert blocksnap("config", "check", "--config", tmp_path / "none.toml").code == 2
     assert blocksnap("list", "--config", tmp_path / "none.toml").code == 2
+
+
+@pytest.mark.parametrize(("server", "package"), [("postgresql", "'psycopg[binary]'"), ("mariadb", "PyMySQL")])
+def test_a_driver_goes_where_blocksnap_is(
+    blocksnap: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str, package: str
+) -> None:
+    """The distribution's package of it is not seen from a virtual environment."""
+    (tmp_path / "shop.toml").write_text(
+        f"repository = '{tmp_path}'\n[jobs.a]\nvolumes = ['{tmp_path}/two.img']\n"
+        f"[[jobs.a.quiesce.{server}]]\n"
+    )
+    monkeypatch.setattr("blocksnap.operations.check_configuration.find_spec", lambda name: None)
+    warned = blocksnap("config", "check", "--config", tmp_path / "shop.toml", "--json")
+    assert f"install it: {sys.executable} -m pip install {package}" in {
+        each["resolution"] for each in warned.document["warnings"]
+    }
 
 
 def test_timers_are_printed_and_installed(blocksnap: Configured, tmp_path: Path) -> None:
