@@ -84,7 +84,6 @@ def show_command(settings: Settings, *, job: str | None) -> None:
     """
     loaded = _load(settings)
     document: dict[str, Any] = loaded.configuration.model_dump(mode="json", exclude_none=True)
-    document.pop("defaults")
     if job is not None:
         loaded.configuration.job(job)
         document = {"jobs": {job: document["jobs"][job]}}

@@ -124,6 +124,8 @@ def test_config_check_and_show(blocksnap: Configured, tmp_path: Path) -> None:
     assert f'jobs.files.schedule = "daily"  # {tmp_path}/blocksnap.toml:20\n' in shown
     assert f'jobs.files.tags.site = "north"  # {tmp_path}/blocksnap.toml:16\n' in shown
     assert 'jobs.files.base = "none"  # default\n' in shown
+    # What a backup of volumes that no job names goes by.
+    assert f'defaults.tags.site = "north"  # {tmp_path}/blocksnap.toml:16\n' in shown
     # What is shown is itself a configuration, and says the same.
     (tmp_path / "shown.toml").write_text(shown)
     again = blocksnap.done("config", "show", "--json", "--config", tmp_path / "shown.toml").document
