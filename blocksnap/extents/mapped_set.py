@@ -7,6 +7,9 @@ from the set that a new one is made from are held.
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +18,7 @@ from blocksnap.extents.model import ExtentList
 PAGE_BYTES = 4096
 EMPTY_PAGE = bytes(PAGE_BYTES)
 UNITS_PER_PAGE = PAGE_BYTES * 8
+_Pieces = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +82,8 @@ class MappedSet:
 
         length = -(-units // 8)
         last = max(-(-length // PAGE_BYTES) - 1, 0)
-        pieces: dict[int, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {last: ([], [])}
-        for side, extents in enumerate((changed, cleared)):
-            for number, piece in _by_page(extents, UNITS_PER_PAGE * self.unit):
-                pieces.setdefault(number, ([], []))[side].append(piece)
         pages = {}
-        for number, (set_, clear) in pieces.items():
-            if number > last:
-                continue
+        for number, set_, clear in self._pieces(changed, cleared, last):
             bits = min(units - number * UNITS_PER_PAGE, UNITS_PER_PAGE)
             before = self.page(number)
             packed = ExtentList.of(set_).packed, ExtentList.of(clear).packed
@@ -94,6 +92,25 @@ class MappedSet:
                 pages[number] = after
         return MappedSet(self.unit, length, self.page, pages)
 
+    def _pieces(
+        self, changed: ExtentList, cleared: ExtentList, last: int
+    ) -> Iterator[tuple[int, _Pieces, _Pieces]]:
+        """Yield what changes of each page, and what is cleared, up to the last one, which is always there.
+
+        Only one page's are unpacked at a time: the lists may have hundreds of millions of extents.
+        """
+        span = UNITS_PER_PAGE * self.unit
+        streams = [_by_page(extents, span, side) for side, extents in enumerate((changed, cleared))]
+        page_of = operator.itemgetter(0)
+        merged = heapq.merge(*streams, [(last, 2, (0, 0))], key=page_of)
+        for number, of_page in itertools.groupby(merged, page_of):
+            if number > last:
+                return
+            sides: tuple[_Pieces, _Pieces, _Pieces] = ([], [], [])
+            for _, side, piece in of_page:
+                sides[side].append(piece)
+            yield number, sides[0], sides[1]
+
 
 def cut(bitmap: bytes, first: int = 0) -> Iterator[tuple[int, bytes]]:
     """Cut a bitmap in pages, the last of which is filled up; ``first`` is the number of the first."""
@@ -101,12 +118,15 @@ def cut(bitmap: bytes, first: int = 0) -> Iterator[tuple[int, bytes]]:
         yield first + at // PAGE_BYTES, bitmap[at : at + PAGE_BYTES].ljust(PAGE_BYTES, b"\0")
 
 
-def _by_page(extents: ExtentList, span: int) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Cut extents where pages of ``span`` bytes of the volume end; offsets are those within the page."""
+def _by_page(extents: ExtentList, span: int, side: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Cut extents where pages of ``span`` bytes of the volume end; offsets are those within the page.
+
+    Yields the number of the page, ``side`` and the piece.
+    """
     for offset, length in extents.pairs():
         begin, end = offset, offset + length
         while begin < end:
             number = begin // span
             stop = min((number + 1) * span, end)
-            yield number, (begin - number * span, stop - begin)
+            yield number, side, (begin - number * span, stop - begin)
             begin = stop
