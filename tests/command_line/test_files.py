@@ -133,12 +133,15 @@ def test_jobs_come_from_the_configuration(blocksnap: CommandLine, volume: Path, 
     (tmp_path / "blocksnap.toml").write_text(
         f'repository = "main"\n[repositories.main]\n'
         f'url = "{blocksnap.repository}"\npassphrase_file = "{secret}"\n'
-        f'[jobs.night]\nvolumes = ["{volume}"]\ntags = {{ job = "night" }}\n'
+        f'[jobs.night]\nvolumes = ["{volume}"]\ntags = {{ site = "one" }}\n'
     )
     bare: dict[str, str | None] = {"BLOCKSNAP_REPOSITORY": None, "BLOCKSNAP_PASSPHRASE": None}
     blocksnap.done("init", **bare)
     blocksnap.done("backup", "--job", "night", **bare)
-    assert blocksnap.done("list", "--json", **bare).document["backups"][0]["tags"] == {"job": "night"}
+    assert blocksnap.done("list", "--json", **bare).document["backups"][0]["tags"] == {
+        "job": "night",
+        "site": "one",
+    }
     assert blocksnap("backup", "--job", "day", **bare).code == 2
     (tmp_path / "blocksnap.toml").write_text("repositry = 'x'\n")
     wrong = blocksnap("list", **bare)
