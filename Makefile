@@ -176,5 +176,5 @@ lab-test:
 	@vagrant/lab --timeout 7200 -- $(PYTEST) $(SLOWEST) --timeout 900 $(LAB_SECOND) > build/lab-second.log 2>&1 & \
 	second=$$!; \
 	vagrant/lab --timeout 7200 -- $(PYTEST) $(SLOWEST) --timeout 900 $(addprefix --ignore ,$(LAB_SECOND)) tests/lvm; \
-	rest=$$?; wait $$second; code=$$?; cat build/lab-second.log; \
+	rest=$$?; wait $$second; code=$$?; cat build/lab-second.log; echo "the labs ended with $$rest and $$code"; \
 	test $$rest -eq 0 && test $$code -eq 0
