@@ -91,7 +91,8 @@ def pytest_configure(config: pytest.Config) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Teller(terminal))
-    limit = config.getoption("timeout") or config.getini("timeout")
+    asked = config.getoption("timeout")
+    limit = config.getini("timeout") if asked is None else asked
     config.pluginmanager.register(_Ender(os.dup(2), float(limit)))
 
 

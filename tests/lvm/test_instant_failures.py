@@ -277,7 +277,7 @@ def test_who_waits_for_a_repository_waits_on_when_the_command_ends(
 ) -> None:
     """Nor does anybody wait beside him who reads what has arrived."""
     volume, below = f"{pool.group}/{NAME}", f"{device_name(pool)}-blocksnap"
-    # At the end so slow that it goes on when the repository goes.
+    # So slow that it is not over before the repository goes, on any machine.
     with restoring("latest", volume, "--rate", "1M") as first:
         device = first.until("usable")["device"]
         with mounted(device, tmp_path / "mnt") as folder:
