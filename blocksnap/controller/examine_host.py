@@ -13,7 +13,7 @@ from pathlib import Path
 from blocksnap.controller.arriving import Stage, read_arrivals
 from blocksnap.controller.findings import Finding, Severity
 from blocksnap.controller.journal import Entry
-from blocksnap.system import devmapper, host, lvm
+from blocksnap.system import devmapper, host, lvm, sysfs
 from blocksnap.system.command import has_program, package_of
 
 LONG_RUN_SECONDS = 48 * 3600.0
@@ -166,7 +166,7 @@ def examine_suspended(entries: Collection[Entry]) -> Iterator[Finding]:
 
 def examine_block_devices() -> Iterator[Finding]:
     """Tell of loop devices without a file, and of nbd devices that nobody serves any more."""
-    for backing in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
+    for backing in sysfs.find(_SYS_BLOCK, "loop*/loop/backing_file"):
         name = f"/dev/{backing.parent.parent.name}"
         if _text(backing).endswith(" (deleted)"):
             yield Finding(
@@ -176,7 +176,7 @@ def examine_block_devices() -> Iterator[Finding]:
                 f"its file was deleted and takes space until it is detached: {_text(backing)}",
                 f"if nothing needs it: losetup --detach {name}",
             )
-    for pid in sorted(_SYS_BLOCK.glob("nbd*/pid")):
+    for pid in sysfs.find(_SYS_BLOCK, "nbd*/pid"):
         name = f"/dev/{pid.parent.name}"
         server = _text(pid)
         if _text(pid.parent / "backend").startswith("blocksnap-"):

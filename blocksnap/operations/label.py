@@ -19,6 +19,7 @@ from blocksnap.errors import TargetError, UsageError
 from blocksnap.operations.reporting import Reporter
 from blocksnap.repository.documents import ApplicationRecord, Backup
 from blocksnap.restore.naming import give_name, hidden_name
+from blocksnap.system import sysfs
 
 _ROOM = 1 << 20
 _SERVERS = ("postgres", "postmaster")
@@ -141,7 +142,7 @@ def _running(folder: int) -> int | None:
     its, told = os.fstat(folder), ""
     with contextlib.suppress(OSError):
         told = _read(folder, "postmaster.pid").split(b"\n", 1)[0].decode(errors="replace")
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in sysfs.find(Path("/proc"), "[0-9]*"):
         # It may end meanwhile, and those of the kernel have no directory.
         with contextlib.suppress(OSError):
             is_server = process.name == told or (process / "comm").read_text().startswith(_SERVERS)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.system import sysfs
 from blocksnap.system.openers import device_writers
 
 # linux/fs.h
@@ -273,7 +274,7 @@ def _clear_blocks(
 def holders(number: int) -> list[int]:
     """Return the numbers of the devices stacked directly on a device and on its partitions."""
     folder = sysfs_folder(number)
-    found = [number_in(path / "dev") for path in _listed(folder / "holders")]
+    found = sysfs.numbers_of(sysfs.find(folder, "holders/*/dev"))
     for partition in partitions(number):
         found += holders(partition)
     return found
@@ -281,22 +282,16 @@ def holders(number: int) -> list[int]:
 
 def partitions(number: int) -> list[int]:
     """Return the numbers of a disk's partitions."""
-    folder = sysfs_folder(number)
-    return [number_in(path.parent / "dev") for path in folder.glob("*/partition")]
+    found = sysfs.find(sysfs_folder(number), "*/partition")
+    return sysfs.numbers_of(path.parent / "dev" for path in found)
 
 
 def slaves(number: int) -> list[int]:
     """Return the numbers of the devices that a device is directly stacked on; a partition's is its disk."""
     folder = sysfs_folder(number)
     if (folder / "partition").exists():
-        return [number_in(folder.resolve().parent / "dev")]
-    return [number_in(path / "dev") for path in _listed(folder / "slaves")]
-
-
-def number_in(path: Path) -> int:
-    """Return the device number in a file of sysfs; raises OSError."""
-    major, minor = path.read_text().strip().split(":")
-    return os.makedev(int(major), int(minor))
+        return sysfs.numbers_of([folder.resolve().parent / "dev"])
+    return sysfs.numbers_of(sysfs.find(folder, "slaves/*/dev"))
 
 
 def aligned_buffer(length: int) -> mmap.mmap:
@@ -393,10 +388,3 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if result:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []

@@ -20,6 +20,7 @@ from typing import Final
 from uuid import UUID
 
 from blocksnap.errors import VolumeError
+from blocksnap.system import sysfs
 from blocksnap.system.btrfs import BtrfsError, filesystem_info, inode_generation
 from blocksnap.system.mounts import mounts_of, read_mounts
 
@@ -151,11 +152,9 @@ def _nested_path(fd: int, tree_id: int, directory: int) -> bytes | None:
 
 
 def _devices(filesystem: UUID) -> Iterator[str]:
-    folder = _SYSFS / str(filesystem) / "devices"
-    with contextlib.suppress(OSError):
-        for found in sorted(folder.iterdir()):
-            # A device mapper's has a link to it; the names in sysfs have ! for /.
-            yield "/dev/" + found.name.replace("!", "/")
+    for found in sysfs.find(_SYSFS, f"{filesystem}/devices/*"):
+        # A device mapper's has a link to it; the names in sysfs have ! for /.
+        yield "/dev/" + found.name.replace("!", "/")
 
 
 def _is_read_only(devices: list[str]) -> bool:

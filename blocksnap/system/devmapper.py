@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from blocksnap.system import sysfs
 from blocksnap.system.blockdev import holders, slaves, sysfs_folder
 from blocksnap.system.command import run
 
@@ -97,12 +98,12 @@ def decode_name(name: str) -> tuple[str, str] | None:
 
 def dm_name(number: int) -> str | None:
     """Return the device-mapper name of a device; None when it is none."""
-    return _read(sysfs_folder(number) / "dm/name")
+    return sysfs.text_of(sysfs_folder(number) / "dm/name")
 
 
 def dm_uuid(number: int) -> str | None:
     """Return the device-mapper UUID of a device; None when it is none."""
-    return _read(sysfs_folder(number) / "dm/uuid")
+    return sysfs.text_of(sysfs_folder(number) / "dm/uuid")
 
 
 def lvm_identity(number: int) -> LvmIdentity | None:
@@ -118,7 +119,7 @@ def _layer_of(number: int) -> str | None:
 
 def is_suspended(number: int) -> bool:
     """Tell whether a device is suspended; False when it is gone."""
-    return _read(sysfs_folder(number) / "dm/suspended") == "1"
+    return sysfs.text_of(sysfs_folder(number) / "dm/suspended") == "1"
 
 
 def suspended_devices() -> set[int]:
@@ -309,20 +310,8 @@ def _number(text: str) -> int:
 
 
 def _devices() -> list[int]:
-    found = []
-    for path in sorted(_SYS_BLOCK.glob("dm-*/dev")):
-        text = _read(path)
-        if text:
-            found.append(_number(text))
-    return found
+    return sysfs.numbers_of(sysfs.find(_SYS_BLOCK, "dm-*/dev"))
 
 
 def _selected(number: int) -> tuple[str, ...]:
     return "--major", str(os.major(number)), "--minor", str(os.minor(number))
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from blocksnap.system import sysfs
 from blocksnap.system.command import CommandError, run
 from blocksnap.system.devmapper import dm_name, is_suspended
 
@@ -24,16 +25,8 @@ WAIT_SECONDS = 30 * 86400.0
 
 def number_of(name: str) -> int | None:
     """Return the number of the device with this name; None when there is none."""
-    for path in _SYS_BLOCK.glob("dm-*/dev"):
-        try:
-            major, minor = path.read_text().split(":")
-        except OSError:
-            # It has gone meanwhile.
-            continue
-        number = os.makedev(int(major), int(minor))
-        if dm_name(number) == name:
-            return number
-    return None
+    numbers = sysfs.numbers_of(sysfs.find(_SYS_BLOCK, "dm-*/dev"))
+    return next((number for number in numbers if dm_name(number) == name), None)
 
 
 def read_table(name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blocksnap.system import blockdev, mounts
+from blocksnap.system import blockdev, mounts, sysfs
 from blocksnap.system.mounts import Mount
 
 # <linux/fs.h>, <linux/loop.h>
@@ -144,9 +144,8 @@ def _loops_on(filesystem: int, table: Sequence[Mount]) -> list[int]:
     by a process that does not answer (FUSE).
     """
     numbers = []
-    for folder in _SYS_BLOCK.glob("loop*/loop"):
-        major, minor = (folder.parent / "dev").read_text().split(":")
-        number = os.makedev(int(major), int(minor))
+    loops = sysfs.find(_SYS_BLOCK, "loop*/loop")
+    for number in sysfs.numbers_of(folder.parent / "dev" for folder in loops):
         is_used = mounts.mounts_of(number, list(table)) or blockdev.holders(number)
         if is_used or blockdev.partitions(number):
             numbers.append(number)

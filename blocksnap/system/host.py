@@ -8,6 +8,8 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
+from blocksnap.system import sysfs
+
 _SOURCES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 _PURPOSE = b"blocksnap host id"
 _ENDED = frozenset("ZX")
@@ -58,7 +60,7 @@ def process_start(pid: int) -> int | None:
 def processes(names: Collection[str]) -> list[int]:
     """Return the processes that run a program of one of these names; one that has ended does so no more."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in sysfs.find(Path("/proc"), "[0-9]*"):
         try:
             name = (folder / "comm").read_text().rstrip("\n")
             # Whoever started it may never ask what became of it. Its state follows the name (proc(5)).

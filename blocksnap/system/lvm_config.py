@@ -13,6 +13,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from blocksnap.system import sysfs
 from blocksnap.system.command import run
 from blocksnap.system.devmapper import decode_name
 
@@ -76,7 +77,7 @@ def _device_rejects() -> list[str]:
 
     Those are nbd devices, and what instant restores are made of. A device is accepted if any of its names is.
     """
-    connected = {path.name for path in _SYS_BLOCK.glob("nbd*") if _size_of(path) > 0}
+    connected = {path.name for path in sysfs.find(_SYS_BLOCK, "nbd*") if _size_of(path) > 0}
     names: list[str] = []
     for path in _arriving():
         connected.add(path.name)
@@ -89,7 +90,7 @@ def _device_rejects() -> list[str]:
             *([f"/dev/{'/'.join(volume)}"] if volume else []),
         ]
     if connected:
-        names += [str(link) for link in _DEVICE_LINKS.glob("by-*/*") if _leads_to(link, connected)]
+        names += [str(link) for link in sysfs.find(_DEVICE_LINKS, "by-*/*") if _leads_to(link, connected)]
     # The pattern language has its own special characters; a dot stands for any of them.
     return [f"r|^{re.sub(r'[^a-zA-Z0-9/]', '.', name)}$|" for name in names]
 
@@ -97,18 +98,15 @@ def _device_rejects() -> list[str]:
 def _arriving() -> list[Path]:
     """Return the folders in sysfs of the devices of instant restores that are not LVM's yet."""
     found = []
-    for name in _SYS_BLOCK.glob("dm-*/dm/name"):
+    for name in sysfs.find(_SYS_BLOCK, "dm-*/dm/name"):
         if _text(name).endswith(ARRIVING_SUFFIX):
             below = name.parent.parent
-            found += [below, *(_SYS_BLOCK / holder.name for holder in (below / "holders").glob("*"))]
+            found += [below, *(_SYS_BLOCK / holder.name for holder in sysfs.find(below, "holders/*"))]
     return found
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+    return sysfs.text_of(path) or ""
 
 
 def _leads_to(link: Path, disks: set[str]) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from blocksnap.system import blockdev
+from blocksnap.system import blockdev, sysfs
 from blocksnap.system.command import run_observed
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
@@ -118,13 +117,8 @@ def btrfs_members(number: int) -> set[int]:
 
     ``/sys/fs/btrfs/UUID/devices`` has links to them (Documentation/ABI, fs/btrfs/sysfs.c).
     """
-    for folder in _BTRFS.glob("*/devices"):
-        found = set()
-        for node in folder.glob("*/dev"):
-            # One that is taken out at the moment is gone.
-            with contextlib.suppress(OSError, ValueError):
-                major, minor = node.read_text().split(":")
-                found.add(os.makedev(int(major), int(minor)))
+    for folder in sysfs.find(_BTRFS, "*/devices"):
+        found = set(sysfs.numbers_of(sysfs.find(folder, "*/dev")))
         if number in found:
             return found
     return {number}
@@ -172,7 +166,7 @@ def loop_devices_of(path: str) -> list[str]:
     except OSError:
         return []
     found = []
-    for backing in _BLOCK.glob("loop*/loop/backing_file"):
+    for backing in sysfs.find(_BLOCK, "loop*/loop/backing_file"):
         try:
             status = os.stat(backing.read_text().rstrip("\n"))
         except OSError:
@@ -200,17 +194,9 @@ def _direct_users(number: int, mounts: list[Mount]) -> list[str]:
         for mount in mounts_of(number, mounts)
     ]
     found += swap_users(number)
-    for path in sorted(_folder(number, "holders")):
-        name = (path / "dm/name").read_text().strip() if (path / "dm/name").exists() else path.name
-        found.append(f"held by {name}")
+    for path in sysfs.find(blockdev.sysfs_folder(number), "holders/*"):
+        found.append(f"held by {sysfs.text_of(path / 'dm/name') or path.name}")
     return found
-
-
-def _folder(number: int, name: str) -> list[Path]:
-    try:
-        return list((blockdev.sysfs_folder(number) / name).iterdir())
-    except OSError:
-        return []
 
 
 def _source_number(mount: Mount) -> int | None:

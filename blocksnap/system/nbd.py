@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
+from blocksnap.system import sysfs
 from blocksnap.system.command import run
 
 _NETLINK_GENERIC = 16
@@ -128,13 +129,9 @@ def disconnect(index: int) -> None:
 
 def find(identifier: str) -> int | None:
     """Return the index of the device with this identifier."""
-    for backend in _SYS_BLOCK.glob("nbd*/backend"):
-        try:
-            if backend.read_text().strip() == identifier:
-                return int(backend.parent.name.removeprefix("nbd"))
-        except OSError:
-            # It has gone meanwhile.
-            continue
+    for backend in sysfs.find(_SYS_BLOCK, "nbd*/backend"):
+        if sysfs.text_of(backend) == identifier:
+            return int(backend.parent.name.removeprefix("nbd"))
     return None
 
 

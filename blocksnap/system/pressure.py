@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blocksnap.system import sysfs
+
 _HOST = Path("/proc/pressure/io")
 _CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 _TOTAL = re.compile(r"^some .*total=(\d+)$", re.MULTILINE)
@@ -77,7 +79,7 @@ def _beside(root: Path, group: str) -> list[Path]:
     for part in [part for part in group.split("/") if part]:
         found += [
             path / _PRESSURE
-            for path in sorted(folder.iterdir())
+            for path in sysfs.find(folder, "*")
             if path.name != part and (path / _PRESSURE).exists()
         ]
         folder = folder / part

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
-from blocksnap.system import blockdev, devmapper, mounts
+from blocksnap.system import blockdev, devmapper, mounts, sysfs
 from blocksnap.system.mounts import Mount
 
 _EXT4 = Path("/sys/fs/ext4")
@@ -107,7 +107,7 @@ def _external_journal(number: int) -> Iterator[int]:
         if len(said) >= _CUT_NAME and own.startswith(name):
             return
         if not re.fullmatch(rf"{re.escape(own)}-\d+", name):
-            yield blockdev.number_in(_CLASS / name / "dev")
+            yield from sysfs.numbers_of([_CLASS / name / "dev"])
 
 
 def _arrays(numbers: Collection[int]) -> Iterator[Span]:

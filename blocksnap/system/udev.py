@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from blocksnap.system import blockdev
+from blocksnap.system import blockdev, sysfs
 from blocksnap.system.command import CommandError, has_program, run
 
 
@@ -89,7 +89,4 @@ def _size(number: int) -> int:
 
 
 def _kernel_dm_uuid(number: int) -> str:
-    try:
-        return (blockdev.sysfs_folder(number) / "dm/uuid").read_text().strip()
-    except OSError:
-        return ""
+    return sysfs.text_of(blockdev.sysfs_folder(number) / "dm/uuid") or ""
