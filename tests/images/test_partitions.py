@@ -17,7 +17,7 @@ from images.test_drill import configure, drilled
 from images.test_mount import digests_of
 from support.commands import CommandLine
 from support.disks import MIB, boot_sector, make_gpt, make_mbr, make_sectors
-from support.loops import call, unmount
+from support.loops import call, loop_device, unmount
 from support.shown import children_of, is_mounted, shown, wait_for
 from support.sleepers import long_time
 from support.standing import wait_until
@@ -202,12 +202,9 @@ def test_large_sectors_and_the_second_copy_of_a_table(blocksnap: CommandLine, tm
     with image.open("wb") as file:
         file.truncate(64 * MIB)
     for sector in (512, 4096):
-        device = call("losetup", "--find", "--show", "--sector-size", str(sector), image).strip()
-        try:
+        with loop_device(image, "--sector-size", str(sector)) as device:
             script = b"label: gpt\nsize=8MiB\nsize=24MiB\n"
             subprocess.run(["sfdisk", "--quiet", device], input=script, check=True)
-        finally:
-            call("losetup", "--detach", device)
         call("mkfs.ext4", "-q", "-F", "-E", f"offset={9 * MIB}", image, "24m")
         with image.open("r+b") as file:
             for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from blocksnap.system import lvm
 from blocksnap.volumes.resolve import resolve_volume
 from support.in_process import InProcess
 from support.loops import detach
-from support.lvm_lab import ThinPool, tool, write_at
+from support.lvm_lab import ThinPool, exit_code, tool, write_at
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -119,3 +120,29 @@ def test_one_command_of_ours_changes_a_group_at_a_time(
             lvm.create_thin(pool.group, pool.pool, "late", 4 * MIB)
     lvm.create_thin(pool.group, pool.pool, "late", 4 * MIB)
     pool.remove("late")
+
+
+def test_volumes_of_others_come_and_go(pool: ThinPool, volume: str, blocksnap: InProcess) -> None:
+    """Whatever the others' LVM and device mapper do meanwhile, they are not what is looked for."""
+    other = pool.create("other", "4M")
+    shell = (
+        'trap "exit 0" TERM; while :; do '
+        f"lvcreate -q -q -s -n of-others {other} && lvremove -q -q -y {pool.group}/of-others; "
+        "dmsetup create of-others --table '0 8 zero' && dmsetup remove --retry of-others; done"
+    )
+    others = subprocess.Popen(["sh", "-c", shell], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for options, kind in (((), "full"), (("--base", "keep"), "incremental")):
+            write_at(pool.node("data"), 128 * KIB, os.urandom(4 * KIB))
+            assert blocksnap.backup(volume, *options)["kind"] == kind
+        names = {each["name"] for each in json.loads(blocksnap.done("volumes", "--json"))["volumes"]}
+        assert {volume, other} <= names
+        assert blocksnap("doctor", "--json")[0] in (0, 3)
+        assert others.poll() is None
+    finally:
+        others.terminate()
+        others.wait()
+        exit_code("dmsetup", "remove", "--retry", "of-others")
+        exit_code("lvremove", "-y", f"{pool.group}/of-others")
+        pool.remove("other")
+    blocksnap.done("verify", "latest", volume)

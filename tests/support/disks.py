@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.loops import call, mounted
+from support.loops import call, loop_device, mounted
 
 MIB = 1 << 20
 SECTOR = 512
@@ -23,12 +23,8 @@ SIZES = {"ext4": 32, "xfs": 304, "btrfs": 112, "LVM2_member": 8, "crypto_LUKS": 
 @contextmanager
 def part_of(image: Path, offset: int, size: int) -> Iterator[str]:
     """Attach a part of a file to a loop device."""
-    place = ("--offset", str(offset), "--sizelimit", str(size))
-    device = call("losetup", "--find", "--show", *place, image).strip()
-    try:
+    with loop_device(image, "--offset", str(offset), "--sizelimit", str(size)) as device:
         yield device
-    finally:
-        call("losetup", "--detach", device)
 
 
 def make_disk(image: Path, script: str, contents: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blocksnap.system.files import is_being_written
 from blocksnap.system.udev import settle
 
+_MOMENT_SECONDS = 10
 RELEASE_SECONDS = 600
 """A lab keeps copies of the mounts of others as long as it runs."""
 
@@ -23,13 +26,19 @@ def call(*argv: str | Path) -> str:
 
 
 @contextmanager
-def loop_device(image: Path, *, size: int | None = None, read_only: bool = False) -> Iterator[str]:
-    """Attach a file, made with ``size`` bytes if asked for; yield the device's path."""
+def loop_device(
+    image: Path, *options: str, size: int | None = None, read_only: bool = False
+) -> Iterator[str]:
+    """Attach a file, made with ``size`` bytes if asked for; yield the device's path.
+
+    Further ``options`` are those of losetup(8).
+    """
     if size is not None:
         with image.open("ab") as file:
             file.truncate(size)
-    options = ["--read-only"] if read_only else []
-    device = call("losetup", "--find", "--show", *options, image).strip()
+    device = call(
+        "losetup", "--find", "--show", *(["--read-only"] if read_only else []), *options, image
+    ).strip()
     try:
         _remove_partitions(device)
         # What udev knows of the file that the device had before would be taken for this one's.
@@ -60,13 +69,14 @@ def _await_release(attached: Path, image: str) -> None:
     Whoever looks at new devices does, and what another test began meanwhile with mounts of its own.
     """
     deadline = time.monotonic() + RELEASE_SECONDS
-    while True:
-        try:
-            if attached.read_text().rstrip("\n") != image:
-                return
-        except OSError:
-            return
-        assert time.monotonic() < deadline, f"{image} is kept"
+    with contextlib.suppress(OSError):
+        while attached.read_text().rstrip("\n") == image:
+            assert time.monotonic() < deadline, f"{image} is kept"
+            time.sleep(0.05)
+    # The kernel closes the file a moment after it has taken its name away (drivers/block/loop.c). It may be
+    # the test's own by now.
+    deadline = time.monotonic() + _MOMENT_SECONDS
+    while is_being_written(image) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
