@@ -126,18 +126,24 @@ class Files(Protocol):
 class FilesInImage:
     """The files in the filesystem of an image, which another process mounts."""
 
-    def __init__(self, inner: socket.socket, backup: Backup) -> None:
+    def __init__(self, inner: socket.socket, backup: Backup, report: Reporter) -> None:
         self._inner = inner
         self.backup = backup
+        self._report = report
 
     def entries(self, path: str, *, recursive: bool, find: str | None) -> Iterator[dict[str, Any]]:
         """Yield what is in a folder, or the entry that a path names; raises InsideError."""
         yield from ask(self._inner, self._request("list", path, recursive=recursive, find=find))
 
     def copy(self, path: str, folder: str) -> list[str]:
-        """Copy a path into a folder; return what was made. Raises InsideError."""
-        made = ask(self._inner, self._request("copy", path, to=os.path.realpath(folder)))
-        return [entry["path"] for entry in made]
+        """Copy a path into a folder; return what was made. Raises InsideError.
+
+        What cannot be kept is a warning.
+        """
+        answer = list(ask(self._inner, self._request("copy", path, to=os.path.realpath(folder))))
+        for line in (entry["not_kept"] for entry in answer if "not_kept" in entry):
+            self._report.warn(f"not kept: {line}")
+        return [entry["made"] for entry in answer if "made" in entry]
 
     def _request(self, do: str, path: str, **more: object) -> dict[str, object]:
         return {"do": do, "backup": self.backup.id, "path": path, **more}
@@ -168,7 +174,7 @@ def files_of(open_repository: OpenRepository, name: str, report: Reporter) -> It
     if isinstance(inner, BlocksnapError):
         raise inner
     with served_images(repository, [backup], report, end_users=inner.end):
-        yield FilesInImage(inner.questions, backup)
+        yield FilesInImage(inner.questions, backup, report)
 
 
 def require_fuse() -> None:

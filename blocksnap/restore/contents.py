@@ -11,10 +11,12 @@ import os
 import stat
 from collections.abc import Iterator
 
+from blocksnap.restore.copied_attributes import note_lost
 from blocksnap.restore.inside import Answering, Inner, InsideError, Request
 from blocksnap.restore.naming import flush_open_folder
 from blocksnap.restore.partitions import Contents, Partition
 from blocksnap.restore.private_folder import PrivateFolder, private_folder
+from blocksnap.restore.unkept import Unkept
 from blocksnap.system.command import CommandError, run
 from blocksnap.system.files import flush_filesystem_of
 
@@ -104,7 +106,7 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
     """Copy a file, or a folder with all in it, into a folder: owners, times, modes, links, xattrs, holes.
 
     It gets its name when all of it is there and durable. Until then it is where nobody else can put anything
-    in the way, such as a link that would be followed.
+    in the way, such as a link that would be followed. Yields what was made, and what it could not be given.
     """
     backup, target = request["backup"], request["to"]
     contents = inner.contents(backup)
@@ -119,10 +121,12 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
     for each in sources:
         if os.path.lexists(os.path.join(target, each)):
             raise InsideError(f"{os.path.join(target, each)} exists already")
+    unkept = Unkept()
     try:
         with private_folder(target) as private:
             for each, source in sources.items():
                 _copy_one(source, private, each)
+                note_lost(source, os.path.join(private.path_for_programs, each), each, unkept)
             # By what was open before the first write: it is told of one that was lost.
             flush_filesystem_of(private.fd)
             for each in sources:
@@ -131,8 +135,9 @@ def _copy(inner: Inner, request: Request) -> Iterator[object]:
                     private.take_out(each)
                 except FileExistsError as err:
                     raise InsideError(f"{made} exists already") from err
-                yield {"path": made}
+                yield {"made": made}
             flush_open_folder(private.parent)
+            yield from ({"not_kept": line} for line in unkept.lines())
     except OSError as err:
         raise InsideError(f"cannot copy to {target}: {err.strerror or err}") from err
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import CommandLine
-from support.loops import call, loop_device, mounted
+from support.loops import call, loop_device, mounted, unmount
 from support.repositories import harm_largest_pack
 
 MIB = 1 << 20
@@ -95,6 +95,33 @@ def test_copying(blocksnap: CommandLine, volume: Path, tmp_path: Path) -> None:
     (tmp_path / "all").mkdir()
     blocksnap.done("files", "latest", "--to", tmp_path / "all")
     assert (tmp_path / "all" / "big").read_bytes() == random.Random(1).randbytes(40 * MIB)
+
+
+def test_what_cannot_be_kept_is_told(blocksnap: CommandLine, tmp_path: Path) -> None:
+    """A filesystem without extended attributes of users, as many file servers are."""
+    image, out = tmp_path / "volume.img", tmp_path / "out"
+    with loop_device(image, size=32 * MIB) as device:
+        call("mkfs.ext4", "-q", device)
+        with mounted(device, tmp_path / "work") as folder:
+            (folder / "etc" / "deep").mkdir(parents=True)
+            for number in range(5):
+                (folder / "etc" / "deep" / f"{number}.conf").write_text("a = 1\n")
+                os.setxattr(folder / "etc" / "deep" / f"{number}.conf", "user.why", b"because")
+            os.setxattr(folder / "etc", "trusted.who", b"me")
+            os.symlink("/nowhere", folder / "etc" / "link")
+    blocksnap.done("backup", image, "-q")
+    out.mkdir()
+    call("mount", "-t", "ramfs", "ramfs", out)
+    try:
+        told = blocksnap("files", "latest", "etc", "--to", out)
+        assert told.code == 3, told
+        assert "not kept: extended attribute trusted.who, of 1: etc" in told.stderr
+        examples = ", ".join(f"etc/deep/{number}.conf" for number in range(3))
+        assert f"not kept: extended attribute user.why, of 5: {examples}, ..." in told.stderr
+        assert told.text == f"copied to {out}/etc\n"
+        assert len(os.listdir(out / "etc" / "deep")) == 5
+    finally:
+        unmount(out)
 
 
 def test_what_cannot_be_read_is_not_there_in_part(
