@@ -27,6 +27,16 @@ class BlocksnapError(Exception):
         return self.brief
 
 
+class UnforeseenError(BlocksnapError):
+    """The system refused something in a place that nobody thought of."""
+
+    def __init__(self, err: OSError | UnicodeError) -> None:
+        self.err = err
+        super().__init__(
+            str(err), resolution="if the reason is not plain, please report this with the command"
+        )
+
+
 class UsageError(BlocksnapError):
     """The command or the configuration asks for something that makes no sense (exit code 2)."""
 

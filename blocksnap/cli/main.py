@@ -17,7 +17,7 @@ import click
 
 import blocksnap
 from blocksnap.cli.ending import Ended, end_before, ended_by_signals
-from blocksnap.errors import BlocksnapError
+from blocksnap.errors import BlocksnapError, UnforeseenError
 
 _COMMANDS = {
     "init": "repository_commands",
@@ -55,16 +55,6 @@ Exit codes:
  10  no such repository          130  interrupted (Ctrl-C)
  11  busy: another run holds it  143  terminated (SIGTERM)
 Any other code means failure."""
-
-
-class UnforeseenError(BlocksnapError):
-    """The system refused something in a place that nobody thought of."""
-
-    def __init__(self, err: OSError | UnicodeError) -> None:
-        self.err = err
-        super().__init__(
-            str(err), resolution="if the reason is not plain, please report this with the command"
-        )
 
 
 class _Commands(click.Group):

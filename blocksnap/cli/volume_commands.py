@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +21,7 @@ from blocksnap.cli.output import (
     printable,
 )
 from blocksnap.cli.parameters import NumberRange
-from blocksnap.errors import BlocksnapError, DamageError, UsageError
+from blocksnap.errors import BlocksnapError, DamageError, UnforeseenError, UsageError, VolumeError
 
 if TYPE_CHECKING:
     from blocksnap.config import Job
@@ -147,7 +149,6 @@ def backup_command(
     from blocksnap.extents import memory
     from blocksnap.operations.backup import plan_backups
     from blocksnap.operations.draft import BackupOptions
-    from blocksnap.operations.grouping import with_nested
 
     memory.retain()
     own_tags = _checked_tags(tags)
@@ -156,7 +157,8 @@ def backup_command(
         job_settings = job_settings.model_copy(update={"quiet_files": True})
     repository = settings.open_repository()
     require_same_encryption(repository, settings.state_directory)
-    resolved, volume_limits = _volumes_of(settings, job_settings)
+    failed: list[BlocksnapError] = []
+    resolved, volume_limits = _volumes_of(settings, job_settings, failed)
     options = BackupOptions(
         full=full,
         tags={**job_tags, **own_tags},
@@ -169,21 +171,17 @@ def backup_command(
         wait_seconds=wait,
     )
     groups = [resolved] if job_settings.group else [[volume] for volume in resolved]
-    groups = [with_nested(group, settings.reporter) for group in groups]
-    if job_settings.luks_headers:
-        from blocksnap.operations.recording import with_luks_headers
-
-        groups = [with_luks_headers(group, settings.reporter) for group in groups]
+    complete = partial(_with_what_belongs_to_it, settings, luks_headers=job_settings.luks_headers)
     if dry_run:
         plans = [
             plan
-            for group in groups
+            for group in map(complete, groups)
             for plan in plan_backups(repository, group, settings.state_directory, options, settings.reporter)
         ]
         if settings.json:
             print_json_line({"event": "done", "backups": [], "plans": plans})
         return
-    results, failed = _back_up_groups(settings, repository, groups, options)
+    results = _back_up_groups(settings, repository, groups, complete, options, failed)
     _show_backups(settings, results)
     if failed:
         click.get_current_context().exit(failed[0].exit_code)
@@ -275,8 +273,13 @@ def _job_of(
     return replace(settings, repo=settings.repo or configuration.repository_of(job)), job, job.tags
 
 
-def _volumes_of(settings: Settings, job: Job) -> tuple[list[Volume], dict[str, LimitSettings]]:
-    """Look the volumes of a job up, and their limits by their keys; raises UsageError, VolumeError."""
+def _volumes_of(
+    settings: Settings, job: Job, failed: list[BlocksnapError]
+) -> tuple[list[Volume], dict[str, LimitSettings]]:
+    """Look the volumes of a job up, and their limits by their keys; raises UsageError, VolumeError.
+
+    Where they are no group, one that is not there does not keep the others from being tried.
+    """
     from blocksnap.volumes.resolve import resolve_volumes
 
     def left_out(err: BlocksnapError) -> None:
@@ -288,43 +291,79 @@ def _volumes_of(settings: Settings, job: Job) -> tuple[list[Volume], dict[str, L
     for text in job.volumes:
         name, limits = configuration.volume(text, job) if configuration else (text, job.limits)
         of_snapshots = replace(limits.for_volumes(), quiet_files=job.quiet_files)
-        for volume in resolve_volumes(name, of_snapshots, left_out):
-            resolved.append(volume)
-            of_volumes[volume.key] = limits
+        try:
+            found = resolve_volumes(name, of_snapshots, left_out)
+        except VolumeError as err:
+            if job.group or len(job.volumes) == 1:
+                raise
+            _note_failure(settings, err, failed)
+            continue
+        resolved += found
+        of_volumes.update({volume.key: limits for volume in found})
     if len(of_volumes) != len(resolved):
         raise UsageError("a volume is named twice")
+    if not resolved and failed:
+        raise failed[0]
     return resolved, of_volumes
 
 
+def _with_what_belongs_to_it(settings: Settings, group: list[Volume], *, luks_headers: bool) -> list[Volume]:
+    """Return a group with the subvolumes in its own, and the LUKS headers below it if the job wants them."""
+    from blocksnap.operations.grouping import with_nested
+
+    group = with_nested(group, settings.reporter)
+    if luks_headers:
+        from blocksnap.operations.recording import with_luks_headers
+
+        group = with_luks_headers(group, settings.reporter)
+    return group
+
+
 def _back_up_groups(
-    settings: Settings, repository: Repository, groups: list[list[Volume]], options: BackupOptions
-) -> tuple[list[StoredBackup], list[BlocksnapError]]:
-    """Back up one group after the other; one that fails does not keep the others from being tried."""
+    settings: Settings,
+    repository: Repository,
+    groups: list[list[Volume]],
+    complete: Callable[[list[Volume]], list[Volume]],
+    options: BackupOptions,
+    failed: list[BlocksnapError],
+) -> list[StoredBackup]:
+    """Back up one group after the other; one that fails does not keep the others from being tried.
+
+    What belongs to a group is looked for when its turn comes: the groups before it may take hours.
+    """
     from blocksnap.cli.trust import has_lost_newest, remember_newest
     from blocksnap.operations.backup import back_up
 
     reporter, state = settings.reporter, settings.state_directory
     results: list[StoredBackup] = []
-    failed: list[BlocksnapError] = []
-    for group in groups:
-        for volume in group:
-            if has_lost_newest(repository, state, volume.key):
-                reporter.warn(
-                    f"the newest backup of {volume.name} that this host made is not in the repository any "
-                    "more",
-                    resolution="find out who removed it, or put an older state of the repository there",
-                )
+    is_only = len(groups) == 1 and not failed
+    for named in groups:
         try:
+            group = complete(named)
+            for volume in group:
+                if has_lost_newest(repository, state, volume.key):
+                    reporter.warn(
+                        f"the newest backup of {volume.name} that this host made is not in the repository "
+                        "any more",
+                        resolution="find out who removed it, or put an older state of the repository there",
+                    )
             stored = back_up(repository, group, state, options, reporter)
-        except BlocksnapError as err:
-            if len(groups) == 1:
+        except BrokenPipeError:
+            # Nobody hears of the others either.
+            raise
+        except (BlocksnapError, OSError, UnicodeError) as err:
+            if is_only:
                 raise
-            failed.append(err)
-            reporter.warn(err.brief, resolution=err.resolution)
+            _note_failure(settings, err if isinstance(err, BlocksnapError) else UnforeseenError(err), failed)
             continue
         remember_newest(repository, state, stored)
         results += stored
-    return results, failed
+    return results
+
+
+def _note_failure(settings: Settings, err: BlocksnapError, failed: list[BlocksnapError]) -> None:
+    failed.append(err)
+    settings.reporter.warn(err.brief, resolution=err.resolution)
 
 
 def _show_backups(settings: Settings, stored: list[StoredBackup]) -> None:

@@ -65,7 +65,7 @@ def examine(state_directory: str, limits: LimitSettings | None = None) -> list[F
     for area, name, look in examinations:
         try:
             found += look()
-        except (BlocksnapError, OSError) as err:
+        except (BlocksnapError, OSError, ValueError) as err:
             found.append(Finding("error", area, name, f"cannot be looked at: {err}"))
     return sorted(found, key=lambda finding: finding.severity != "error")
 

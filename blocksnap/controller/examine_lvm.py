@@ -13,6 +13,7 @@ from blocksnap.controller.journal import Entry
 from blocksnap.controller.recover import Leftover, find_leftovers, may_remove
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.system import devmapper, lvm
+from blocksnap.system.command import CommandError
 from blocksnap.system.mounts import Mount, mounts_of
 from blocksnap.volumes.thin_hold import HOLD
 
@@ -171,9 +172,9 @@ def _pool(pool: LvRecord, host: Host) -> Iterator[Finding]:
         yield Finding("error", "pool", name, f"is not healthy: {pool.lv_health_status}", "see: dmesg, lvs -a")
     metadata = host.report.find_uuid(pool.metadata_lv_uuid)
     number = devmapper.pool_above(metadata.number) if metadata and metadata.number is not None else None
-    if number is None:
+    status = _pool_status(number) if number is not None else None
+    if number is None or status is None:
         return
-    status = devmapper.pool_status(number)
     if status.mode != "rw":
         yield Finding("error", "pool", name, _MODES[status.mode], _extend(name, "data"))
     limits = host.limits
@@ -186,6 +187,18 @@ def _pool(pool: LvRecord, host: Host) -> Iterator[Finding]:
             yield Finding("warning", "pool", name, message, _extend(name, part))
     if status.held_root is not None:
         yield from _hold(pool, status.held_root, number, host.entries)
+
+
+def _pool_status(number: int) -> devmapper.PoolStatus | None:
+    """Return how a pool is; None where it was taken away since it was found. Raises CommandError."""
+    before = devmapper.dm_uuid(number)
+    try:
+        return devmapper.pool_status(number)
+    except (CommandError, ValueError):
+        # What is told of a device that is being taken away is empty.
+        if before is not None and devmapper.dm_uuid(number) == before:
+            raise
+        return None
 
 
 def _hold(pool: LvRecord, block: int, number: int, entries: Collection[Entry]) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -16,7 +17,7 @@ from blocksnap.controller.recover import may_come_yet, recover, remove_trace
 from blocksnap.controller.skew import find_torn
 from blocksnap.errors import BlocksnapError, UsageError
 from blocksnap.extents.changes import BaseDecision, BasePolicy
-from blocksnap.volumes.base import Snapshot, Trace, Volume, holds_snapshots
+from blocksnap.volumes.base import Snapshot, Trace, Volume, has_gone, holds_snapshots
 
 if TYPE_CHECKING:
     from blocksnap.quiesce.standstill import Outcome, Standstill
@@ -76,6 +77,8 @@ class SnapshotSession:
         self.is_released = False
         self.torn: tuple[str, ...] = ()
         """Subvolumes that were written to before the last snapshot of their filesystem was taken."""
+        self.gone: tuple[str, ...] = ()
+        """Volumes that nobody named, and that went before they had a snapshot: they are no part of it."""
         self._standstill: Standstill | None = None
         self._quiesced: Outcome | None = None
         self._left_standing = False
@@ -86,7 +89,7 @@ class SnapshotSession:
         named = [(volume.key, volume.name) for volume in volumes]
         self._locks = VolumeLocks(state_directory, named, run, wait_seconds=wait_seconds)
         self._journal: Journal | None = None
-        self._in_doubt: Volume | None = None
+        self._in_doubt: list[Volume] = []
         self._left: list[Trace] = []
 
     @property
@@ -235,9 +238,9 @@ class SnapshotSession:
     def _take_all(self, journal: Journal) -> None:
         announced: list[tuple[Step, dict[str, object]]] = []
         for volume in self.volumes:
-            if not self.is_for_reading:
+            if not self.is_for_reading and not self._prepared(volume):
                 # Else it may be in use: it is looked at when nobody is to use it any more.
-                volume.prepare()
+                continue
             trace = volume.trace(self.run)
             if trace is not None:
                 announced.append(("snapshot", {"volume": volume.key, "name": volume.name, "trace": trace}))
@@ -281,10 +284,29 @@ class SnapshotSession:
         # Nothing but the snapshots themselves from here to the last: what happens in between is skew.
         for volume in volumes:
             # One that is interrupted may have come to be, but there is no object yet to remove it by.
-            self._in_doubt = volume
+            self._in_doubt.append(volume)
             ledger = _JournalledTraces(journal, volume, self._left)
-            self._taken.append((volume, volume.take_snapshot(self.run, ledger)))
-            self._in_doubt = None
+            try:
+                self._taken.append((volume, volume.take_snapshot(self.run, ledger)))
+            except BlocksnapError as err:
+                self._pass_over(volume, err)
+            else:
+                self._in_doubt.remove(volume)
+
+    def _prepared(self, volume: Volume) -> bool:
+        try:
+            volume.prepare()
+        except BlocksnapError as err:
+            self._pass_over(volume, err)
+            return False
+        return True
+
+    def _pass_over(self, volume: Volume, err: BlocksnapError) -> None:
+        """Go on without a volume that was not named and has gone; else raises the error."""
+        if not has_gone(volume):
+            raise err
+        self.gone += (volume.name,)
+        self.volumes = tuple(each for each in self.volumes if each is not volume)
 
     def _conclude(self, standstill: Standstill, journal: Journal) -> None:
         """All stood still and goes on; say what it was worth."""
@@ -350,17 +372,17 @@ class SnapshotSession:
         interrupt: BaseException | None = None
         clean = True
         leave = [(volume.name, snapshot.remove) for volume, snapshot in self._taken]
-        if self._in_doubt is not None:
-            trace = self._in_doubt.trace(self.run)
-            leave.append((self._in_doubt.name, lambda: remove_trace(trace)))
+        for volume in self._in_doubt:
+            trace = volume.trace(self.run)
+            leave.append((volume.name, partial(remove_trace, trace)))
             # Looked at before it is removed: what ends in between has made it by then.
             if may_come_yet(trace):
                 clean = False
                 self.warnings.append(
-                    f"lvcreate is still at work: should it make a snapshot of {self._in_doubt.name}, "
+                    f"lvcreate is still at work: should it make a snapshot of {volume.name}, "
                     "the next run removes it"
                 )
-        self._taken, self._in_doubt = [], None
+        self._taken, self._in_doubt = [], []
         for name, remove in reversed(leave):
             try:
                 remove()

@@ -76,9 +76,7 @@ def examine_subvolumes(entries: Collection[Entry], mounts: Collection[Mount]) ->
             message = f"run {entry.run} may have left it, and the filesystem is not mounted"
             yield Finding("warning", "leftover", name, message, "mount it, and run: blocksnap doctor --fix")
     for filesystem in sorted(_filesystems(mounts), key=str):
-        from blocksnap.volumes.subvolume import snapshots_on
-
-        for snapshot in snapshots_on(filesystem):
+        for snapshot in _snapshots_on(filesystem):
             if (str(filesystem), snapshot) not in known:
                 yield Finding(
                     "warning",
@@ -87,6 +85,17 @@ def examine_subvolumes(entries: Collection[Entry], mounts: Collection[Mount]) ->
                     "a snapshot of ours whose run this state directory does not know",
                     "if no other run is using it: mount -o subvolid=5, and btrfs subvolume delete it",
                 )
+
+
+def _snapshots_on(filesystem: UUID) -> list[str]:
+    from blocksnap.system.btrfs_places import NotReachedError
+    from blocksnap.volumes.subvolume import snapshots_on
+
+    try:
+        return snapshots_on(filesystem)
+    except NotReachedError:
+        # Unmounted meanwhile; or mounted only for reading, where no run can have made one since.
+        return []
 
 
 def _announced(entries: Collection[Entry]) -> Iterator[tuple[Entry, dict[str, str], str]]:

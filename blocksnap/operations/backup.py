@@ -166,6 +166,12 @@ def open_session(
         with session:
             for message in session.recovered:
                 report.event("recovered", message=message)
+            if session.gone:
+                report.event(
+                    "left-out",
+                    reason="deleted before there was a snapshot",
+                    subvolumes=", ".join(session.gone),
+                )
             yield session
     finally:
         for warning in session.warnings:
@@ -200,7 +206,7 @@ def plan_backups(
                 session.remembers,
                 full=options.full,
             )
-            for volume, snapshot in zip(volumes, session.snapshots, strict=True)
+            for volume, snapshot in zip(session.volumes, session.snapshots, strict=True)
         ]
     for plan in plans:
         report.event("plan", **plan)

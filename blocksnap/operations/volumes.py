@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from blocksnap.config import Configuration
-from blocksnap.errors import BlocksnapError
+from blocksnap.errors import BlocksnapError, VolumeError
 from blocksnap.operations.catalogue import of_volume, this_origin
 from blocksnap.repository.repository import Repository
 from blocksnap.repository.stored import StoredBackup
@@ -84,8 +84,16 @@ def _named(path: str, by_key: Mapping[str, Candidate]) -> list[Candidate]:
         found = resolve_volumes(path, left_out=left_out.append)
     except BlocksnapError as err:
         return [_missing(path, err)]
-    volumes = [by_key.get(volume.key) or describe_image(volume.name) for volume in found]
+    volumes = [by_key.get(volume.key) or _described(volume.name) for volume in found]
     return volumes + [_missing(err.name, err) for err in left_out]
+
+
+def _described(path: str) -> Candidate:
+    try:
+        return describe_image(path)
+    except VolumeError as err:
+        # It has gone since it was found.
+        return _missing(path, err)
 
 
 def _missing(name: str, err: BlocksnapError) -> Candidate:

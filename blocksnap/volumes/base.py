@@ -184,6 +184,12 @@ def holds_snapshots(volume: Volume) -> bool:
     return bool(getattr(volume, "is_top", False))
 
 
+def has_gone(volume: Volume) -> bool:
+    """Tell whether a volume that nobody named, but that is in one that was named, is not there any more."""
+    asked = getattr(volume, "has_gone", None)
+    return asked is not None and bool(asked())
+
+
 class Volume(Protocol):
     """Something that can be backed up."""
 

@@ -223,7 +223,8 @@ def _subvolumes(points: Iterable[str]) -> list[Candidate]:
     for point in points:
         try:
             mounted = SubvolumeVolume(point)
-            for volume in (mounted, *mounted.nested()):
+            found.setdefault(mounted.key, mounted)
+            for volume in mounted.nested():
                 found.setdefault(volume.key, volume)
         except VolumeError:
             # A directory of a subvolume can be mounted alone.

@@ -66,23 +66,29 @@ def resolve_volumes(
 ) -> list[Volume]:
     """Return the volumes that ``text`` names: several where it ends in a pattern, ``/srv/images/*.qcow2``.
 
-    A pattern means the files that fit it now, hidden ones left out. Those whose names are no text, as anybody
-    who may make files there can make one, are told to ``left_out``. Raises as ``resolve_volume``.
+    A pattern means the files that fit it now, hidden ones left out, and those that are removed while they are
+    looked at. Those whose names are no text, as anybody who may make files there can make one, are told to
+    ``left_out``. Raises as ``resolve_volume``.
     """
     folder, _, pattern = text.rpartition("/")
     if not folder or not _PATTERN.search(pattern) or os.path.lexists(text):
         return [resolve_volume(text, limits)]
     paths = [path for path in glob.glob(pattern, root_dir=folder) if os.path.isfile(f"{folder}/{path}")]
-    if not paths:
-        raise NoSuchVolumeError(text, "no file fits the pattern")
-    found = []
+    found: list[Volume] = []
+    unnamed = 0
     for path in sorted(paths):
         try:
             found.append(resolve_volume(f"{folder}/{path}", limits))
         except NameNotTextError as err:
             if left_out is None or len(paths) == 1:
                 raise
+            unnamed += 1
             left_out(err)
+        except NoSuchVolumeError:
+            if os.path.lexists(f"{folder}/{path}"):
+                raise
+    if not found and not unnamed:
+        raise NoSuchVolumeError(text, "no file fits the pattern")
     return found
 
 
@@ -106,14 +112,16 @@ def _from_status(text: str, status: os.stat_result, limits: VolumeLimits | None)
 
 def _file(text: str, limits: VolumeLimits | None) -> Volume:
     """Return a file: an image of which clones are made, or one that is read where it is."""
+    from blocksnap.volumes.device import FileVolume
     from blocksnap.volumes.image import ImageVolume, source_of
 
-    source = source_of(text)
-    if source is not None:
-        return ImageVolume(text, source)
-    from blocksnap.volumes.device import FileVolume
-
-    return FileVolume(text, quiet=limits is not None and limits.quiet_files)
+    try:
+        source = source_of(text)
+        if source is not None:
+            return ImageVolume(text, source)
+        return FileVolume(text, quiet=limits is not None and limits.quiet_files)
+    except FileNotFoundError as err:
+        raise NoSuchVolumeError(text, "it was removed in this very moment") from err
 
 
 def _is_volume_name(text: str) -> bool:

@@ -9,6 +9,7 @@ the journal, and the source that the kernel says it was taken of.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -45,8 +46,12 @@ class SubvolumeVolume:
 
     kind: VolumeKind = "subvolume"
 
-    def __init__(self, path: str) -> None:
-        """Look it up; raises NoSubvolumeError."""
+    def __init__(self, path: str, *, is_nested: bool = False) -> None:
+        """Look it up; raises NoSubvolumeError, BtrfsError.
+
+        ``is_nested``: it was found in another and not named.
+        """
+        self._is_nested = is_nested
         self._path = os.path.realpath(path)
         fd = btrfs.open_subvolume(self._path)
         try:
@@ -97,11 +102,29 @@ class SubvolumeVolume:
         finally:
             os.close(fd)
         for path in sorted(paths):
-            # Something may be mounted over one; it may just be deleted.
-            with contextlib.suppress(btrfs.NoSubvolumeError):
-                volume = SubvolumeVolume(path)
+            try:
+                volume = SubvolumeVolume(path, is_nested=True)
                 found += [volume, *volume.nested()]
+            except (btrfs.NoSubvolumeError, NoSuchVolumeError):
+                # Something may be mounted over it; it may just be deleted.
+                continue
+            except btrfs.BtrfsError as err:
+                # That is what the kernel says of one that was deleted while it was open.
+                if err.errno != errno.ENOENT:
+                    raise
         return found
+
+    def has_gone(self) -> bool:
+        """Tell whether it was found in another, and has been deleted or replaced since."""
+        if not self._is_nested:
+            return False
+        try:
+            os.close(self._open())
+        except (btrfs.NoSubvolumeError, NoSuchVolumeError):
+            return True
+        except btrfs.BtrfsError as err:
+            return err.errno == errno.ENOENT
+        return False
 
     def trace(self, run: str) -> Trace | None:
         """Return the name that the snapshot of a run will have, and of what it is."""
@@ -139,10 +162,12 @@ class SubvolumeVolume:
             return SubvolumeSnapshot(self, name, run, timing, os.dup(fd), os.dup(source), before)
 
     def _open(self) -> int:
-        fd = btrfs.open_subvolume(self._path)
-        if btrfs.subvolume_info(fd).uuid != self._info.uuid:
-            os.close(fd)
-            raise NoSuchVolumeError(self._path, "it was replaced in this very moment")
+        with contextlib.ExitStack() as stack:
+            fd = btrfs.open_subvolume(self._path)
+            stack.callback(os.close, fd)
+            if btrfs.subvolume_info(fd).uuid != self._info.uuid:
+                raise NoSuchVolumeError(self._path, "it was replaced in this very moment")
+            stack.pop_all()
         return fd
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap.backends.local import LocalBackend
+from blocksnap.volumes.device import FileVolume
 from support.commands import PASSPHRASE, Outcome
 from support.in_process import InProcess
 
@@ -113,6 +115,36 @@ def test_one_volume_that_fails_does_not_keep_the_others(blocksnap: Configured, t
         fcntl.flock(file, fcntl.LOCK_EX)
         done = blocksnap("backup", "--job", "apart", "--json")
     assert done.code == 11, done
+    assert [each["volume"] for each in done.backups] == [f"{tmp_path}/two.img"]
+
+
+def test_one_that_is_missing_does_not_keep_the_others(blocksnap: Configured, tmp_path: Path) -> None:
+    blocksnap.done("init", "--repo", "second")
+    done = blocksnap("backup", "--job", "apart", "--json")
+    assert done.code == 14, done
+    assert [each["volume"] for each in done.backups] == [f"{tmp_path}/two.img"]
+    (warning,) = [event for event in done.events if event["event"] == "warning"]
+    assert f"there is no volume {tmp_path}/gone.img" in warning["message"]
+    (tmp_path / "two.img").unlink()
+    gone = blocksnap("backup", "--job", "apart")
+    assert (gone.code, len(gone.errors)) == (14, 1), gone
+
+
+def test_one_that_fails_in_an_unforeseen_way_does_not_keep_the_others(
+    blocksnap: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocksnap.done("init", "--repo", "second")
+    (tmp_path / "gone.img").write_bytes(b"x" * 5000)
+    real = FileVolume.prepare
+
+    def prepare(volume: FileVolume) -> None:
+        if volume.name.endswith("gone.img"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), volume.name)
+        real(volume)
+
+    monkeypatch.setattr(FileVolume, "prepare", prepare)
+    done = blocksnap("backup", "--job", "apart", "--json")
+    assert done.code == 1, done
     assert [each["volume"] for each in done.backups] == [f"{tmp_path}/two.img"]
 
 

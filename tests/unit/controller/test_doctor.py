@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
-from blocksnap.controller import doctor, examine_host, examine_lvm, recover
+from blocksnap.controller import doctor, examine_host, examine_lvm, recover, subvolume_leftovers
 from blocksnap.controller.findings import Finding, exit_code_for
 from blocksnap.controller.history import History
 from blocksnap.controller.journal import Journal, read_entries
@@ -19,9 +20,11 @@ from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import BlocksnapError
 from blocksnap.system import devmapper, lvm, lvm_config
+from blocksnap.system.btrfs_places import NotReachedError
 from blocksnap.system.devmapper import LvmIdentity, PoolStatus
 from blocksnap.system.lvm_report import parse_report
 from blocksnap.system.mounts import Mount
+from blocksnap.volumes import subvolume
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
 from support.mock_command import MockCommands
 
@@ -432,3 +435,37 @@ def test_what_a_dead_run_left_suspended_is_resumed(
     assert (done.removed == ("resumed vg0/data, which run d1 left suspended",)) is resumed
     assert mock.calls_of("dmsetup") == ([["resume", "--major", "0", "--minor", "7"]] if resumed else [])
     assert (len(done.puzzles) == 1) is not resumed
+
+
+@pytest.mark.parametrize("left", ["another device", "nothing"])
+def test_a_pool_that_is_taken_away_meanwhile(look: Look, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
+    uuids = iter(["LVM-one", *(["LVM-two"] if left == "another device" else [None])])
+    healthy = look(*active_pool())
+
+    def status(_: int) -> PoolStatus:
+        raise ValueError("not the status of a thin pool: ''")
+
+    host = examine_lvm.Host(
+        parse_report(report_text(*active_pool())), [], [], NOW, "/nowhere", LimitSettings()
+    )
+    monkeypatch.setattr(devmapper, "pool_status", status)
+    monkeypatch.setattr(devmapper, "dm_uuid", lambda _: next(uuids))
+    assert list(examine_lvm.examine_lvm(host)) == healthy == []
+    monkeypatch.setattr(devmapper, "dm_uuid", lambda _: "LVM-one")
+    with pytest.raises(ValueError, match="not the status"):
+        list(examine_lvm.examine_lvm(host))
+
+
+def test_a_filesystem_that_is_not_reached_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may be unmounted meanwhile, and one that is mounted for reading only has nothing of ours since."""
+    gone, there = UUID(int=1), UUID(int=2)
+
+    def snapshots_on(filesystem: UUID) -> list[str]:
+        if filesystem == gone:
+            raise NotReachedError(filesystem, "it is not mounted")
+        return [".blocksnap-x"]
+
+    monkeypatch.setattr(subvolume_leftovers, "_filesystems", lambda _: {gone, there})
+    monkeypatch.setattr(subvolume, "snapshots_on", snapshots_on)
+    (found,) = subvolume_leftovers.examine_subvolumes([], [])
+    assert found.subject == f".blocksnap-x on btrfs {there}"

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blocksnap.errors import UsageError, VolumeError
 from blocksnap.system import blockdev, devmapper, lvm_config, mounts
 from blocksnap.volumes import resolve
+from blocksnap.volumes.errors import NoSuchVolumeError
 from blocksnap.volumes.resolve import resolve_volume
 from support.lvm_lab import report_text, row, thin_rows, uuid_of
 from support.mock_command import MockCommands
@@ -197,3 +199,38 @@ def test_a_directory_in_a_subvolume(directory: Directory, tmp_path: Path) -> Non
     )
     with pytest.raises(VolumeError, match="a directory in the btrfs subvolume"):
         resolve_volume(str(tmp_path))
+
+
+@pytest.mark.parametrize("goes", ["before it is looked at", "while it is looked at"])
+def test_a_file_that_goes_while_a_pattern_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes: str
+) -> None:
+    for name in ("a.img", "b.img", "c.img"):
+        (tmp_path / name).write_bytes(b"x")
+    real_stat, real_path = os.stat, os.path.realpath
+
+    def removed(path: object) -> None:
+        if str(path).endswith("b.img"):
+            (tmp_path / "b.img").unlink(missing_ok=True)
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        removed(path)
+        return real_stat(path, **options)
+
+    def realpath(path: Any, **options: Any) -> Any:
+        removed(path)
+        return real_path(path, **options)
+
+    paths = [str(tmp_path / f"{name}.img") for name in "abc"]
+    monkeypatch.setattr(resolve.glob, "glob", lambda *_, **__: [Path(path).name for path in paths])
+    monkeypatch.setattr(resolve.os.path, "isfile", lambda _: True)
+    if goes.startswith("before"):
+        monkeypatch.setattr(resolve.os, "stat", stat)
+    else:
+        monkeypatch.setattr(resolve.os.path, "realpath", realpath)
+    found = resolve.resolve_volumes(f"{tmp_path}/*.img")
+    assert [volume.name for volume in found] == [paths[0], paths[2]]
+    for path in (paths[0], paths[2]):
+        os.unlink(path)
+    with pytest.raises(NoSuchVolumeError, match="no file fits the pattern"):
+        resolve.resolve_volumes(f"{tmp_path}/*.img")
