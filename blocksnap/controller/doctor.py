@@ -32,8 +32,6 @@ from blocksnap.errors import BlocksnapError
 from blocksnap.system import devmapper, host
 from blocksnap.system.mounts import read_mounts
 
-_RUN = "doctor"
-
 
 def examine(state_directory: str, limits: LimitSettings | None = None) -> list[Finding]:
     """Return all findings, errors first."""
@@ -86,7 +84,7 @@ def fix(state_directory: str) -> Recovery:
         for key, name in names.items():
             # Whoever has the volume now has cleaned up after it already, or is about to.
             with suppress(VolumeBusyError):
-                stack.enter_context(VolumeLocks(state_directory, [(key, name)], _RUN))
+                stack.enter_context(VolumeLocks(state_directory, [(key, name)]))
                 held.append(key)
         found = clean_up(state_directory, held, lvm_involved=report is not None)
     return Recovery((*let_go, *found.removed), (*warnings, *found.warnings), found.puzzles)

@@ -41,7 +41,6 @@ class VolumeLocks:
         self,
         state_directory: str | Path,
         volumes: Iterable[tuple[str, str]],
-        run: str,
         *,
         wait_seconds: float = 0.0,
     ) -> None:
@@ -53,7 +52,6 @@ class VolumeLocks:
         self._folder = Path(state_directory) / "locks"
         # Everybody takes them in the same order, so two runs cannot wait for each other.
         self._volumes = sorted(set(volumes))
-        self._run = run
         self._held: list[int] = []
 
     def __enter__(self) -> Self:
@@ -96,7 +94,6 @@ class VolumeLocks:
             "pid": os.getpid(),
             "host": host_name(),
             "began": time.time(),
-            "run": self._run,
             "volume": name,
         }
         os.ftruncate(fd, 0)

@@ -59,8 +59,9 @@ class SnapshotSession:
         state_directory: str | Path,
         quiesce: QuiesceRequest | None = None,
         *,
-        wait_seconds: float = 0.0,
+        locks: VolumeLocks | None = None,
     ) -> None:
+        """``locks`` are those of the volumes where the caller has them already, and keeps them."""
         keys = [volume.key for volume in volumes]
         twice = {volume.name for volume in volumes if keys.count(volume.key) > 1}
         if twice:
@@ -86,8 +87,7 @@ class SnapshotSession:
         self.warnings: list[str] = []
         self._state_directory = state_directory
         self._taken: list[tuple[Volume, Snapshot]] = []
-        named = [(volume.key, volume.name) for volume in volumes]
-        self._locks = VolumeLocks(state_directory, named, run, wait_seconds=wait_seconds)
+        self._own_locks = None if locks else locks_of(volumes, state_directory)
         self._journal: Journal | None = None
         self._in_doubt: list[Volume] = []
         self._left: list[Trace] = []
@@ -110,7 +110,8 @@ class SnapshotSession:
 
     def __enter__(self) -> Self:
         """Take the snapshots; raises BusyError, VolumeError, QuiesceError, and leaves nothing behind then."""
-        self._locks.__enter__()
+        if self._own_locks:
+            self._own_locks.__enter__()
         try:
             self._recover()
             self._journal = Journal(self._state_directory, self.run)
@@ -339,7 +340,8 @@ class SnapshotSession:
             interrupt = interrupt or later
         finally:
             self._close_journal(clean=clean and not self._left and not self._left_standing)
-            self._locks.release()
+            if self._own_locks:
+                self._own_locks.release()
         if interrupt is not None:
             raise interrupt
 
@@ -395,6 +397,14 @@ class SnapshotSession:
                 clean = False
                 interrupt = err
         return interrupt, clean
+
+
+def locks_of(
+    volumes: Sequence[Volume], state_directory: str | Path, *, wait_seconds: float = 0.0
+) -> VolumeLocks:
+    """Return the locks of volumes, which another run may have for so long; nothing is taken yet."""
+    named = [(volume.key, volume.name) for volume in volumes]
+    return VolumeLocks(state_directory, named, wait_seconds=wait_seconds)
 
 
 def _decide_base(snapshot: Snapshot, policy: BasePolicy) -> BaseDecision | None:

@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 
 import blocksnap
 from blocksnap.controller.guard import Guard
+from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.quiescing import QuiesceRequest
-from blocksnap.controller.session import SnapshotSession
+from blocksnap.controller.session import SnapshotSession, locks_of
 from blocksnap.errors import DamageError
 from blocksnap.operations.catalogue import newest_of
 from blocksnap.operations.draft import BackupOptions, Draft
@@ -98,22 +99,21 @@ def back_up(
 
     Raises BusyError, VolumeError, QuiesceError, StorageError; the snapshots are gone whatever happens.
     """
+    request = QuiesceRequest(options.quiesce, (repository.backend.place,), options.job)
+    request.check(volumes)
     require_room(repository.backend, options.limits)
     tell_of_parts(volumes, report)
-    # The run announces itself first: a repository that cannot be written to costs no snapshot, and
-    # whoever collects garbage knows of the run before it relies on what is stored.
-    with RepositoryWriter(repository, this_author(), is_gone) as writer:
+    # Another run is waited for before anything is known of the repository: what it stores is the parent, and
+    # whoever collects garbage does not wait for one that waits itself. Then the run announces itself: a
+    # repository that cannot be written to costs no snapshot, and collectors know of the run before it relies
+    # on what is stored.
+    with (
+        locks_of(volumes, state_directory, wait_seconds=options.wait_seconds) as locks,
+        RepositoryWriter(repository, this_author(), is_gone) as writer,
+    ):
         known = repository.backups()
-        request = QuiesceRequest(options.quiesce, (repository.backend.place,), options.job)
         with (
-            open_session(
-                volumes,
-                writer.id.hex(),
-                state_directory,
-                report,
-                request,
-                wait_seconds=options.wait_seconds,
-            ) as session,
+            open_session(volumes, writer.id.hex(), state_directory, report, request, locks=locks) as session,
             guarded(
                 session,
                 options.limits,
@@ -158,10 +158,10 @@ def open_session(
     report: Reporter,
     quiesce: QuiesceRequest | None = None,
     *,
-    wait_seconds: float = 0.0,
+    locks: VolumeLocks | None = None,
 ) -> Iterator[SnapshotSession]:
     """Hold snapshots of volumes, and tell what was cleaned up and what could not be, however it ends."""
-    session = SnapshotSession(volumes, run, state_directory, quiesce, wait_seconds=wait_seconds)
+    session = SnapshotSession(volumes, run, state_directory, quiesce, locks=locks)
     try:
         with session:
             for message in session.recovered:
@@ -191,23 +191,24 @@ def plan_backups(
     """
     QuiesceRequest(options.quiesce, job=options.job).check(volumes)
     tell_of_parts(volumes, report)
-    known = repository.backups()
     run = secrets.token_hex(16)
-    with (
-        open_session(volumes, run, state_directory, report, wait_seconds=options.wait_seconds) as session,
-        guarded(session, options.limits, report, of_volumes=options.volume_limits),
-    ):
-        plans = [
-            _plan_one(
-                repository,
-                volume,
-                snapshot,
-                newest_of(known, volume.key),
-                session.remembers,
-                full=options.full,
-            )
-            for volume, snapshot in zip(session.volumes, session.snapshots, strict=True)
-        ]
+    with locks_of(volumes, state_directory, wait_seconds=options.wait_seconds) as locks:
+        known = repository.backups()
+        with (
+            open_session(volumes, run, state_directory, report, locks=locks) as session,
+            guarded(session, options.limits, report, of_volumes=options.volume_limits),
+        ):
+            plans = [
+                _plan_one(
+                    repository,
+                    volume,
+                    snapshot,
+                    newest_of(known, volume.key),
+                    session.remembers,
+                    full=options.full,
+                )
+                for volume, snapshot in zip(session.volumes, session.snapshots, strict=True)
+            ]
     for plan in plans:
         report.event("plan", **plan)
     return plans

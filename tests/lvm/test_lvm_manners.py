@@ -53,7 +53,7 @@ def test_nothing_is_archived_and_a_busy_volume_is_waited_for(
     blocksnap.done("doctor", "--fix")
     assert debris() == before
     pool.remove("again")
-    with VolumeLocks(blocksnap.folder / "state", [(resolve_volume(volume).key, volume)], "other"):
+    with VolumeLocks(blocksnap.folder / "state", [(resolve_volume(volume).key, volume)]):
         code, _, err = blocksnap("backup", volume, "--wait", "1")
     assert code == 11
     assert f"{volume} is held by another run: process {os.getpid()} on " in err

@@ -370,7 +370,7 @@ def test_fixing_removes_what_is_ours_and_leaves_what_a_live_run_has(
         snapshot_row("stranger"),
     ]
     mock.add("lvs", out=report_text(*rows))
-    with VolumeLocks(tmp_path, [(held, "vg0/held")], "live"):
+    with VolumeLocks(tmp_path, [(held, "vg0/held")]):
         done = doctor.fix(str(tmp_path))
     assert done.removed == ("removed vg0/blocksnap-d1, a snapshot of vg0/data that run d1 left",)
     assert done.warnings == ()

@@ -6,7 +6,7 @@ import io
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +14,9 @@ import pytest
 
 from blocksnap.backends.local import LocalBackend
 from blocksnap.controller.lock import VolumeLocks
+from blocksnap.controller.session import locks_of
 from blocksnap.errors import BusyError, UsageError
+from blocksnap.operations import backup
 from blocksnap.operations.backup import back_up, plan_backups
 from blocksnap.operations.reporting import Quiet
 from blocksnap.operations.restore import execute_restore, plan_restore
@@ -24,6 +26,8 @@ from blocksnap.quiesce.settings import QuiesceSettings
 from blocksnap.repository.errors import FencedError
 from blocksnap.repository.fencing import fence, read_runs, settled_runs
 from blocksnap.repository.repository import Repository
+from blocksnap.repository.stored import StoredBackup
+from blocksnap.volumes.base import Volume
 from blocksnap.volumes.resolve import resolve_volume
 from support.repositories import CHUNK, make_repository, open_repository
 
@@ -93,7 +97,7 @@ def test_a_dry_run_waits_for_the_volume_as_a_backup_does(place: Path, tmp_path: 
     image = tmp_path / "volume.img"
     image.write_bytes(os.urandom(SIZE))
     volume, state = resolve_volume(str(image)), str(tmp_path / "state")
-    with VolumeLocks(state, [(volume.key, volume.name)], "another") as held:
+    with VolumeLocks(state, [(volume.key, volume.name)]) as held:
         with pytest.raises(BusyError):
             plan_backups(opened(place), [volume], state, BackupOptions(), Quiet())
         done = threading.Timer(0.3, held.release)
@@ -102,6 +106,35 @@ def test_a_dry_run_waits_for_the_volume_as_a_backup_does(place: Path, tmp_path: 
         (plan,) = plan_backups(opened(place), [volume], state, options, Quiet())
         done.join()
     assert plan["read_bytes"] == SIZE
+
+
+def test_the_parent_is_what_the_run_that_was_waited_for_stored(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever waits has not announced itself: collectors would wait for it."""
+    image, state = tmp_path / "volume.img", str(tmp_path / "state")
+    image.write_bytes(os.urandom(SIZE))
+    volume = resolve_volume(str(image))
+    waited_for: list[StoredBackup] = []
+
+    def after_another(volumes: Sequence[Volume], folder: str, *, wait_seconds: float = 0.0) -> VolumeLocks:
+        repository = opened(place)
+        assert read_runs(repository).keys() <= settled_runs(repository)
+        monkeypatch.undo()
+        waited_for.extend(back_up(opened(place), volumes, folder, BackupOptions(), Quiet()))
+        return locks_of(volumes, folder, wait_seconds=wait_seconds)
+
+    for _ in range(2):
+        monkeypatch.setattr(backup, "locks_of", after_another)
+        (stored,) = back_up(opened(place), [volume], state, BackupOptions(), Quiet())
+        assert (stored.backup.kind, stored.backup.parent) == ("incremental", waited_for[-1].backup.id)
+        assert stored.backup.statistics.changed_bytes == 0
+    assert list(verify_repository(opened(place), stored.backup, Quiet())) == []
+    fresh = tmp_path / "fresh.img"
+    fresh.write_bytes(os.urandom(SIZE))
+    monkeypatch.setattr(backup, "locks_of", after_another)
+    (plan,) = plan_backups(opened(place), [resolve_volume(str(fresh))], state, BackupOptions(), Quiet())
+    assert plan["kind"] == "incremental"
 
 
 def test_a_dry_run_refuses_what_a_backup_does(place: Path, tmp_path: Path) -> None:
