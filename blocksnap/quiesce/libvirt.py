@@ -12,7 +12,9 @@ that does not answer while all is looked up is not asked to freeze at all.
 
 from __future__ import annotations
 
+import os
 import shlex
+import time
 from collections.abc import Iterator, Mapping
 from typing import cast
 
@@ -21,11 +23,13 @@ from blocksnap.quiesce.base import Trace
 from blocksnap.quiesce.errors import AgentError, GuestThawError, HookError, HookReleaseError
 from blocksnap.quiesce.hook import PairHook, check_command, run_after
 from blocksnap.quiesce.places import Placement
-from blocksnap.system import command
+from blocksnap.system import command, mounts
 
 _LOOK_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
 _THAW_SECONDS = 300.0
+_MOMENT_SECONDS = 0.5
+_PAUSE_SECONDS = 0.02
 _VIRSH = "virsh"
 _SHELL = "/bin/sh"
 # What virsh says of a guest that was stopped, or went to another host.
@@ -113,14 +117,18 @@ def guests_on(placement: Placement, uri: str) -> Iterator[Guest]:
             uuid, _, called = line.strip().partition(" ")
             if not uuid:
                 continue
-            disks = [
-                (target, source)
-                for target, source in parse_disks(_ask(uri, "domblklist", uuid, "--details"))
-                if _is_on(placement, source)
-            ]
+            try:
+                listed = parse_disks(_ask(uri, "domblklist", uuid, "--details"))
+                disks = tuple(target for target, source in listed if _is_on(placement, source))
+                if disks:
+                    _ask_agent(uri, uuid, called.strip())
+            except (command.CommandError, AgentError):
+                # What virsh says of a guest that went meanwhile it says of some failures too.
+                if _is_running(uri, uuid):
+                    raise
+                continue
             if disks:
-                _ask_agent(uri, uuid, called.strip())
-                yield Guest(path, uri, uuid, called.strip(), tuple(target for target, _ in disks))
+                yield Guest(path, uri, uuid, called.strip(), disks)
     except (command.CommandError, command.CommandTimeoutError, command.MissingProgramError) as err:
         raise AgentError(
             f"libvirt ({uri})", f"does not say which guests run: {err.brief}", advice=err.resolution
@@ -142,11 +150,33 @@ def parse_disks(text: str) -> list[tuple[str, str]]:
 
 
 def _is_on(placement: Placement, source: str) -> bool:
-    try:
-        return bool(placement.of_disk(source))
-    except OSError:
-        # The guest has it open, and somebody has removed the name: then it is no volume that has one.
-        return False
+    """Tell whether a disk is on a volume of the run; raises AgentError where that cannot be found out."""
+    until = time.monotonic() + _MOMENT_SECONDS
+    while True:
+        try:
+            return bool(placement.of_disk(source))
+        except (FileNotFoundError, NotADirectoryError):
+            # The guest has it open, and somebody has removed the name: then it is no volume that has one.
+            # udev takes the link to a device away for a moment at times.
+            if not source.startswith("/dev/") or time.monotonic() > until:
+                return False
+        except OSError as err:
+            if _is_served_by_others(source):
+                return False
+            raise AgentError(
+                f"the disk {source} of a guest", f"cannot be looked at: {os.strerror(err.errno or 0)}"
+            ) from err
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _is_served_by_others(path: str) -> bool:
+    """Tell whether a path lies on no device of this host: root need not get at it, and no volume is there."""
+    mount = mounts.mount_under(path)
+    return mount is not None and mounts.device_of(mount) is None
+
+
+def _is_running(uri: str, uuid: str) -> bool:
+    return uuid in _ask(uri, "list", "--state-running", "--uuid").split()
 
 
 def _ask_agent(uri: str, uuid: str, called: str) -> None:

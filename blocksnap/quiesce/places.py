@@ -28,6 +28,13 @@ class Target:
         loops = [os.stat(node).st_rdev for node in mounts.loop_devices_of(self.image)]
         return frozenset().union(*(freeze.numbers_above(number) for number in loops))
 
+    def is_image(self, status: os.stat_result) -> bool:
+        """Tell whether a file is this image; False where that has gone. Raises OSError."""
+        try:
+            return self.image is not None and os.path.samestat(os.stat(self.image), status)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
 
 class Placement:
     """The volumes of a run, each with all devices and filesystems above it.
@@ -58,9 +65,7 @@ class Placement:
         status = os.stat(path)
         if stat.S_ISBLK(status.st_mode):
             return self._holding(frozenset({status.st_rdev}))
-        is_one = frozenset(
-            target.key for target in self._above if target.image and os.path.samefile(target.image, path)
-        )
+        is_one = frozenset(target.key for target in self._above if target.is_image(status))
         return is_one | self._holding(peers.filesystem_at(os.getpid(), path))
 
     def _holding(self, numbers: frozenset[int]) -> VolumeKeys:
