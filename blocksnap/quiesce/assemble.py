@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from blocksnap.errors import BlocksnapError
 from blocksnap.quiesce.base import Agent, Quiescer
-from blocksnap.quiesce.errors import MisplacedError
+from blocksnap.quiesce.errors import FilesystemFreezeError, MisplacedError
 from blocksnap.quiesce.filesystem import (
     Decision,
     FilesystemFlush,
     FilesystemFreeze,
     decide,
+    is_mounted,
     protected_filesystems,
 )
 from blocksnap.quiesce.freezer import CgroupFreezer
@@ -137,7 +138,14 @@ def _decide(targets: Iterable[Target], protected_paths: Iterable[str]) -> list[t
 
 def _stop(decision: Decision) -> Iterator[Quiescer]:
     if decision.action == "freeze":
-        yield FilesystemFreeze(decision.layer)
+        try:
+            found = FilesystemFreeze(decision.layer)
+        except FilesystemFreezeError:
+            # Who has unmounted it since it was found has ended all writing to it.
+            if is_mounted(decision.layer.mount.device):
+                raise
+        else:
+            yield found
     elif decision.action == "flush":
         yield FilesystemFlush(decision.layer)
 

@@ -76,6 +76,11 @@ def protected_filesystems(paths: Iterable[str]) -> set[int]:
     return found
 
 
+def is_mounted(filesystem: int) -> bool:
+    """Tell whether a filesystem, as mountinfo numbers it, is mounted anywhere still."""
+    return any(mount.device == filesystem for mount in mounts.read_mounts())
+
+
 class FilesystemFreeze:
     """One filesystem that is frozen by us."""
 
@@ -111,7 +116,7 @@ class FilesystemFreeze:
     def attend(self, guard: Guard) -> None:
         """Write out what is dirty, so that the freeze has little to do."""
         self._guard = guard
-        _flush(self._point)
+        _flush(self._point, self._device)
 
     def begin(self, deadline: float) -> None:  # noqa: ARG002 - the kernel takes none; the watchdog keeps it
         """Freeze it."""
@@ -161,6 +166,7 @@ class FilesystemFlush:
 
     def __init__(self, layer: Layer) -> None:
         self._point = layer.mount.point
+        self._device = layer.mount.device
 
     @property
     def name(self) -> str:
@@ -177,11 +183,11 @@ class FilesystemFlush:
 
     def attend(self, guard: Guard) -> None:  # noqa: ARG002 - there is nothing to guard
         """Write out what is dirty now, so that there is little left later."""
-        _flush(self._point)
+        _flush(self._point, self._device)
 
     def begin(self, deadline: float) -> None:  # noqa: ARG002 - it is asked for once
         """Write out what is dirty."""
-        _flush(self._point)
+        _flush(self._point, self._device)
 
     def end(self, deadline: float) -> None:
         """Nothing stands still."""
@@ -212,10 +218,13 @@ def thaw_leftover(trace: Trace) -> bool:
     return False
 
 
-def _flush(point: str) -> None:
+def _flush(point: str, filesystem: int) -> None:
+    """Write out what is dirty, if it is mounted still; raises FilesystemFreezeError."""
     try:
         mounts.flush(point)
     except (CommandError, CommandTimeoutError) as err:
+        if isinstance(err, CommandError) and not is_mounted(filesystem):
+            return
         raise FilesystemFreezeError(point, f"it cannot be flushed: {err.brief}") from err
 
 
