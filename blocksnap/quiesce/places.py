@@ -25,7 +25,7 @@ class Target:
         """Return all devices and filesystems whose data lies in it; of an image, through loop devices."""
         if self.image is None:
             return freeze.numbers_above(self.device)
-        loops = [os.stat(node).st_rdev for node in mounts.loop_devices_of(self.image)]
+        loops = mounts.loop_numbers_of(self.image)
         return frozenset().union(*(freeze.numbers_above(number) for number in loops))
 
     def is_image(self, status: os.stat_result) -> bool:

@@ -176,6 +176,11 @@ def loop_devices_of(path: str) -> list[str]:
     return sorted(found)
 
 
+def loop_numbers_of(path: str) -> list[int]:
+    """Return the same by their numbers, which need no nodes."""
+    return sysfs.numbers_of(_BLOCK / Path(node).name / "dev" for node in loop_devices_of(path))
+
+
 def mount_under(path: str) -> Mount | None:
     """Return the mount that a path lies on, by the longest mount point above it."""
     return mount_at(os.path.realpath(path), read_mounts())

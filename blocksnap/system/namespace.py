@@ -32,6 +32,8 @@ _LOOP_PLACE_AT, _LOOP_FLAGS_AT = 8 + 24, 8 + 52
 """In struct loop_config: u32 fd, u32 block_size, struct loop_info64 (lo_offset and lo_sizelimit at 24,
 lo_flags at 52), u64[8]."""
 _LOOP_ATTEMPTS = 16
+_LOOP_TAKEN = (errno.EBUSY, errno.ENXIO, errno.ENOENT)
+"""Somebody else was given the same one and was faster: has it, lets go of it just now, or has removed it."""
 
 PRIVATE_FOLDER = "/sys/fs/fuse/connections"
 """Exists where FUSE does and holds nothing that is needed here: what is mounted over it is ours alone."""
@@ -180,22 +182,31 @@ def _attach(image: str, *, writable: bool = False, offset: int = 0, size: int = 
     struct.pack_into("<QQ", config, _LOOP_PLACE_AT, offset, size)
     struct.pack_into("<I", config, _LOOP_FLAGS_AT, (0 if writable else _LO_READ_ONLY) | _LO_AUTOCLEAR)
     try:
-        for _ in range(_LOOP_ATTEMPTS):
-            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-            loop = os.open(f"/dev/loop{number}", access)
-            try:
-                fcntl.ioctl(loop, _LOOP_CONFIGURE, bytes(config))
-            except OSError as err:
-                os.close(loop)
-                # Somebody else was given the same one and was faster.
-                if err.errno != errno.EBUSY:
-                    raise
-            else:
-                return loop
+        return _configure_free(control, access, bytes(config))
     finally:
         os.close(control)
         os.close(backing)
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _configure_free(control: int, access: int, config: bytes) -> int:
+    """Return the descriptor of a loop device that was free and is configured now; raises OSError."""
+    problem = OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+    for _ in range(_LOOP_ATTEMPTS):
+        number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+        try:
+            loop = os.open(f"/dev/loop{number}", access)
+            try:
+                fcntl.ioctl(loop, _LOOP_CONFIGURE, config)
+            except BaseException:
+                os.close(loop)
+                raise
+        except OSError as err:
+            if err.errno not in _LOOP_TAKEN:
+                raise
+            problem = err
+        else:
+            return loop
+    raise problem
 
 
 def _mount(source: str, folder: str, filesystem: str, flags: int, options: str) -> None:

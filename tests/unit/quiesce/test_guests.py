@@ -160,3 +160,17 @@ def test_a_device_whose_link_is_gone_for_a_moment_is_looked_at_again(
 
     monkeypatch.setattr(Placement, "of_disk", of_disk)
     assert names(image) == ["guest one (vda)"]
+
+
+def test_loop_devices_of_an_image_need_no_nodes(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container /dev has none, and one may be removed meanwhile."""
+    for name, number in (("loop77", "7:77"), ("loop78", "7:78")):
+        (tmp_path / name / "loop").mkdir(parents=True)
+        (tmp_path / name / "loop" / "backing_file").write_text(f"{image}\n")
+        (tmp_path / name / "dev").write_text(number)
+    (tmp_path / "loop78" / "dev").unlink()
+    monkeypatch.setattr(mounts, "_BLOCK", tmp_path)
+    target = Target("key", os.stat(image).st_dev, str(image))
+    assert target.numbers_above() == {os.makedev(7, 77)}
