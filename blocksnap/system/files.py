@@ -9,10 +9,12 @@ import signal
 from typing import Literal
 
 from blocksnap.system import cgroup
+from blocksnap.system.host import process_start
 from blocksnap.system.openers import file_writers
 
 Writers = Literal["none", "frozen", "running"]
 """Who has a file open, or mapped, for writing: nobody, processes that are frozen, or anybody else."""
+_LOOKS = 3
 
 
 def is_being_written(path: str) -> bool:
@@ -66,7 +68,14 @@ def who_writes(fd: int) -> Writers:
     ``frozen`` if all processes of which /proc tells that are in control groups that stand still; that the
     kernel itself (a loop device, a file server) does not write besides is not known then.
     """
-    if not is_open_for_writing(fd):
-        return "none"
-    pids = set(file_writers(os.fstat(fd)))
-    return "frozen" if pids and all(cgroup.stands_still(pid) for pid in pids) else "running"
+    for _ in range(_LOOKS):
+        if not is_open_for_writing(fd):
+            return "none"
+        pids = set(file_writers(os.fstat(fd)))
+        running = [pid for pid in pids if not cgroup.stands_still(pid)]
+        if pids and not running:
+            return "frozen"
+        # Who has ended does not write any more, but may have left the file open to a child.
+        if all(process_start(pid) is not None for pid in running):
+            break
+    return "running" if is_open_for_writing(fd) else "none"

@@ -16,7 +16,7 @@ from blocksnap.extents.changes import Binding, Changes, Parent
 from blocksnap.extents.scan import compare_all, scan_file
 from blocksnap.system import blockdev, cgroup, written
 from blocksnap.system.files import Writers, who_writes
-from blocksnap.system.host import host_id
+from blocksnap.system.host import host_id, process_start
 from blocksnap.system.mounts import mounts_of, users_of_device
 from blocksnap.volumes.base import Ledger, Trace, VolumeKind
 from blocksnap.volumes.cold import ColdSnapshot
@@ -29,6 +29,7 @@ from blocksnap.volumes.errors import (
 
 _SECOND_NS = 1_000_000_000
 _TICK_NS = 20_000_000
+_LOOKS = 3
 _STATE_WORDS = ("its size", "its content", "its owner, mode or name")
 
 
@@ -235,9 +236,13 @@ class DeviceSnapshot(ColdSnapshot):
 
 def _who_writes(number: int) -> tuple[Writers, list[str]]:
     """Say who keeps a device open for writing, and what to call those who do not stand still."""
-    found = blockdev.lasting_writers(number)
-    running = [name for pid, name in found.items() if not cgroup.stands_still(pid)]
-    return ("running" if running else "frozen" if found else "none"), running
+    for _ in range(_LOOKS):
+        found = blockdev.lasting_writers(number)
+        running = {pid: name for pid, name in found.items() if not cgroup.stands_still(pid)}
+        # Who has ended does not write any more, but may have left the device open to a child.
+        if all(process_start(pid) is not None for pid in running):
+            break
+    return ("running" if running else "frozen" if found else "none"), list(running.values())
 
 
 def _open_unused(path: str, number: int) -> tuple[int, Writers | None]:
