@@ -6,17 +6,16 @@ and no reason to fail: the backups are whole without it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
-from blocksnap.operations.reporting import Reporter
+from blocksnap.operations.reporting import Reporter, each_once
 from blocksnap.repository.documents import RecordedDisk, RecordedHeader, RecordedMount, Recovery
 from blocksnap.system import blockdev
 from blocksnap.system.command import has_program, run
 from blocksnap.system.lvm_text import parse, section_in, text_in
-from blocksnap.system.mounts import device_of, read_mounts
+from blocksnap.system.mounts import device_of, node_number, read_mounts
 from blocksnap.volumes.base import Volume
 from blocksnap.volumes.luks_header import LuksHeaderVolume, headers_below
 
@@ -47,9 +46,13 @@ def with_luks_headers(volumes: Sequence[Volume], report: Reporter) -> list[Volum
     They come first, so that the newest backup of a run is still that of a volume that was named.
     """
     found: dict[str, LuksHeaderVolume] = {}
+    warn = each_once(report)
     try:
         for number in _devices(volumes, _groups(volumes)):
-            found |= {header.key: header for header in headers_below(number)}
+            headers, unreadable = headers_below(number)
+            found |= {header.key: header for header in headers}
+            for unread in unreadable:
+                warn(unread)
     except (BlocksnapError, OSError, ValueError, KeyError) as err:
         report.warn(
             f"LUKS headers were not found: {err}",
@@ -75,7 +78,7 @@ def _devices(volumes: Sequence[Volume], groups: dict[str, str]) -> list[int]:
     for vg, text in groups.items():
         paths += physical_volumes(vg, text)
     # A hint that is not true any more leads nowhere.
-    return [os.stat(path).st_rdev for path in paths if os.path.exists(path)]
+    return [number for path in paths if (number := node_number(path)) is not None]
 
 
 def physical_volumes(vg: str, text: str) -> list[str]:

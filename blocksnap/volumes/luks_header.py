@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from blocksnap.errors import VolumeError
 from blocksnap.extents.changes import Binding, Changes, Parent
@@ -34,6 +34,17 @@ class HeaderChangingError(VolumeError):
         )
 
 
+class HeaderUnreadableError(VolumeError):
+    """Whether a device begins with a header could not be found out."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(
+            f"the LUKS header of {path} cannot be read: {problem}",
+            resolution="look in the kernel log (dmesg)",
+        )
+
+
 class LuksHeaderVolume:
     """The header of the container on a device; ``mapping`` is the name under which it is open, or empty."""
 
@@ -43,8 +54,7 @@ class LuksHeaderVolume:
         self._number = number
         self.header = header
         self.mapping = mapping
-        name = devmapper.dm_name(number)
-        self.path = f"/dev/mapper/{name}" if name else blockdev.node_of(number)
+        self.path = _path_of(number)
 
     @property
     def name(self) -> str:
@@ -152,28 +162,59 @@ class LuksHeaderSnapshot(ColdSnapshot):
 
 
 def header_on(number: int) -> LuksHeader | None:
-    """Return the LUKS header that a device begins with; None where there is none, or nothing can be read."""
-    with suppress(OSError, blockdev.DeviceError):
+    """Return the LUKS header that a device begins with, None where there is none.
+
+    Raises HeaderUnreadableError.
+    """
+    path = blockdev.number_text(number)
+    try:
+        path = _path_of(number)
         fd = blockdev.open_by_number(number, direct=False, wait_seconds=0.0)
         with os.fdopen(fd, "rb") as file:
             # What was written past the page cache may be newer than what is in it.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             return read_header(file)
-    return None
+    except (OSError, blockdev.DeviceError) as err:
+        raise HeaderUnreadableError(path, str(err)) from err
 
 
-def headers_below(number: int) -> list[LuksHeaderVolume]:
-    """Return the containers that a device lies on, at any depth, each once; itself it is not looked at."""
+def _path_of(number: int) -> str:
+    name = devmapper.dm_name(number)
+    return f"/dev/mapper/{name}" if name else blockdev.node_of(number)
+
+
+def headers_below(number: int) -> tuple[list[LuksHeaderVolume], list[HeaderUnreadableError]]:
+    """Return the containers that a device lies on, at any depth, each once; itself it is not looked at.
+
+    And of which that are open the header could not be read. One that lies elsewhere (``cryptsetup --header``)
+    is not looked for.
+    """
     found: dict[str, LuksHeaderVolume] = {}
-    _look_below(number, "", found)
-    return list(found.values())
+    unreadable: list[HeaderUnreadableError] = []
+    _look_below(number, "", found, unreadable)
+    return list(found.values()), unreadable
 
 
-def _look_below(number: int, mapping: str, found: dict[str, LuksHeaderVolume]) -> None:
-    if (devmapper.dm_uuid(number) or "").startswith("CRYPT-LUKS"):
+def _look_below(
+    number: int, mapping: str, found: dict[str, LuksHeaderVolume], unreadable: list[HeaderUnreadableError]
+) -> bool:
+    """Tell whether the header of ``mapping`` was seen, or not read: then it is in one of the two."""
+    is_container = (devmapper.dm_uuid(number) or "").startswith("CRYPT-LUKS")
+    if is_container:
         mapping = devmapper.dm_name(number) or ""
+    seen = False
     for below in blockdev.slaves(number):
-        header = header_on(below)
+        header, problem = None, None
+        try:
+            header = header_on(below)
+        except HeaderUnreadableError as err:
+            problem = err
         if header is not None and header.uuid not in found:
             found[header.uuid] = LuksHeaderVolume(below, header, mapping)
-        _look_below(below, "" if header else mapping, found)
+        # With dm-integrity between the two it is one further down.
+        seen_below = _look_below(below, "" if header else mapping, found, unreadable)
+        # Where nothing above is encrypted nobody says that there is one.
+        if problem is not None and mapping and not seen_below:
+            unreadable.append(problem)
+        seen = seen or seen_below or header is not None or problem is not None
+    return seen and not is_container
