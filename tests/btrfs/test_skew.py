@@ -180,7 +180,9 @@ def test_whoever_stands_still_makes_no_skew(top: Path, tmp_path: Path) -> None:
         before = write_hook(hooks, "before", waits)
         after = write_hook(hooks, "after", f"rm '{hooks}/pause'")
         request = QuiesceRequest(
-            QuiesceSettings.model_validate({"hooks": [{"before": [before], "after": [after]}]})
+            QuiesceSettings.model_validate(
+                {"deadline_seconds": 120, "hooks": [{"before": [before], "after": [after]}]}
+            )
         )
         for number in range(5):
             with SnapshotSession(group_of(top), f"run{number}", tmp_path / "state", request) as session:

@@ -191,7 +191,7 @@ def test_what_is_frozen_when_the_time_was_up_runs_on(group: Path, application: A
 
 
 def test_a_deadline_that_passes_fails_the_standstill(group: Path, application: Application) -> None:
-    standstill = attended(group, deadline_seconds=2)
+    standstill = attended(group, deadline_seconds=5)
     standstill.begin()
     assert wait_until(lambda: not is_frozen(group))
     standstill.end()

@@ -89,6 +89,7 @@ def nested(tmp_path: Path) -> Iterator[Nested]:
 
 
 def attended(number: int, **settings: object) -> Standstill:
+    settings = {"deadline_seconds": 120, **settings}
     standstill = assemble(QuiesceSettings.model_validate(settings), [Target("key", number)], [])
     fd = os.open(os.devnull, os.O_WRONLY)
     standstill.attend(fd, {})
@@ -261,7 +262,7 @@ def test_what_is_mounted_from_an_image_is_frozen_for_its_clone(tmp_path: Path, k
         assert volume.kind == kind.partition(" ")[0]
         assert inner.stat().st_dev in Target("key", volume.snapshot_device or 0).numbers_above()
         volume.prepare()
-        standstill = QuiesceRequest(QuiesceSettings(deadline_seconds=10)).assemble([volume], tmp_path)
+        standstill = QuiesceRequest(QuiesceSettings(deadline_seconds=120)).assemble([volume], tmp_path)
         assert standstill is not None
         with Path(os.devnull).open("wb") as journal:
             standstill.attend(journal.fileno(), {})
@@ -308,7 +309,7 @@ def test_a_filesystem_on_a_partition_is_found(tmp_path: Path) -> None:
 def test_the_application_goes_on_within_the_deadline_and_a_second(
     nested: Nested, tmp_path: Path, end: signal.Signals
 ) -> None:
-    deadline = 1.0
+    deadline = 5.0
     application = Application(nested.inner / "data", fsync=True)
     beside = Application(tmp_path / "beside", fsync=True)
     argv = [sys.executable, "-c", CONTROLLER, str(nested.number), str(deadline), end.name]

@@ -138,7 +138,7 @@ def test_a_guest_that_does_not_freeze_is_thawed_nevertheless(world: World) -> No
     assert read_log(world.hooks) == [*asked("on it", word="freeze"), *asked("on it", word="thaw")]
 
     world.behave('[ "$3" != domfsfreeze ] || sleep 100')
-    session, state = world.back_up(world.raw, deadline_seconds=1, on_failure="crash-consistent")
+    session, state = world.back_up(world.raw, deadline_seconds=5, on_failure="crash-consistent")
     assert state == "failed"
     assert "only crash-consistent" in session.warnings[0]
     assert read_log(world.hooks) == [*asked("on it", word="freeze"), *asked("on it", word="thaw")]

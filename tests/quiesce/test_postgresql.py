@@ -240,7 +240,9 @@ def test_subvolumes_are_snapshotted_one_by_one(world: World) -> None:
     server = world.start(top / "data/pg")
     server.query("CREATE TABLE ledger AS SELECT generate_series(1, 1000) AS number")
     wal, data = (SubvolumeVolume(str(top / name)) for name in ("wal", "data"))
-    quiesce = QuiesceSettings.model_validate({"postgresql": [{"socket": str(world.run)}]})
+    quiesce = QuiesceSettings.model_validate(
+        {"deadline_seconds": 120, "postgresql": [{"socket": str(world.run)}]}
+    )
     with SnapshotSession([wal, data], "run", world.folder / "state", QuiesceRequest(quiesce)) as session:
         later, earlier = session.snapshots
         assert later.timing.taken_at > earlier.timing.taken_at
@@ -321,7 +323,10 @@ def test_a_backup_that_does_not_come_to_its_end(
             server.query("CREATE TABLE t ()", statement.format(us=us), "DROP TABLE t")
 
     data.meanwhile = disturb
-    deadline = 2 if statement == "STOP" else 60
+    # A new cluster is written out first: the time counts from before the freeze of its filesystems on.
+    for volume in (data, wal):
+        call("sync", "-f", volume.folder)
+    deadline = 15 if statement == "STOP" else 60
     with pytest.raises(QuiesceError, match=found):
         world.back_up(data, wal, deadline_seconds=deadline)
     if not settings:

@@ -45,7 +45,9 @@ def written(folder: Path, name: str, text: str) -> Path:
 
 
 def attended(script: Path, **hook: list[str]) -> Standstill:
-    settings = QuiesceSettings.model_validate({"hooks": [hook or {"session": [str(script)]}]})
+    settings = QuiesceSettings.model_validate(
+        {"deadline_seconds": 120, "hooks": [hook or {"session": [str(script)]}]}
+    )
     standstill = assemble(settings, [], [])
     fd = os.open(os.devnull, os.O_WRONLY)
     standstill.attend(fd, {})
