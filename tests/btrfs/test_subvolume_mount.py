@@ -28,7 +28,7 @@ from support.file_trees import (
     noise,
     rsync_differences,
 )
-from support.loops import call, unmount
+from support.loops import RELEASE_SECONDS, call, unmount
 from support.repositories import harm_largest_pack
 from support.require import require
 from support.shown import abort, children_of, is_mounted, mounting, shown, wait_for
@@ -230,7 +230,7 @@ def test_damage_is_an_error_and_never_other_bytes(
         os.close(fd)
         assert (tree / "other").read_bytes() == noise(6, 3000)
         unmount(tree)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=RELEASE_SECONDS)
         assert process.returncode == 3
     finally:
         subprocess.run(["umount", "-l", tree], check=False, capture_output=True)

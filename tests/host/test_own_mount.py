@@ -14,7 +14,7 @@ import pytest
 
 from blocksnap.restore.fuse import ENDED, FuseThread, Operations, serve
 from blocksnap.system import namespace, own_mount
-from support.loops import call, unmount
+from support.loops import RELEASE_SECONDS, call, unmount
 from support.require import require
 
 
@@ -127,7 +127,7 @@ def test_an_end_of_libfuse_is_told(folder: Path, what: str) -> None:
         with open(os.devnull, "r+b") as null:
             os.dup2(null.fileno(), connection, inheritable=False)
         look(folder / "y")
-    thread.join(120)
+    thread.join(RELEASE_SECONDS)
     assert reasons == [ENDED if what == "umount" else "short read on fuse device"]
 
 

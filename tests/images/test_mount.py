@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import CommandLine
-from support.loops import call, loop_device, mounted, unmount
+from support.loops import RELEASE_SECONDS, call, loop_device, mounted, unmount
 from support.repositories import harm_largest_pack
 from support.shown import abort, children_of, is_mounted, mounting, shown
 from support.standing import wait_until
@@ -105,7 +105,7 @@ def test_who_comes_first_reads_far_ahead(blocksnap: CommandLine, tmp_path: Path)
             assert bdi.read_text() == "4096\n"
     finally:
         subprocess.run(["umount", "--lazy", tree], check=False)
-        process.communicate(timeout=60)
+        process.communicate(timeout=RELEASE_SECONDS)
 
 
 def test_many_readers_of_random_ranges(blocksnap: CommandLine, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ exec chroot --userspec=postgres:postgres /mnt "$@"
 
 
 def as_postgres(*argv: str | Path) -> list[str]:
-    """A command as user postgres, in a root directory of its own."""
-    namespace = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _OWN_ROOT, "sh"]
+    """A command as user postgres, in a root directory of its own, which keeps nothing that others unmount."""
+    namespace = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", _OWN_ROOT, "sh"]
     return [*namespace, *(str(word) for word in argv)]
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from support.commands import CommandLine
-from support.loops import call, unmount
+from support.loops import RELEASE_SECONDS, call, unmount
 
 
 @contextmanager
@@ -19,7 +19,8 @@ def shown(blocksnap: CommandLine, what: str, folder: Path) -> Iterator[subproces
     with mounting(blocksnap, what, folder) as process:
         yield process
         unmount(folder)
-        assert process.wait(timeout=60) in (0, 3)
+        # Until then what was begun beside it may keep a copy of the mount.
+        assert process.wait(timeout=RELEASE_SECONDS) in (0, 3)
 
 
 @contextmanager
