@@ -33,6 +33,9 @@ def host_partitions(folder: Path) -> set[str]:
         try:
             file = path.resolve().with_name("loop").joinpath("backing_file").read_text().rstrip("\n")
         except OSError:
+            # One whose device has no file any more was left behind, but for the moment in which both go.
+            if not path.exists():
+                continue
             file = ""
         if file.startswith(f"{folder}/") or not os.path.exists(file):
             found.add(path.name)
@@ -43,7 +46,7 @@ def host_partitions(folder: Path) -> set[str]:
 def _no_partition_appears(blocksnap: CommandLine, tmp_path: Path) -> object:
     before = host_partitions(tmp_path)
     yield
-    assert host_partitions(tmp_path) <= before
+    assert wait_until(lambda: host_partitions(tmp_path) <= before, 60), host_partitions(tmp_path) - before
 
 
 @pytest.fixture

@@ -60,7 +60,21 @@ def detach(device: str) -> None:
 def _remove_partitions(device: str) -> None:
     """Remove what a test that was killed left: a partition that was added outlives the file of its device."""
     for number in Path("/sys/block", Path(device).name).glob("*p*/partition"):
-        call("delpart", device, number.read_text().strip())
+        _remove_partition(device, number)
+
+
+def _remove_partition(device: str, number: Path) -> None:
+    """Remove one, once nobody looks at it any more; the kernel may be about to do it itself."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    try:
+        name = number.read_text().strip()
+    except OSError:
+        return
+    while number.exists():
+        done = subprocess.run(["delpart", device, name], check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            assert time.monotonic() < deadline, done.stderr
+            time.sleep(0.2)
 
 
 def _await_release(attached: Path, image: str) -> None:
