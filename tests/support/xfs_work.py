@@ -30,9 +30,11 @@ from support.file_ioctls import (
 )
 from support.loops import call, loop_device, mounted
 
+_MEMORY = Path("/dev/shm")  # noqa: S108 - the temporary folder in it has a name of its own
 PAGE = 4096
 LIMIT = 3 << 20
 """No image grows beyond this by much: every round reads all of it."""
+_ATTEMPTS = 50
 
 
 @contextmanager
@@ -42,12 +44,19 @@ def xfs(folder: Path, *options: str, size: int = 400 << 20) -> Iterator[Path]:
     Its image is in memory where that is possible: each clone is flushed, and a disk would be all the time.
     """
     folder.mkdir(exist_ok=True)
-    in_memory = Path("/dev/shm")  # noqa: S108 - the temporary folder in it has a name of its own
-    with TemporaryDirectory(dir=in_memory if in_memory.is_dir() else folder) as place:
+    with TemporaryDirectory(dir=_MEMORY if _has_memory(2 * size) else folder) as place:
         with loop_device(Path(place) / "xfs.img", size=size) as device:
             call("mkfs.xfs", "-q", *options, device)
             with mounted(device, folder / "mnt") as mount:
                 yield mount
+
+
+def _has_memory(size: int) -> bool:
+    """Whether so much fits into memory; a container has a few MiB of it, if any."""
+    if not _MEMORY.is_dir():
+        return False
+    found = os.statvfs(_MEMORY)
+    return found.f_bavail * found.f_frsize > size
 
 
 @dataclass
@@ -71,7 +80,16 @@ class Image:
 
     def disturb(self) -> None:
         """Do one random thing to the image; what the kernel refuses in this state is not counted."""
-        name = self.rng.choice(sorted(OPERATIONS))
+        self._try(self.rng.choice(sorted(OPERATIONS)))
+
+    def insist(self, name: str) -> None:
+        """Try an operation until it is done once, but not for ever."""
+        for _ in range(_ATTEMPTS):
+            if name in self.counted:
+                return
+            self._try(name)
+
+    def _try(self, name: str) -> None:
         try:
             OPERATIONS[name](self)
         except OSError as err:
