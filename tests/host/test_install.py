@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,14 @@ ROOT = Path(__file__).parents[2]
 
 def test_pip_install_into_a_new_environment(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    pip = [
-        tmp_path / "venv" / "bin" / "pip",
-        "install",
-        "--quiet",
-        "--retries",
-        "10",
-        "--disable-pip-version-check",
-    ]
+    pip = [tmp_path / "venv" / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # Unlike an option, these reach the pip that fills the environment of the build, too.
+    patience = {"PIP_RETRIES": "10", "PIP_DEFAULT_TIMEOUT": "60"}
     subprocess.run(
-        [*pip, f"--config-settings=build-dir={tmp_path / 'build'}", ROOT], check=True, cwd=tmp_path
+        [*pip, f"--config-settings=build-dir={tmp_path / 'build'}", ROOT],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, **patience},
     )
     blocksnap = tmp_path / "venv" / "bin" / "blocksnap"
     shown = subprocess.run([blocksnap, "--version"], check=True, capture_output=True, text=True, cwd=tmp_path)
