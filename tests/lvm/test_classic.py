@@ -231,7 +231,7 @@ class GuardedWriter(LateWriter):
 
     def wrote(self) -> None:
         self._looked.clear()
-        assert wait_until(lambda: self._looked.is_set() or self._saw_enough.is_set(), 60), "nobody looked"
+        assert wait_until(lambda: self._looked.is_set() or self._saw_enough.is_set()), "nobody looked"
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])

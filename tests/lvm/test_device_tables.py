@@ -59,8 +59,8 @@ def _exchange_twice(below: str, used: str, first: str, second: str) -> None:
         exchanging.join(0.5)
     finally:
         tool("dmsetup", "resume", below)
-    exchanging.join(60)
-    reader.join(60)
+    exchanging.join(300)
+    reader.join(300)
     assert failures == []
     assert dm_tables.read_table(used) == second
     _read(f"/dev/mapper/{used}")

@@ -17,7 +17,9 @@ GROUP = "my-vg.a+b"
 """Hyphens, dots and plus signs are all allowed in names, and all have been somebody's bug."""
 POOL = "pool-1.x+y"
 
-_REMOVING_SECONDS = 60.0
+_REMOVING_SECONDS = 300.0
+_PROGRAM_SECONDS = 60.0
+"""How long one attempt may take: it may wait for what is suspended, and the next one follows."""
 
 _FIELDS = {
     "vg_name": "vg0",
@@ -231,7 +233,7 @@ def exit_code(*words: str) -> int:
         words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        return process.wait(_REMOVING_SECONDS)
+        return process.wait(_PROGRAM_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         return -1
