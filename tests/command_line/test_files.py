@@ -267,13 +267,14 @@ def test_a_file_written_during_its_backup_is_refused(blocksnap: CommandLine, tmp
     big = tmp_path / "big.img"
     big.write_bytes(random.Random(4).randbytes(16 * MIB))
     blocksnap.done("init")
-    read_slowly(blocksnap, big, "4M")
+    # It takes a quarter of a minute, and is written to long before.
+    read_slowly(blocksnap, big, "1M")
     process = blocksnap.start("backup", "--job", "slow", "--json")
     assert process.stdout is not None
     assert b"plan" in process.stdout.readline()
     with big.open("r+b") as file:
         file.write(b"changed")
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 14, stderr
     assert blocksnap.done("list", "--json").document["backups"] == []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.system.udev import settle
 from support.commands import CommandLine
 from support.loops import await_unused, call, loop_device, mounted
 
@@ -110,7 +111,7 @@ def test_targets_that_are_refused_by_name(blocksnap: CommandLine, tmp_path: Path
 def test_volumes_lists_devices(blocksnap: CommandLine, tmp_path: Path) -> None:
     with loop_device(tmp_path / "disk.img", size=64 * MIB) as device:
         call("mkfs.ext4", "-q", device)
-        call("udevadm", "settle", "--timeout=60")
+        settle(60)
         blocksnap.done("backup", device)
         listed = blocksnap.done("volumes", "--json").document["volumes"]
     mine = [volume for volume in listed if volume["name"] == device]

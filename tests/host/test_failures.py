@@ -90,8 +90,8 @@ def test_kill_at_any_moment(blocksnap: CommandLine, tmp_path: Path) -> None:
 
 def test_two_runs_of_one_volume(blocksnap: CommandLine, tmp_path: Path) -> None:
     volume = tmp_path / "volume.img"
-    volume.write_bytes(noise(7, 4 * MIB))
-    # The first takes a minute, and is ended long before.
+    volume.write_bytes(noise(7, 16 * MIB))
+    # The first takes four minutes, and is ended long before.
     pace = 'pace = { policy = "fixed", read_rate = "64K" }'
     (tmp_path / "blocksnap.toml").write_text(f'[jobs.slow]\nvolumes = ["{volume}"]\n{pace}\n')
     first = blocksnap.start("backup", "--job", "slow", "--json")
@@ -102,7 +102,7 @@ def test_two_runs_of_one_volume(blocksnap: CommandLine, tmp_path: Path) -> None:
         assert second.code == 11, second
         assert str(first.pid) in second.stderr
         first.terminate()
-        assert first.wait(timeout=60) == 143
+        assert first.wait(timeout=300) == 143
     finally:
         first.kill()
         first.communicate()

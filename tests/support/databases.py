@@ -25,7 +25,7 @@ _POSTGRES = (
 _MARIADB = (
     "--innodb-buffer-pool-size=8M --loose-innodb-buffer-pool-size-max=8M --innodb-log-file-size=4M "
     "--innodb-fast-shutdown=2 --aria-pagecache-buffer-size=1M --key-buffer-size=1M --skip-networking "
-    "--performance-schema=off --max-connections=10"
+    "--performance-schema=off --max-connections=50"
 )
 
 

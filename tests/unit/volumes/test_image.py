@@ -28,7 +28,7 @@ def mark(folder: Path, name: str) -> None:
     (folder / f"{name}.base").write_text(text)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(300)
 def test_marks_that_are_no_files_or_make_no_sense_are_passed_over(folder: Path) -> None:
     mark(folder, "clone-1")
     os.mkfifo(folder / "clone-pipe.base")
