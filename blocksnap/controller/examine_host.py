@@ -230,6 +230,6 @@ def examine_tools(*, lvm_in_use: bool) -> Iterator[Finding]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().rstrip("\n")
+        return sysfs.exact_text(path).removesuffix("\n")
     except OSError:
         return ""

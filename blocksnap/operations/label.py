@@ -21,6 +21,7 @@ from blocksnap.repository.documents import ApplicationRecord, Backup
 from blocksnap.restore.naming import give_name, hidden_name
 from blocksnap.system import sysfs
 
+_PROC = Path("/proc")
 _ROOM = 1 << 20
 _SERVERS = ("postgres", "postmaster")
 
@@ -142,10 +143,10 @@ def _running(folder: int) -> int | None:
     its, told = os.fstat(folder), ""
     with contextlib.suppress(OSError):
         told = _read(folder, "postmaster.pid").split(b"\n", 1)[0].decode(errors="replace")
-    for process in sysfs.find(Path("/proc"), "[0-9]*"):
+    for process in sysfs.find(_PROC, "[0-9]*"):
+        is_server = process.name == told or (sysfs.text_of(process / "comm") or "").startswith(_SERVERS)
         # It may end meanwhile, and those of the kernel have no directory.
         with contextlib.suppress(OSError):
-            is_server = process.name == told or (process / "comm").read_text().startswith(_SERVERS)
             if is_server and os.path.samestat(os.stat(process / "cwd"), its):
                 return int(process.name)
     return None

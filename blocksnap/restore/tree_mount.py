@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from blocksnap.errors import BlocksnapError
-from blocksnap.system import namespace, own_mount
+from blocksnap.system import namespace, own_mount, sysfs
 from blocksnap.system.mounts import parse_mountinfo
 
 MOUNTED = b"mounted"
@@ -81,7 +81,7 @@ def read_further_ahead(mounts: str, source: str) -> None:
     ``mounts`` is the table of mounts to find it in. A file that was opened before keeps what it had.
     """
     with suppress(OSError):
-        for mount in parse_mountinfo(Path(mounts).read_text(errors="surrogateescape")):
+        for mount in parse_mountinfo(sysfs.exact_text(Path(mounts))):
             if mount.source == source:
                 bdi = f"/sys/class/bdi/{os.major(mount.device)}:{os.minor(mount.device)}/read_ahead_kb"
                 Path(bdi).write_text(f"{_READ_AHEAD_KIB}\n")

@@ -79,7 +79,7 @@ def sysfs_folder(number: int) -> Path:
 def node_of(number: int) -> str:
     """Return the kernel's own node of a device, ``/dev/dm-3``; raises NoDeviceError."""
     try:
-        text = (sysfs_folder(number) / "uevent").read_text()
+        text = sysfs.exact_text(sysfs_folder(number) / "uevent")
     except OSError as err:
         raise NoDeviceError(number_text(number), "it is not there") from err
     for line in text.splitlines():
@@ -343,7 +343,7 @@ def _unmap_thin(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
     from blocksnap.system.devmapper import is_plain_thin
 
     number, end = device_number(fd), offset + length
-    unit = int((sysfs_folder(number) / "queue/discard_granularity").read_text())
+    unit = int(sysfs.exact_text(sysfs_folder(number) / "queue/discard_granularity"))
     first, last = (-(-offset // unit) * unit, end // unit * unit) if unit else (end, end)
     if first >= last or not is_plain_thin(number):
         yield offset, end

@@ -17,6 +17,7 @@ from typing import Final
 from uuid import UUID
 
 from blocksnap.errors import VolumeError
+from blocksnap.system import sysfs
 
 # linux/btrfs.h; the magic of all is 0x94, and the upper half-word is direction and size.
 _SNAP_CREATE_V2 = 0x50009417
@@ -216,7 +217,7 @@ def exclusive_operation(filesystem: UUID) -> str:
     ``none`` too where the kernel does not say (before 5.10).
     """
     try:
-        return (_SYSFS / str(filesystem) / "exclusive_operation").read_text().strip()
+        return sysfs.exact_text(_SYSFS / str(filesystem) / "exclusive_operation").strip()
     except FileNotFoundError:
         return "none"
 

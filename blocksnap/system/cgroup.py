@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blocksnap.errors import QuiesceError
-from blocksnap.system import mounts
+from blocksnap.system import mounts, sysfs
 from blocksnap.system.command import CommandError, CommandTimeoutError, MissingProgramError, run
 
+_PROC = Path("/proc")
 FROZEN, THAWED = "1", "0"
 
 
@@ -52,8 +53,9 @@ def processes(folder: Path) -> Iterator[int]:
     """Yield the processes in a group and in the groups below it; one may be gone by then."""
     for name, _, _ in os.walk(folder):
         try:
-            text = (Path(name) / "cgroup.procs").read_text()
-        except OSError:
+            text = sysfs.exact_text(Path(name) / "cgroup.procs")
+        except OSError as err:
+            sysfs.raise_lack(err)
             continue
         # 0 stands for a process of another PID namespace.
         yield from (int(word) for word in text.split() if word != "0")
@@ -62,7 +64,7 @@ def processes(folder: Path) -> Iterator[int]:
 def command_of(pid: int) -> str:
     """Return the name of a process, empty when it is gone; the kernel cuts it at 15 letters."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+        return sysfs.exact_text(_PROC / str(pid) / "comm").removesuffix("\n")
     except OSError:
         return ""
 
@@ -92,9 +94,9 @@ def stands_still(pid: int) -> bool:
     """Tell whether a process is in a group that is frozen as a whole; False when it is gone."""
     top = root()
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        lines = sysfs.exact_text(_PROC / str(pid) / "cgroup").split("\n")
         path = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
-        events = (top / path.lstrip("/") / "cgroup.events").read_text() if top is not None else ""
+        events = sysfs.exact_text(top / path.lstrip("/") / "cgroup.events") if top is not None else ""
     except (OSError, StopIteration):
         return False
     return "frozen 1" in events

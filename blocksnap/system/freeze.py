@@ -106,17 +106,20 @@ def _backing(number: int) -> tuple[int, int] | None:
     """Return how the filesystem behind a loop device is numbered: by mountinfo, and by stat of the file."""
     if os.major(number) != _LOOP_MAJOR:
         return None
-    folder = Path(f"/sys/dev/block/{blockdev.number_text(number)}/loop")
+    folder = blockdev.sysfs_folder(number) / "loop"
     try:
-        path = (folder / "backing_file").read_text().rstrip("\n")
+        path = sysfs.exact_text(folder / "backing_file").removesuffix("\n")
         # The kernel gives the path as whoever attached it saw it, which need not be ours.
         seen = mounts.mount_at(path, mounts.read_mounts())
         if seen is not None and seen.filesystem.startswith(_FUSE):
             # Whoever looks at the file waits for a process, and for ever if that does not answer.
             return seen.device, seen.device
         device = _device_of_file(number)
-    except (OSError, blockdev.NoDeviceError):
+    except blockdev.NoDeviceError:
+        return None
+    except OSError as err:
         # It is not attached.
+        sysfs.raise_lack(err)
         return None
     with contextlib.suppress(OSError):
         mount = mounts.mount_under(path)

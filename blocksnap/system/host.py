@@ -11,6 +11,7 @@ from pathlib import Path
 from blocksnap.system import sysfs
 
 _SOURCES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+_PROC = Path("/proc")
 _PURPOSE = b"blocksnap host id"
 _ENDED = frozenset("ZX")
 
@@ -33,12 +34,12 @@ def host_name() -> str:
 
 def boot_id() -> str:
     """Return the id of this boot of the kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return sysfs.exact_text(_PROC / "sys/kernel/random/boot_id").strip()
 
 
 def boot_time() -> float:
     """Return when the kernel was started, in seconds of CLOCK_REALTIME."""
-    for line in Path("/proc/stat").read_text().splitlines():
+    for line in sysfs.exact_text(_PROC / "stat").splitlines():
         if line.startswith("btime "):
             return float(line.split()[1])
     return 0.0
@@ -50,7 +51,7 @@ def process_start(pid: int) -> int | None:
     None when there is no such process, or only its remains.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _state_and_on(sysfs.exact_text(_PROC / str(pid) / "stat"))
     except (FileNotFoundError, ProcessLookupError):
         return None
     state, start = fields[0], fields[19]
@@ -58,23 +59,26 @@ def process_start(pid: int) -> int | None:
 
 
 def processes(names: Collection[str]) -> list[int]:
-    """Return the processes that run a program of one of these names; one that has ended does so no more."""
+    """Return the processes that run a program of one of these names; one that has ended does so no more.
+
+    Raises OSError where that cannot be told.
+    """
     found = []
-    for folder in sysfs.find(Path("/proc"), "[0-9]*"):
-        try:
-            name = (folder / "comm").read_text().rstrip("\n")
-            # Whoever started it may never ask what became of it. Its state follows the name (proc(5)).
-            if name in names and (folder / "stat").read_text().rpartition(")")[2].split()[0] not in _ENDED:
+    for folder in sysfs.find(_PROC, "[0-9]*"):
+        if sysfs.text_of(folder / "comm") in names:
+            # Whoever started it may never ask what became of it.
+            status = sysfs.text_of(folder / "stat")
+            if status and _state_and_on(status)[0] not in _ENDED:
                 found.append(int(folder.name))
-        except OSError:
-            continue
     return found
 
 
+def _state_and_on(status: str) -> list[str]:
+    """Return the fields after the name of the program, which may have anything in it (proc_pid_stat(5))."""
+    return status.rpartition(")")[2].split()
+
+
 def _read(path: Path) -> str | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
+    text = sysfs.text_of(path)
     # systemd writes "uninitialized" on first boot.
-    return text if len(text) == 32 else None
+    return text if text is not None and len(text) == 32 else None

@@ -153,7 +153,7 @@ def group_text(vg: str, uuids: Collection[str]) -> str:
     or not up to date, LVM is asked. Raises CommandError, OSError.
     """
     with contextlib.suppress(OSError):
-        text = (_BACKUP_FOLDER / check_name(vg)).read_text()
+        text = (_BACKUP_FOLDER / check_name(vg)).read_text(errors="replace")
         if all(uuid in text for uuid in uuids):
             return text
     return _present_text(vg)
@@ -179,7 +179,7 @@ def _present_text(vg: str) -> str:
     with tempfile.TemporaryDirectory(prefix="blocksnap-") as folder:
         file = Path(folder, "group")
         run("vgcfgbackup", *settings(), "-f", str(file), check_name(vg))
-        return file.read_text()
+        return file.read_text(errors="replace")
 
 
 def archive_folder() -> str | None:

@@ -119,6 +119,6 @@ def _leads_to(link: Path, disks: set[str]) -> bool:
 
 def _size_of(disk: Path) -> int:
     try:
-        return int((disk / "size").read_text())
+        return int(sysfs.exact_text(disk / "size"))
     except (OSError, ValueError):
         return 0

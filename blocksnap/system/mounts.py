@@ -60,7 +60,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
 
 def read_mounts() -> list[Mount]:
     """Return what is mounted in this mount namespace."""
-    return parse_mountinfo(_MOUNTINFO.read_text(errors="surrogateescape"))
+    return parse_mountinfo(sysfs.exact_text(_MOUNTINFO))
 
 
 def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
@@ -90,11 +90,10 @@ def filesystem_of(fd: int) -> int | None:
 
     It is not always what stat calls st_dev: each btrfs subvolume has one of its own.
     """
-    fields = dict(
-        line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if ":" in line
-    )
+    told = sysfs.exact_text(Path(f"/proc/self/fdinfo/{fd}")).splitlines()
+    fields = dict(line.split(":", 1) for line in told if ":" in line)
     wanted = fields.get("mnt_id", "").strip()
-    for line in _MOUNTINFO.read_text(errors="surrogateescape").split("\n"):
+    for line in sysfs.exact_text(_MOUNTINFO).split("\n"):
         words = line.split(" ", 3)
         if words[0] == wanted:
             major, minor = words[2].split(":")
@@ -136,10 +135,11 @@ def node_number(path: str) -> int | None:
 def swap_files() -> list[str]:
     """Return the files and devices that are used as swap."""
     try:
-        lines = _SWAPS.read_text().splitlines()[1:]
-    except OSError:
+        lines = sysfs.exact_text(_SWAPS).split("\n")[1:]
+    except OSError as err:
+        sysfs.raise_lack(err)
         return []
-    return [unescape(line.split()[0]) for line in lines]
+    return [unescape(line.split(" ")[0]) for line in lines if line]
 
 
 def users_of_device(number: int) -> list[str]:
@@ -168,8 +168,9 @@ def loop_devices_of(path: str) -> list[str]:
     found = []
     for backing in sysfs.find(_BLOCK, "loop*/loop/backing_file"):
         try:
-            status = os.stat(backing.read_text().rstrip("\n"))
-        except OSError:
+            status = os.stat(sysfs.exact_text(backing).removesuffix("\n"))
+        except OSError as err:
+            sysfs.raise_lack(err)
             continue
         if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
             found.append(f"/dev/{backing.parent.parent.name}")

@@ -137,7 +137,7 @@ def find(identifier: str) -> int | None:
 
 def device_number(index: int) -> int:
     """Return the number of a device."""
-    major, minor = (_SYS_BLOCK / f"nbd{index}/dev").read_text().strip().split(":")
+    major, minor = sysfs.exact_text(_SYS_BLOCK / f"nbd{index}/dev").strip().split(":")
     return os.makedev(int(major), int(minor))
 
 

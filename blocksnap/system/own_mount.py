@@ -13,7 +13,7 @@ import secrets
 import threading
 from pathlib import Path
 
-from blocksnap.system import namespace
+from blocksnap.system import namespace, sysfs
 from blocksnap.system.mounts import unescape
 
 _THREAD = Path("/proc/thread-self")
@@ -71,7 +71,7 @@ def _unmount_at(point: str, number: int) -> None:
 
 def _number_of(fd: int) -> int | None:
     """Return the number of the mount that a descriptor was opened on (proc_pid_fdinfo(5))."""
-    for line in (_THREAD / "fdinfo" / str(fd)).read_text().splitlines():
+    for line in sysfs.exact_text(_THREAD / "fdinfo" / str(fd)).splitlines():
         name, _, value = line.partition(":")
         if name == "mnt_id":
             return int(value)
@@ -81,7 +81,7 @@ def _number_of(fd: int) -> int | None:
 def _mounted(source: str) -> dict[int, str]:
     """Return where mounts with a source are, by their numbers; it has nothing in it that would be escaped."""
     found = {}
-    for line in (_THREAD / "mountinfo").read_text(errors="surrogateescape").strip("\n").split("\n"):
+    for line in sysfs.exact_text(_THREAD / "mountinfo").strip("\n").split("\n"):
         # Not splitlines(): names may have what that takes for the end of a line.
         left, _, right = line.partition(" - ")
         if right.split(" ")[1:2] == [source]:

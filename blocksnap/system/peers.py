@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blocksnap.errors import UsageError
-from blocksnap.system import mounts
+from blocksnap.system import mounts, sysfs
 
 _CREDENTIALS = struct.Struct("=iII")
 _MOST_LINKS = 40
@@ -102,7 +102,7 @@ def filesystem_at(pid: int, path: str) -> frozenset[int]:
     status = os.stat(f"/proc/{pid}/root{place}")
     if stat.S_ISBLK(status.st_mode):
         return frozenset({status.st_rdev})
-    text = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")
+    text = sysfs.exact_text(Path(f"/proc/{pid}/mountinfo"))
     mount = mounts.mount_at(place, mounts.parse_mountinfo(text))
     return frozenset({status.st_dev} if mount is None else {status.st_dev, mount.device})
 

@@ -39,7 +39,7 @@ def find_pressure_files(
             if others:
                 return PressureFiles(tuple(others), ours_too=False)
     try:
-        host.read_text()
+        sysfs.exact_text(host)
     except OSError:
         return None
     return PressureFiles((host,), ours_too=True)
@@ -53,7 +53,7 @@ def longest_wait(paths: Sequence[Path], before: dict[Path, int]) -> int:
     longest = 0
     for path in paths:
         try:
-            found = _TOTAL.search(path.read_text())
+            found = _TOTAL.search(sysfs.exact_text(path))
         except OSError:
             # The group is gone.
             continue
@@ -66,7 +66,7 @@ def longest_wait(paths: Sequence[Path], before: dict[Path, int]) -> int:
 
 def _own_group(path: Path) -> str:
     try:
-        lines = path.read_text().splitlines()
+        lines = sysfs.exact_text(path).split("\n")
     except OSError:
         return "/"
     return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")

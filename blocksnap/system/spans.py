@@ -100,8 +100,8 @@ def _external_journal(number: int) -> Iterator[int]:
     """
     with contextlib.suppress(OSError, ValueError):
         own = blockdev.sysfs_folder(number).resolve().name
-        thread = (_EXT4 / own / "journal_task").read_text().strip()
-        said = (_PROC / thread / "comm").read_text().strip()
+        thread = sysfs.exact_text(_EXT4 / own / "journal_task").strip()
+        said = sysfs.exact_text(_PROC / thread / "comm").strip()
         name = said.removeprefix("jbd2/")
         # Linux before 5.17 cuts it, and what is left may be the name of another device.
         if len(said) >= _CUT_NAME and own.startswith(name):
@@ -122,7 +122,7 @@ def _arrays(numbers: Collection[int]) -> Iterator[Span]:
 def _needs_all(number: int) -> bool:
     """Tell whether none of the devices below holds all that there is; False where that is not told."""
     with contextlib.suppress(OSError):
-        level = (blockdev.sysfs_folder(number) / "md/level").read_text().strip()
+        level = sysfs.exact_text(blockdev.sysfs_folder(number) / "md/level").strip()
         return level != _MIRROR
     try:
         kinds = devmapper.target_kinds(number)

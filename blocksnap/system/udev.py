@@ -83,7 +83,7 @@ def wait_for_node(path: str, *, timeout_seconds: float = 10.0) -> None:
 
 def _size(number: int) -> int:
     try:
-        return int((blockdev.sysfs_folder(number) / "size").read_text()) * 512
+        return int(sysfs.exact_text(blockdev.sysfs_folder(number) / "size")) * 512
     except (OSError, ValueError):
         return 0
 

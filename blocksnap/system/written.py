@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from blocksnap.system import sysfs
 from blocksnap.system.blockdev import sysfs_folder
 
 _FOLDER = Path("/run/blocksnap/written")
@@ -60,7 +61,7 @@ def observe(number: int, name: str) -> WriteRate | None:
 
 def _counted(number: int, *places: int) -> int | None:
     try:
-        fields = (sysfs_folder(number) / "stat").read_text().split()
+        fields = sysfs.exact_text(sysfs_folder(number) / "stat").split()
         return sum(int(fields[place]) for place in places) * _SECTOR
     except (OSError, IndexError, ValueError):
         return None
@@ -68,7 +69,7 @@ def _counted(number: int, *places: int) -> int | None:
 
 def _remembered(name: str) -> tuple[int, float]:
     try:
-        document = json.loads((_FOLDER / name).read_text())
+        document = json.loads((_FOLDER / name).read_text(errors="replace"))
         return int(document["written"]), float(document["at"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0.0

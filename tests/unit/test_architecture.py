@@ -113,6 +113,22 @@ def test_no_pattern_ends_by_what_vanishes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_names_of_others_may_have_any_bytes(path: Path) -> None:
+    """A program or a file whose name is not UTF-8, or has a CR in it, must not end or mislead a look."""
+    looks_at_others = {"controller/examine_host.py", "operations/label.py", "restore/tree_mount.py"}
+    if not relative(path).startswith("system/") and relative(path) not in looks_at_others:
+        return
+    for node in nodes(path):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "read_text"
+        ):
+            errors = [ast.unparse(word.value) for word in node.keywords if word.arg == "errors"]
+            assert errors == ["'replace'"], f"line {node.lineno}: system/sysfs.py reads what has names in it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_modules_and_functions_are_short(path: Path) -> None:
     assert path.read_text().count("\n") <= 500
     for node in nodes(path):

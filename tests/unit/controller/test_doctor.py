@@ -312,7 +312,10 @@ def test_block_devices_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Mon
         path = tmp_path / name / file
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    assert [one.subject for one in examine_host.examine_block_devices()] == ["/dev/loop1", "/dev/nbd1"]
+    (tmp_path / "loop2/loop").mkdir(parents=True)
+    (tmp_path / "loop2/loop/backing_file").write_bytes(b"/srv/caf\xe9.img (deleted)\n")
+    found = [one.subject for one in examine_host.examine_block_devices()]
+    assert found == ["/dev/loop1", "/dev/loop2", "/dev/nbd1"]
 
 
 def test_an_archive_that_grew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from blocksnap.errors import UsageError
+from blocksnap.operations import label
 from blocksnap.operations.describing import describe_records
 from blocksnap.operations.label import Label, NotItsDirectoryError, find_label, needs_label, write_label
 from blocksnap.repository.documents import Backup
@@ -143,6 +144,18 @@ def test_a_server_in_a_container_is_seen(tmp_path: Path) -> None:
         finally:
             server.kill()
     assert write_label(LABEL, str(data))
+
+
+def test_names_of_programs_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_directory(tmp_path)
+    for pid, name in (("1", b"caf\xc3"), ("2", b"postgres\xc3")):
+        folder = tmp_path / "proc" / pid
+        folder.mkdir(parents=True)
+        (folder / "comm").write_bytes(name + b"\n")
+        (folder / "cwd").symlink_to(data)
+    monkeypatch.setattr(label, "_PROC", tmp_path / "proc")
+    with pytest.raises(NotItsDirectoryError, match="is in use: process 2 "):
+        write_label(LABEL, str(data))
 
 
 def test_the_server_is_named_where_there_are_several() -> None:

@@ -82,3 +82,12 @@ def test_processes_of_groups_below_count_and_foreign_ones_do_not(tmp_path: Path)
     assert sorted(cgroup.processes(tmp_path)) == [12, 34]
     assert cgroup.command_of(os.getpid())
     assert cgroup.command_of(2**22) == ""
+
+
+def test_names_of_programs_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "_PROC", tmp_path)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "comm").write_bytes(b"caf\xc3\n")
+    (tmp_path / "7" / "cgroup").write_bytes(b"0::/caf\xc3\n")
+    assert os.fsencode(cgroup.command_of(7)) == b"caf\xc3"
+    assert not cgroup.stands_still(7)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -74,3 +75,25 @@ def test_a_program_that_has_ended_is_not_at_work(tmp_path: Path) -> None:
     finally:
         running.kill()
         running.wait()
+
+
+def test_names_of_programs_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel cuts them at fifteen bytes, also within a letter."""
+    monkeypatch.setattr(host, "_PROC", tmp_path)
+    for pid, name in ((b"7", b"caf\xc3"), (b"8", b"lvcreate")):
+        folder = tmp_path / pid.decode()
+        folder.mkdir()
+        (folder / "comm").write_bytes(name + b"\n")
+        (folder / "stat").write_bytes(pid + b" (" + name + b") S 1 " + b"0 " * 17 + b"4711 0\n")
+    (tmp_path / "9").mkdir()
+    assert host.processes({"lvcreate"}) == [8]
+    assert host.process_start(7) == host.process_start(8) == 4711
+
+
+def test_a_look_at_the_processes_that_fails_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_bytes(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(OSError, match="open files"):
+        host.processes({"lvcreate"})

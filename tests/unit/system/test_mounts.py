@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.system import mounts
+from blocksnap.system import mounts, own_mount
 
 TEXT = r"""27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard
 30 27 254:3 / /srv/my\040data rw - xfs /dev/mapper/vg-a\134b ro,noatime
@@ -56,3 +56,30 @@ def test_swap_is_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(mounts, "node_number", lambda path: 5 if path == "/dev/sdx" else None)
     assert mounts.swap_users(5) == ["used as swap"]
     assert mounts.swap_users(6) == []
+
+
+def test_names_have_any_bytes_but_the_line_feed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel escapes no CR, which text mode takes for the end of a line."""
+    point = b"/mnt/caf\xe9\rb"
+    table = tmp_path / "mountinfo"
+    table.write_bytes(b"27 1 0:5 / " + point + b" rw,relatime - tmpfs blocksnap-x rw\n")
+    monkeypatch.setattr(mounts, "_MOUNTINFO", table)
+    monkeypatch.setattr(own_mount, "_THREAD", tmp_path)
+    assert [os.fsencode(mount.point) for mount in mounts.read_mounts()] == [point]
+    assert own_mount.is_there("blocksnap-x")
+    swaps = tmp_path / "swaps"
+    swaps.write_bytes(b"Filename Type Size Used Priority\n/swap\\040caf\xe9\r\xc2\x85  file 8 0 -2\n")
+    monkeypatch.setattr(mounts, "_SWAPS", swaps)
+    assert [os.fsencode(name) for name in mounts.swap_files()] == [b"/swap caf\xe9\r\xc2\x85"]
+
+
+def test_a_loop_device_is_found_by_a_name_of_any_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\r\n"))
+    image.touch()
+    for name, path in (("loop1", b"/gone\xe9"), ("loop2", os.fsencode(image))):
+        (tmp_path / name / "loop").mkdir(parents=True)
+        (tmp_path / name / "loop/backing_file").write_bytes(path + b"\n")
+    monkeypatch.setattr(mounts, "_BLOCK", tmp_path)
+    assert mounts.loop_devices_of(str(image)) == ["/dev/loop2"]
