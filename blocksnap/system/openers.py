@@ -9,6 +9,9 @@ import contextlib
 import os
 import stat
 from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from blocksnap.system import sysfs
 
 
 def device_writers(numbers: Collection[int]) -> dict[int, str]:
@@ -22,12 +25,14 @@ def device_writers(numbers: Collection[int]) -> dict[int, str]:
         if not pid.isdecimal() or int(pid) == os.getpid():
             continue
         try:
-            if any(_may_write(_facts(pid, fd)) for fd in _open_devices(pid, numbers)):
-                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-                    found[int(pid)] = f"open for writing by process {pid} ({comm.read().strip()})"
-        except OSError:
+            writes = any(_may_write_by(pid, fd) for fd in _open_devices(pid, numbers))
+        except OSError as err:
             # It has ended meanwhile, or is none of ours to look at.
+            sysfs.raise_lack(err)
             continue
+        if writes:
+            name = sysfs.text_of(Path(f"/proc/{pid}/comm")) or "?"
+            found[int(pid)] = f"open for writing by process {pid} ({name})"
     return found
 
 
@@ -53,10 +58,20 @@ def _open_devices(pid: str, numbers: Collection[int]) -> Iterator[str]:
                     yield fd
 
 
+def _may_write_by(pid: str, fd: str) -> bool:
+    try:
+        return _may_write(_facts(pid, fd))
+    except OSError as err:
+        # It is closed meanwhile; others may stay open.
+        sysfs.raise_lack(err)
+        return False
+
+
 def _has_open(pid: int, file: os.stat_result) -> bool:
     try:
         names = os.listdir(f"/proc/{pid}/fd")
-    except OSError:
+    except OSError as err:
+        sysfs.raise_lack(err)
         return False
     return any(_is_writable(pid, name, file) for name in names)
 
@@ -68,17 +83,20 @@ def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
         if not _may_write(facts) or facts.get("ino", str(file.st_ino)) != str(file.st_ino):
             return False
         return os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), file)
-    except OSError:
+    except OSError as err:
+        sysfs.raise_lack(err)
         return False
 
 
 def _has_mapped(pid: int, inode: int) -> bool:
     try:
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        # A name may have a CR, which is no end of a line.
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape", newline="\n") as maps:
             # address perms offset dev inode path (proc(5))
             words = (line.split(None, 5) for line in maps)
-            return any(each[1].endswith("s") and each[4] == str(inode) for each in words)
-    except OSError:
+            return any(len(each) > 4 and each[1].endswith("s") and each[4] == str(inode) for each in words)
+    except OSError as err:
+        sysfs.raise_lack(err)
         return False
 
 
