@@ -311,17 +311,18 @@ def _resume_origins(dead: Collection[Entry], report: LvReport, found: _Findings)
             continue
         # An LVM command that is at work suspends for some milliseconds, and resumes itself.
         time.sleep(_SECOND_LOOK_SECONDS)
-        at_work = host.processes(_SUSPENDING)
-        if not devmapper.is_suspended(lv.number):
-            continue
         try:
+            at_work = host.processes(_SUSPENDING)
+            if not devmapper.is_suspended(lv.number):
+                continue
             if at_work:
                 found.puzzles.append(f"{lv.full_name} is suspended, and process {at_work[0]} may be why")
             else:
                 for number in devmapper.suspended_with(lv.number):
                     devmapper.resume(number)
                 found.removed.append(f"resumed {lv.full_name}, which run {run} left suspended")
-        except BlocksnapError as err:
+        except (BlocksnapError, OSError) as err:
+            found.kept.add(run)
             found.warnings.append(f"cannot resume {lv.full_name}, which is suspended: {err}")
 
 

@@ -375,14 +375,20 @@ class SnapshotSession:
         clean = True
         leave = [(volume.name, snapshot.remove) for volume, snapshot in self._taken]
         for volume in self._in_doubt:
-            trace = volume.trace(self.run)
+            trace, late = volume.trace(self.run), ""
             leave.append((volume.name, partial(remove_trace, trace)))
             # Looked at before it is removed: what ends in between has made it by then.
-            if may_come_yet(trace):
+            try:
+                if may_come_yet(trace):
+                    late = "lvcreate is still at work"
+            except Exception as err:  # noqa: BLE001 - whatever it says, the snapshots have to go
+                late = f"lvcreate may be at work still ({err})"
+            except BaseException as err:  # noqa: BLE001 - raised again when all were tried
+                interrupt, late = err, "lvcreate may be at work still"
+            if late:
                 clean = False
                 self.warnings.append(
-                    f"lvcreate is still at work: should it make a snapshot of {volume.name}, "
-                    "the next run removes it"
+                    f"{late}: should it make a snapshot of {volume.name}, the next run removes it"
                 )
         self._taken, self._in_doubt = [], []
         for name, remove in reversed(leave):

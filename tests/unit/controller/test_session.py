@@ -5,7 +5,8 @@ import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +16,7 @@ from blocksnap.controller.journal import Journal, Step, read_entries
 from blocksnap.controller.recover import Leftover, may_remove, parse_lvm_time, recover
 from blocksnap.controller.session import SnapshotSession
 from blocksnap.errors import BusyError, UsageError, VolumeError
-from blocksnap.system import host, lvm_config
+from blocksnap.system import devmapper, host, lvm_config
 from blocksnap.system.command import CommandTimeoutError
 from blocksnap.system.host import host_name
 from blocksnap.volumes.base import Ledger, SnapshotTiming
@@ -249,6 +250,46 @@ def test_a_snapshot_that_may_still_come_is_not_forgotten(
     at_work.clear()
     recover(tmp_path, ["key:a"])
     assert read_entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(24, "Too many open files"), ValueError("what?"), KeyboardInterrupt()]
+)
+def test_whoever_cannot_tell_what_comes_removes_all_the_same(
+    tmp_path: Path, log: list[str], traces: list[str], monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def processes(names: object) -> list[int]:
+        raise failure
+
+    monkeypatch.setattr(host, "processes", processes)
+    a, b = FakeVolume("a", log), FakeVolume("b", log)
+    b.failures["take"] = VolumeError("full")
+    session = SnapshotSession([a, b], "run1", tmp_path)
+    with pytest.raises(VolumeError if isinstance(failure, Exception) else KeyboardInterrupt), session:
+        pass
+    assert log[-1] == "remove a"
+    assert traces == ["s-b"]
+    (warning,) = session.warnings
+    assert warning.startswith("lvcreate may be at work still")
+    assert [entry.run for entry in read_entries(tmp_path)] == ["run1"]
+
+
+def test_what_cannot_be_told_does_not_end_a_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody may be at work on is not resumed, and not forgotten."""
+
+    def processes(names: object) -> list[int]:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(host, "processes", processes)
+    monkeypatch.setattr(devmapper, "is_suspended", lambda number: True)
+    monkeypatch.setattr(recover_module, "_SECOND_LOOK_SECONDS", 0)
+    entry = SimpleNamespace(run="r", is_of_this_boot=True, traces=lambda: [{"origin_uuid": "u"}])
+    report = SimpleNamespace(find_uuid=lambda uuid: SimpleNamespace(number=5, full_name="vg/a"))
+    found = recover_module._Findings()
+    recover_module._resume_origins(cast("Any", [entry]), cast("Any", report), found)
+    assert (found.removed, found.kept) == ([], {"r"})
+    (warning,) = found.warnings
+    assert warning.startswith("cannot resume vg/a, which is suspended: ")
 
 
 # What dead runs left.
