@@ -33,6 +33,7 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _SYSFS = Path("/sys/dev/block")
 _MOMENT_SECONDS = 0.5
+_PAUSE_SECONDS = 0.02
 _ZEROS_BYTES = 1 << 20
 _COUNTED_ZEROS_BYTES = 1 << 20
 PIECE_BYTES = 256 << 20
@@ -119,14 +120,7 @@ def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) ->
     Raises DeviceBusyError naming who uses it, NoDeviceError.
     """
     access = os.O_RDWR if writable else os.O_RDONLY
-    try:
-        fd = os.open(path, access | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
-    except OSError as err:
-        if err.errno == errno.EBUSY:
-            from blocksnap.system.mounts import users_of_device
-
-            raise DeviceBusyError(path, users_of_device(os.stat(path).st_rdev)) from err
-        raise NoDeviceError(path, os.strerror(err.errno or 0)) from err
+    fd = _open_alone(path, access | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     try:
         number = device_number(fd)
         if writable and (writers := lasting_writers(number)):
@@ -139,6 +133,24 @@ def open_exclusive(path: str, *, writable: bool = True, direct: bool = False) ->
         os.close(fd)
         raise
     return fd
+
+
+def _open_alone(path: str, flags: int) -> int:
+    from blocksnap.system.mounts import users_of_device
+
+    deadline = time.monotonic() + _MOMENT_SECONDS
+    while True:
+        number = 0
+        try:
+            number = os.stat(path).st_rdev
+            return os.open(path, flags)
+        except OSError as err:
+            if err.errno != errno.EBUSY:
+                raise NoDeviceError(path, os.strerror(err.errno or 0)) from err
+            # Programs that look after devices hold one for a moment.
+            if (users := users_of_device(number)) or time.monotonic() > deadline:
+                raise DeviceBusyError(path, users) from err
+        time.sleep(_PAUSE_SECONDS)
 
 
 def lasting_writers(number: int) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -11,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -284,3 +286,52 @@ def test_device_that_is_mounted_read_only_is_read_but_watched(
 def test_loop_devices_of_a_file(loop: str, tmp_path: Path) -> None:
     assert mounts.loop_devices_of(str(tmp_path / "disk.img")) == [loop]
     assert mounts.loop_devices_of(__file__) == []
+
+
+class Held:
+    """A device that somebody holds for so many attempts to open it; its clock runs while it is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, attempts: int, users: list[str]) -> None:
+        self.now, self.left = 0.0, attempts
+        self._open = os.open
+        monkeypatch.setattr(blockdev, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+        monkeypatch.setattr(mounts, "users_of_device", lambda _: users)
+        monkeypatch.setattr(os, "open", self.open)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def open(self, path: str, flags: int) -> int:
+        self.left -= 1
+        if self.left >= 0:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        return self._open(path, flags & ~os.O_EXCL)
+
+
+def test_who_holds_a_device_for_a_moment_does_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the scan for btrfs after an event of udev did up to Linux 6.2, and multipath does."""
+    held = Held(monkeypatch, 3, [])
+    # It was opened in the end, and is no block device.
+    with pytest.raises(blockdev.NoDeviceError, match="something else"):
+        blockdev.open_exclusive("/dev/null", writable=False)
+    assert 0 < held.now < 0.5
+
+
+def test_who_holds_a_device_for_longer_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch, 1000, [])
+    with pytest.raises(blockdev.DeviceBusyError, match="somebody holds it open exclusively"):
+        blockdev.open_exclusive("/dev/null", writable=False)
+    assert 0.5 < held.now < 1
+
+
+def test_a_device_with_users_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch, 1, ["mounted on /x"])
+    with pytest.raises(blockdev.DeviceBusyError, match="mounted on /x"):
+        blockdev.open_exclusive("/dev/null", writable=False)
+    assert held.now == 0
+
+
+def test_a_busy_device_may_go_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    Held(monkeypatch, 1000, [])
+    with pytest.raises(blockdev.NoDeviceError):
+        blockdev.open_exclusive("/nowhere", writable=False)
