@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from blocksnap.system import blockdev, sysfs
-from blocksnap.system.command import run_observed
+from blocksnap.system.command import CommandError, run_observed
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _SWAPS = Path("/proc/swaps")
@@ -72,9 +73,15 @@ def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
 
 
 def flush_filesystem(number: int) -> None:
-    """Write out what is dirty in the filesystem that is mounted from a device, if there is one (syncfs)."""
-    for mount in mounts_of(number)[:1]:
-        flush(mount.point)
+    """Write out what is dirty in the filesystem that is mounted from a device, if there is one (syncfs).
+
+    It only spares time later: where no place it is mounted at can be opened, nothing is done.
+    """
+    for mount in mounts_of(number):
+        # It may be unmounted there meanwhile, or lie under another mount.
+        with contextlib.suppress(CommandError):
+            flush(mount.point)
+            return
 
 
 def flush(point: str) -> None:

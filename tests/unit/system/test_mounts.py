@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap.system import mounts, own_mount
+from blocksnap.system.command import CommandError, CommandTimeoutError
 
 TEXT = r"""27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard
 30 27 254:3 / /srv/my\040data rw - xfs /dev/mapper/vg-a\134b ro,noatime
@@ -83,3 +84,33 @@ def test_a_loop_device_is_found_by_a_name_of_any_bytes(
         (tmp_path / name / "loop/backing_file").write_bytes(path + b"\n")
     monkeypatch.setattr(mounts, "_BLOCK", tmp_path)
     assert mounts.loop_devices_of(str(image)) == ["/dev/loop2"]
+
+
+def test_a_filesystem_is_flushed_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first mount may be gone by then, with the directory; it only spares time later."""
+    found = mounts.parse_mountinfo("31 27 7:5 / /a rw - ext4 /dev/x rw\n32 27 7:5 / /b rw - ext4 /dev/x rw\n")
+    monkeypatch.setattr(mounts, "read_mounts", lambda: found)
+    flushed: list[str] = []
+    failing = {"/a"}
+
+    def flush(point: str) -> None:
+        flushed.append(point)
+        if point in failing:
+            raise CommandError("sync", 1, "No such file or directory")
+
+    monkeypatch.setattr(mounts, "flush", flush)
+    mounts.flush_filesystem(os.makedev(7, 5))
+    assert flushed == ["/a", "/b"]
+    failing.add("/b")
+    mounts.flush_filesystem(os.makedev(7, 5))
+    failing.clear()
+    flushed.clear()
+    mounts.flush_filesystem(os.makedev(7, 5))
+    assert flushed == ["/a"]
+
+    def hang(point: str) -> None:
+        raise CommandTimeoutError("sync", 1, 120)
+
+    monkeypatch.setattr(mounts, "flush", hang)
+    with pytest.raises(CommandTimeoutError):
+        mounts.flush_filesystem(os.makedev(7, 5))
