@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 _SWAPS = Path("/proc/swaps")
 _BLOCK = Path("/sys/block")
 _BTRFS = Path("/sys/fs/btrfs")
+_WITHOUT_NUMBER = frozenset({"btrfs", "bcachefs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +133,12 @@ def btrfs_members(number: int) -> set[int]:
 
 
 def node_number(path: str) -> int | None:
-    """Return the number of the device that a path names; None where it names none."""
+    """Return the number of the block device that a path names; None where it names none."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_rdev or None
+    return status.st_rdev if stat.S_ISBLK(status.st_mode) else None
 
 
 def swap_files() -> list[str]:
@@ -214,7 +216,11 @@ def _direct_users(number: int, mounts: list[Mount]) -> list[str]:
 
 def _source_number(mount: Mount) -> int | None:
     """Return the device of a file system that hides it behind a number of its own (btrfs)."""
-    return node_number(mount.source) if os.major(mount.device) == 0 and mount.source.startswith("/") else None
+    if os.major(mount.device):
+        return None
+    # The source of others may be a directory (FUSE), and be waited for, from a server that is gone.
+    is_device = mount.filesystem in _WITHOUT_NUMBER and mount.source.startswith("/")
+    return node_number(mount.source) if is_device or mount.source.startswith("/dev/") else None
 
 
 def _contains(point: str, path: str) -> bool:

@@ -86,6 +86,28 @@ def test_a_loop_device_is_found_by_a_name_of_any_bytes(
     assert mounts.loop_devices_of(str(image)) == ["/dev/loop2"]
 
 
+def test_only_what_may_be_a_device_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source of a FUSE mount may be a directory, on a server that does not answer."""
+    found = mounts.parse_mountinfo(
+        "31 27 0:44 / /a rw - fuse.bindfs /mnt/dead/x rw\n"
+        "32 27 0:45 / /b rw - fuse.fuse2fs /dev/sdc rw\n"
+        "33 27 0:46 / /c rw - btrfs /srv/node rw\n"
+        "34 27 0:47 / /d rw - fuse.portal portal rw\n"
+    )
+    asked: list[str] = []
+
+    def node_number(path: str) -> int:
+        asked.append(path)
+        return 77
+
+    monkeypatch.setattr(mounts, "node_number", node_number)
+    assert [mount.point for mount in mounts.mounts_of(77, found)] == ["/b", "/c"]
+    assert asked == ["/dev/sdc", "/srv/node"]
+    monkeypatch.undo()
+    assert os.stat("/dev/null").st_rdev
+    assert mounts.node_number("/dev/null") is mounts.node_number("/nowhere") is None
+
+
 def test_a_filesystem_is_flushed_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first mount may be gone by then, with the directory; it only spares time later."""
     found = mounts.parse_mountinfo("31 27 7:5 / /a rw - ext4 /dev/x rw\n32 27 7:5 / /b rw - ext4 /dev/x rw\n")
