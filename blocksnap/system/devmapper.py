@@ -233,11 +233,14 @@ def target_kinds(number: int) -> frozenset[str]:
     return frozenset(words[3] if words[2] == "raid" else words[2] for words in lines if len(words) > 3)
 
 
-@cache
 def is_plain_thin(number: int) -> bool:
     """Tell whether a device is one thin volume without an external origin: the unmapped reads as zeros."""
-    if dm_uuid(number) is None:
-        return False
+    uuid = dm_uuid(number)
+    return uuid is not None and _is_plain_thin(number, uuid)
+
+
+@cache
+def _is_plain_thin(number: int, uuid: str) -> bool:  # noqa: ARG001 - a number may be given out again
     lines = run("dmsetup", "table", *_selected(number)).splitlines()
     words = lines[0].split() if len(lines) == 1 else []
     # start length thin POOL ID [EXTERNAL ORIGIN]

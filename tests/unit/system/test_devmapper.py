@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blocksnap.system import devmapper
 from blocksnap.system.devmapper import (
     SnapshotStatus,
     SnapshotTable,
@@ -131,3 +132,23 @@ def test_other_targets_are_no_snapshots(text: str) -> None:
 def test_a_short_table_is_refused() -> None:
     with pytest.raises(ValueError, match="table of a snapshot"):
         parse_snapshot_table("0 8 snapshot 253:1 253:2 P")
+
+
+def test_a_number_that_is_given_out_again_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is discarded of a thin volume reads as zeros, and of a linear one as it was."""
+    uuids = {5: "LVM-thin"}
+    tables = {"LVM-thin": "0 8 thin 253:1 1\n", "LVM-linear": "0 8 linear 253:1 0\n"}
+    asked: list[str | None] = []
+
+    def run(*argv: str) -> str:
+        asked.append(uuids[5])
+        return tables[uuids[5]]
+
+    monkeypatch.setattr(devmapper, "dm_uuid", uuids.get)
+    monkeypatch.setattr(devmapper, "run", run)
+    assert devmapper.is_plain_thin(5)
+    assert devmapper.is_plain_thin(5)
+    uuids[5] = "LVM-linear"
+    assert not devmapper.is_plain_thin(5)
+    assert not devmapper.is_plain_thin(6)
+    assert asked == ["LVM-thin", "LVM-linear"]
