@@ -71,7 +71,7 @@ def who_writes(fd: int) -> Writers:
     for _ in range(_LOOKS):
         if not is_open_for_writing(fd):
             return "none"
-        pids = set(file_writers(os.fstat(fd)))
+        pids = set(file_writers(fd))
         running = [pid for pid in pids if not cgroup.stands_still(pid)]
         if pids and not running:
             return "frozen"

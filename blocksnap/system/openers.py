@@ -6,6 +6,7 @@ proc(5): ``fd``, ``fdinfo`` and ``maps``.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -36,13 +37,12 @@ def device_writers(numbers: Collection[int]) -> dict[int, str]:
     return found
 
 
-def file_writers(file: os.stat_result) -> Iterator[int]:
-    """Yield the processes that have a file open for writing, or map it, as far as /proc shows it.
-
-    Whatever maps a file of that number counts: a mapping does not say on what filesystem in the same terms.
-    """
+def file_writers(fd: int) -> Iterator[int]:
+    """Yield the processes that have an open file open for writing, or map it, as far as /proc shows it."""
+    file = os.fstat(fd)
+    devices = _devices_in_maps(fd, file)
     for name in os.listdir("/proc"):
-        if name.isdecimal() and (_has_open(int(name), file) or _has_mapped(int(name), file.st_ino)):
+        if name.isdecimal() and (_has_open(int(name), file) or _has_mapped(int(name), file.st_ino, devices)):
             yield int(name)
 
 
@@ -88,16 +88,38 @@ def _is_writable(pid: int, name: str, file: os.stat_result) -> bool:
         return False
 
 
-def _has_mapped(pid: int, inode: int) -> bool:
+def _devices_in_maps(fd: int, file: os.stat_result) -> frozenset[str] | None:
+    """Return what the kernel calls the device of an open file in mappings; None where that is not found out.
+
+    On btrfs it is not what stat calls it. So it is mapped, to be read, and looked up among our own mappings.
+    """
     try:
-        # A name may have a CR, which is no end of a line.
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape", newline="\n") as maps:
-            # address perms offset dev inode path (proc(5))
-            words = (line.split(None, 5) for line in maps)
-            return any(len(each) > 4 and each[1].endswith("s") and each[4] == str(inode) for each in words)
+        with mmap.mmap(fd, min(file.st_size, mmap.PAGESIZE), flags=mmap.MAP_SHARED, prot=mmap.PROT_READ):
+            return frozenset(device for device, inode in _shared_maps("self") if inode == file.st_ino) or None
+    except (OSError, ValueError):
+        # It is empty, or of a filesystem that maps nothing: then any file of that number is taken for it.
+        return None
+
+
+def _has_mapped(pid: int, inode: int, devices: frozenset[str] | None) -> bool:
+    try:
+        return any(
+            inode == number and (devices is None or device in devices) for device, number in _shared_maps(pid)
+        )
     except OSError as err:
         sysfs.raise_lack(err)
         return False
+
+
+def _shared_maps(pid: int | str) -> Iterator[tuple[str, int]]:
+    """Yield device and inode of all that a process maps and shares with others; raises OSError."""
+    # A name may have a CR, which is no end of a line.
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape", newline="\n") as maps:
+        for line in maps:
+            # address perms offset dev inode path (proc(5))
+            words = line.split(None, 5)
+            if len(words) > 4 and words[1].endswith("s"):
+                yield words[3], int(words[4])
 
 
 def _facts(pid: int | str, fd: str) -> dict[str, str]:

@@ -91,10 +91,6 @@ def path(tmp_path: Path) -> Iterator[Path]:
     with loop_device(tmp_path / "ext4.img", size=32 * MIB) as device:
         call("mkfs.ext4", "-q", "-O", "^has_journal", device)
         with mounted(device, tmp_path / "ext4") as folder:
-            # /proc tells the inode of a mapping and not its filesystem: servers of tests beside this one map
-            # files too, with the first numbers of theirs.
-            for number in range(2000):
-                (folder / f"{number}").touch()
             path = folder / "disk.img"
             path.write_bytes(random.Random(1).randbytes(SIZE))
             yield path

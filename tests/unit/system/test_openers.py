@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,5 +45,38 @@ def test_a_name_with_a_cr_is_mapped(tmp_path: Path) -> None:
     fd = os.open(file, os.O_RDONLY)
     with mmap.mmap(fd, 1, prot=mmap.PROT_READ):
         os.close(fd)
-        assert os.getpid() in openers.file_writers(file.stat())
-        assert os.getpid() not in openers.file_writers(other.stat())
+        assert os.getpid() in writers_of(file)
+        assert os.getpid() not in writers_of(other)
+
+
+def writers_of(file: Path) -> set[int]:
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        return set(openers.file_writers(fd))
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_it"),
+    [("08:01", "08:01", True), ("08:01", "00:2a", False), (None, "00:2a", True)],
+)
+def test_a_mapping_of_that_number_on_another_filesystem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str | None, theirs: str, *, is_it: bool
+) -> None:
+    """Where it is not found out what a mapping calls the filesystem the number alone counts."""
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    number = file.stat().st_ino
+
+    def shared_maps(pid: int | str) -> Iterator[tuple[str, int]]:
+        found = {"self": ours, os.getpid(): theirs}.get(pid)
+        yield from [(found, number)] if found else []
+
+    monkeypatch.setattr(openers, "_shared_maps", shared_maps)
+    assert (os.getpid() in writers_of(file)) is is_it
+
+
+def test_an_empty_file_is_mapped_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert os.getpid() not in writers_of(tmp_path / "empty")
