@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from blocksnap.cli.context import Settings, common_options
+from blocksnap.cli.ending import end_before
 from blocksnap.cli.output import (
     format_age,
     format_size,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from blocksnap.repository.repository import Repository
     from blocksnap.repository.stored import StoredBackup
     from blocksnap.volumes.base import Volume
+
+Result = TypeVar("Result")
 
 
 class TagType(click.ParamType[tuple[str, str]]):
@@ -173,16 +176,23 @@ def backup_command(
     groups = [resolved] if job_settings.group else [[volume] for volume in resolved]
     complete = partial(_with_what_belongs_to_it, settings, luks_headers=job_settings.luks_headers)
     if dry_run:
-        plans = [
-            plan
-            for group in map(complete, groups)
-            for plan in plan_backups(repository, group, settings.state_directory, options, settings.reporter)
-        ]
+        state, reporter = settings.state_directory, settings.reporter
+        plans = _in_turn(
+            settings,
+            groups,
+            lambda group: plan_backups(repository, complete(group), state, options, reporter),
+            failed,
+        )
         if settings.json:
             print_json_line({"event": "done", "backups": [], "plans": plans})
-        return
-    results = _back_up_groups(settings, repository, groups, complete, options, failed)
-    _show_backups(settings, results)
+    else:
+        results = _in_turn(
+            settings,
+            groups,
+            lambda group: _back_up_group(settings, repository, complete(group), options),
+            failed,
+        )
+        _show_backups(settings, results)
     if failed:
         click.get_current_context().exit(failed[0].exit_code)
 
@@ -308,7 +318,10 @@ def _volumes_of(
 
 
 def _with_what_belongs_to_it(settings: Settings, group: list[Volume], *, luks_headers: bool) -> list[Volume]:
-    """Return a group with the subvolumes in its own, and the LUKS headers below it if the job wants them."""
+    """Return a group with the subvolumes in its own, and the LUKS headers below it if the job wants them.
+
+    They are looked for when the turn of the group comes: those before it may take hours.
+    """
     from blocksnap.operations.grouping import with_nested
 
     group = with_nested(group, settings.reporter)
@@ -319,46 +332,48 @@ def _with_what_belongs_to_it(settings: Settings, group: list[Volume], *, luks_he
     return group
 
 
-def _back_up_groups(
+def _in_turn(
     settings: Settings,
-    repository: Repository,
     groups: list[list[Volume]],
-    complete: Callable[[list[Volume]], list[Volume]],
-    options: BackupOptions,
+    work: Callable[[list[Volume]], list[Result]],
     failed: list[BlocksnapError],
-) -> list[StoredBackup]:
-    """Back up one group after the other; one that fails does not keep the others from being tried.
+) -> list[Result]:
+    """Do something with one group after the other; one that fails does not keep the others from being tried.
 
-    What belongs to a group is looked for when its turn comes: the groups before it may take hours.
+    Where there is no other its error is raised.
     """
-    from blocksnap.cli.trust import has_lost_newest, remember_newest
-    from blocksnap.operations.backup import back_up
-
-    reporter, state = settings.reporter, settings.state_directory
-    results: list[StoredBackup] = []
+    results: list[Result] = []
     is_only = len(groups) == 1 and not failed
-    for named in groups:
+    for group in groups:
         try:
-            group = complete(named)
-            for volume in group:
-                if has_lost_newest(repository, state, volume.key):
-                    reporter.warn(
-                        f"the newest backup of {volume.name} that this host made is not in the repository "
-                        "any more",
-                        resolution="find out who removed it, or put an older state of the repository there",
-                    )
-            stored = back_up(repository, group, state, options, reporter)
+            results += work(group)
         except BrokenPipeError:
             # Nobody hears of the others either.
             raise
         except (BlocksnapError, OSError, UnicodeError) as err:
-            if is_only:
+            # Where a signal has begun to end all, further ones are not heard.
+            if is_only or end_before(err) is not None:
                 raise
             _note_failure(settings, err if isinstance(err, BlocksnapError) else UnforeseenError(err), failed)
-            continue
-        remember_newest(repository, state, stored)
-        results += stored
     return results
+
+
+def _back_up_group(
+    settings: Settings, repository: Repository, group: list[Volume], options: BackupOptions
+) -> list[StoredBackup]:
+    from blocksnap.cli.trust import has_lost_newest, remember_newest
+    from blocksnap.operations.backup import back_up
+
+    state = settings.state_directory
+    for volume in group:
+        if has_lost_newest(repository, state, volume.key):
+            settings.reporter.warn(
+                f"the newest backup of {volume.name} that this host made is not in the repository any more",
+                resolution="find out who removed it, or put an older state of the repository there",
+            )
+    stored = back_up(repository, group, state, options, settings.reporter)
+    remember_newest(repository, state, stored)
+    return stored
 
 
 def _note_failure(settings: Settings, err: BlocksnapError, failed: list[BlocksnapError]) -> None:

@@ -185,7 +185,7 @@ def clean_up(
             continue
         _remove(leftover, force=force, found=found)
     for entry in dead:
-        if entry.run not in found.kept and entry.standstill() is None and not _may_grow(entry):
+        if entry.run not in found.kept and entry.standstill() is None and not _may_grow(entry, found):
             close_entry(entry)
     if report is not None:
         _remove_bases_of_nothing(report, state_directory, found)
@@ -307,11 +307,13 @@ def _resume_origins(dead: Collection[Entry], report: LvReport, found: _Findings)
     }
     for uuid, run in runs.items():
         lv = report.find_uuid(uuid)
-        if lv is None or lv.number is None or not devmapper.is_suspended(lv.number):
+        if lv is None or lv.number is None:
             continue
-        # An LVM command that is at work suspends for some milliseconds, and resumes itself.
-        time.sleep(_SECOND_LOOK_SECONDS)
         try:
+            if not devmapper.is_suspended(lv.number):
+                continue
+            # An LVM command that is at work suspends for some milliseconds, and resumes itself.
+            time.sleep(_SECOND_LOOK_SECONDS)
             at_work = host.processes(_SUSPENDING)
             if not devmapper.is_suspended(lv.number):
                 continue
@@ -323,7 +325,7 @@ def _resume_origins(dead: Collection[Entry], report: LvReport, found: _Findings)
                 found.removed.append(f"resumed {lv.full_name}, which run {run} left suspended")
         except (BlocksnapError, OSError) as err:
             found.kept.add(run)
-            found.warnings.append(f"cannot resume {lv.full_name}, which is suspended: {err}")
+            found.warnings.append(f"cannot resume {lv.full_name}, which may be suspended: {err}")
 
 
 def _release_holds(entry: Entry, report: LvReport, found: _Findings) -> None:
@@ -378,10 +380,14 @@ def parse_lvm_time(text: str) -> float | None:
         return None
 
 
-def _may_grow(entry: Entry) -> bool:
+def _may_grow(entry: Entry, found: _Findings) -> bool:
     """Whether a run that died, or gave up, while it took its snapshots may get one yet."""
     taken = any(step.get("step") == "taken" for step in entry.steps)
-    return not taken and any(may_come_yet(trace) for trace in entry.traces())
+    try:
+        return not taken and any(may_come_yet(trace) for trace in entry.traces())
+    except OSError as err:
+        found.warnings.append(f"run {entry.run} is looked for again: it cannot be told what runs here: {err}")
+        return True
 
 
 def _concerns(entry: Entry, volumes: Collection[str] | None) -> bool:

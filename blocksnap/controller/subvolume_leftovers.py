@@ -15,6 +15,7 @@ from uuid import UUID
 from blocksnap.controller.findings import Finding
 from blocksnap.controller.journal import Entry
 from blocksnap.errors import BlocksnapError
+from blocksnap.system.mounts import read_mounts
 
 if TYPE_CHECKING:
     from blocksnap.system.mounts import Mount
@@ -76,7 +77,17 @@ def examine_subvolumes(entries: Collection[Entry], mounts: Collection[Mount]) ->
             message = f"run {entry.run} may have left it, and the filesystem is not mounted"
             yield Finding("warning", "leftover", name, message, "mount it, and run: blocksnap doctor --fix")
     for filesystem in sorted(_filesystems(mounts), key=str):
-        for snapshot in _snapshots_on(filesystem):
+        from blocksnap.system.btrfs_places import NotReachedError
+        from blocksnap.volumes.subvolume import snapshots_on
+
+        try:
+            snapshots = snapshots_on(filesystem)
+        except NotReachedError as err:
+            # One that was unmounted meanwhile, or is mounted for reading only, does not keep the others.
+            if filesystem in _filesystems([mount for mount in read_mounts() if not mount.read_only]):
+                yield Finding("error", "leftover", f"btrfs {filesystem}", f"cannot be looked at: {err.brief}")
+            continue
+        for snapshot in snapshots:
             if (str(filesystem), snapshot) not in known:
                 yield Finding(
                     "warning",
@@ -85,17 +96,6 @@ def examine_subvolumes(entries: Collection[Entry], mounts: Collection[Mount]) ->
                     "a snapshot of ours whose run this state directory does not know",
                     "if no other run is using it: mount -o subvolid=5, and btrfs subvolume delete it",
                 )
-
-
-def _snapshots_on(filesystem: UUID) -> list[str]:
-    from blocksnap.system.btrfs_places import NotReachedError
-    from blocksnap.volumes.subvolume import snapshots_on
-
-    try:
-        return snapshots_on(filesystem)
-    except NotReachedError:
-        # Unmounted meanwhile; or mounted only for reading, where no run can have made one since.
-        return []
 
 
 def _announced(entries: Collection[Entry]) -> Iterator[tuple[Entry, dict[str, str], str]]:

@@ -8,8 +8,9 @@ import os
 from blocksnap.restore.unkept import Unkept
 
 _NONE = frozenset({errno.EOPNOTSUPP, errno.EPERM})
-_LABEL = "security.selinux"
-"""It belongs to the host on which a file is: a policy gives it."""
+_OTHERS = frozenset({"security.selinux", "trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"})
+"""What is no loss: the first belongs to the host on which a file is, whose policy gives it, and the others
+are what XFS calls ACLs besides (fs/xfs/xfs_xattr.c)."""
 
 
 def note_lost(source: str, made: str, shown: str, unkept: Unkept) -> None:
@@ -21,7 +22,7 @@ def note_lost(source: str, made: str, shown: str, unkept: Unkept) -> None:
     while waiting:
         original, copy, name = waiting.pop()
         try:
-            for lost in sorted(_names(original) - _names(copy) - {_LABEL}):
+            for lost in sorted(_names(original) - _names(copy) - _OTHERS):
                 unkept.note(f"extended attribute {lost}", os.fsencode(name))
             waiting += _below(original, copy, name)
         except OSError as err:

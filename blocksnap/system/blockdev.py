@@ -82,6 +82,7 @@ def node_of(number: int) -> str:
     try:
         text = sysfs.exact_text(sysfs_folder(number) / "uevent")
     except OSError as err:
+        sysfs.raise_lack(err)
         raise NoDeviceError(number_text(number), "it is not there") from err
     for line in text.splitlines():
         if line.startswith("DEVNAME="):

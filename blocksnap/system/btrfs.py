@@ -40,7 +40,8 @@ _SEARCH_KEY = struct.Struct("<7Q4I32x")
 _SEARCH_BYTES = 4096
 _SEARCH_HEADER = struct.Struct("<3Q2I")
 # linux/btrfs_tree.h
-_ROOT_TREE, _DATA_RELOCATION_TREE, _ROOT_ITEM, _INODE_ITEM, _INODE_REF = 1, (1 << 64) - 9, 132, 1, 12
+_ROOT_TREE, _DATA_RELOCATION_TREE = 1, (1 << 64) - 9
+_INODE_ITEM, _INODE_REF, _ROOT_ITEM, _ROOT_BACKREF = 1, 12, 132, 144
 _INODE_STAMP = struct.Struct("<QQ36xI68xqI")
 _ROOT_GENERATION_AT, _ROOT_LAST_SNAPSHOT_AT = 160, 200
 NEVER_TOLD: Final = (1 << 64) - 1
@@ -243,6 +244,17 @@ def last_snapshot(fd: int, tree_id: int) -> int:
     (kernel: fs/btrfs/transaction.c, create_pending_snapshot; relocation.c, create_reloc_root)
     """
     return _root_field(fd, tree_id, _ROOT_LAST_SNAPSHOT_AT, "ask btrfs when a snapshot was taken") or 0
+
+
+def has_name(fd: int, tree_id: int) -> bool:
+    """Tell whether a subvolume has a name in another; one that is deleted loses it at once.
+
+    Raises BtrfsError. Needs CAP_SYS_ADMIN. (kernel: fs/btrfs/inode.c, btrfs_unlink_subvol)
+    """
+    try:
+        return _search(fd, _ROOT_TREE, tree_id, _ROOT_BACKREF) is not None
+    except OSError as err:
+        raise BtrfsError("look for a subvolume", err) from err
 
 
 def inode_stamp(fd: int, tree_id: int, inode: int) -> InodeStamp | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import struct
@@ -121,10 +120,13 @@ def _backing(number: int) -> tuple[int, int] | None:
         # It is not attached.
         sysfs.raise_lack(err)
         return None
-    with contextlib.suppress(OSError):
+    try:
         mount = mounts.mount_under(path)
         if mount is not None and os.stat(path).st_dev == device:
             return mount.device, device
+    except OSError as err:
+        # The path leads elsewhere here.
+        sysfs.raise_lack(err)
     return device, device
 
 

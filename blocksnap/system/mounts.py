@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
@@ -77,12 +76,17 @@ def mounts_of(number: int, mounts: list[Mount] | None = None) -> list[Mount]:
 def flush_filesystem(number: int) -> None:
     """Write out what is dirty in the filesystem that is mounted from a device, if there is one (syncfs).
 
-    It only spares time later: where no place it is mounted at can be opened, nothing is done.
+    It only spares time later: where no place it is mounted at can be opened, nothing is done. Raises
+    CommandError where it cannot write.
     """
     for mount in mounts_of(number):
-        # It may be unmounted there meanwhile, or lie under another mount.
-        with contextlib.suppress(CommandError):
+        try:
             flush(mount.point)
+        except CommandError as err:
+            # It may be unmounted there meanwhile, or lie below another mount (coreutils: src/sync.c).
+            if "error opening" not in err.message:
+                raise
+        else:
             return
 
 

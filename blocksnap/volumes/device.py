@@ -96,12 +96,15 @@ class FileSnapshot(ColdSnapshot):
             raise NoSuchVolumeError(path, os.strerror(err.errno or 0)) from err
         super().__init__(fd)
         self._path = path
-        self._writers: Writers | None = None if quiet else who_writes(fd)
-        if self._writers == "running":
+        try:
+            self._writers: Writers | None = None if quiet else who_writes(fd)
+            if self._writers == "running":
+                raise FileInUseError(path)
+            self._state = self._look_when_settled()
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        except BaseException:
             self.remove()
-            raise FileInUseError(path)
-        self._state = self._look_when_settled()
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            raise
 
     @property
     def size(self) -> int:

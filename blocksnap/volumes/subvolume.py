@@ -38,6 +38,8 @@ from blocksnap.volumes.errors import NoSuchVolumeError, SnapshotLostError
 TRACE = "btrfs"
 """Kind of the traces that a run leaves in the journal."""
 PREFIX = ".blocksnap-"
+_LOOKS = 3
+_PAUSE_SECONDS = 0.02
 Left = Literal["removed", "nothing", "unreachable", "foreign"]
 
 
@@ -115,16 +117,19 @@ class SubvolumeVolume:
         return found
 
     def has_gone(self) -> bool:
-        """Tell whether it was found in another, and has been deleted or replaced since."""
+        """Tell whether it was found in another, and has been deleted since: one that was renamed has not."""
         if not self._is_nested:
             return False
         try:
-            os.close(self._open())
-        except (btrfs.NoSubvolumeError, NoSuchVolumeError):
-            return True
-        except btrfs.BtrfsError as err:
-            return err.errno == errno.ENOENT
-        return False
+            with open_top(self._filesystem) as top:
+                for _ in range(_LOOKS):
+                    if btrfs.has_name(top, self._info.tree_id):
+                        return False
+                    # While it is renamed it has none.
+                    time.sleep(_PAUSE_SECONDS)
+        except BlocksnapError:
+            return False
+        return True
 
     def trace(self, run: str) -> Trace | None:
         """Return the name that the snapshot of a run will have, and of what it is."""
@@ -231,16 +236,23 @@ class SubvolumeSnapshot:
 
     def flush_source(self) -> None:
         """Write out and commit what is dirty in the filesystem; raises CommandError."""
-        self._volume.flush()
+        # By the snapshot: the subvolume may be gone by now.
+        mounts.flush(f"/proc/{os.getpid()}/fd/{self._fd}")
 
     def source_is_as_it_was(self) -> bool:
         """Tell whether nothing that was written out since the snapshot changed the subvolume.
 
         Where all was written out before, it is then a snapshot of any later instant too, up to that. The
         kernel tells the generation of the last commit, and a write to a file shows in it only when the data
-        is on the disk.
+        is on the disk. Of one that has been deleted since nothing has to fit to the others.
         """
-        return btrfs.subvolume_info(self._source_fd).generation <= self._info.snapshot_transaction
+        try:
+            now = btrfs.subvolume_info(self._source_fd)
+        except btrfs.BtrfsError as err:
+            if err.errno != errno.ENOENT:
+                raise
+            return True
+        return now.generation <= self._info.snapshot_transaction
 
     def check(self) -> None:
         """Make sure that it is still there, and still read-only."""

@@ -26,7 +26,7 @@ from support.loops import call, loop_device, unmount
 MIB = 1 << 20
 # Whoever looks at new devices has one open for a moment, udev or LVM, and then it cannot be taken away.
 COMING_AND_GOING = """
-while [ -e "$4" ]; do
+while [ -e "$4" ] && kill -0 "$5"; do
     until mount "$1" "$2" || [ ! -e "$4" ]; do :; done
     until umount "$2" || ! mountpoint -q "$2"; do :; done
     until addpart "$3" 1 2048 4096 || [ ! -e "$4" ]; do :; done
@@ -46,9 +46,9 @@ def coming_and_going(folder: Path) -> Iterator[None]:
         loop_device(folder / "parted.img", size=8 * MIB) as parted,
     ):
         call("mkfs.btrfs", "-q", device)
-        # A namespace of its own: nobody who copies ours has a mount of it and keeps it.
-        argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", COMING_AND_GOING, "sh"]
-        others = subprocess.Popen([*argv, device, point, parted, goes_on])
+        # A namespace of its own: nobody who copies ours keeps a mount of it, and it keeps none of ours.
+        argv = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", COMING_AND_GOING, "sh"]
+        others = subprocess.Popen([*argv, device, point, parted, goes_on, str(os.getpid())])
         try:
             yield
             assert others.poll() is None
@@ -119,6 +119,41 @@ def test_a_nested_subvolume_goes_before_its_snapshot(lab: BtrfsLab, tmp_path: Pa
     assert read_entries(tmp_path / "state") == []
 
 
+def test_a_nested_subvolume_that_is_renamed_is_not_left_out(lab: BtrfsLab, tmp_path: Path) -> None:
+    calls.create_subvolume(str(lab.live / "b"))
+    volume = SubvolumeVolume(str(lab.live))
+    group = [volume, *volume.nested()]
+    (lab.live / "b").rename(lab.live / "c")
+    with pytest.raises(NoSubvolumeError), SnapshotSession(group, "run", tmp_path / "state"):
+        pass
+    assert snapshots_on(volume.filesystem) == []
+
+
+class Goes(SubvolumeVolume):
+    """A subvolume that is deleted when it has its snapshot."""
+
+    def take_snapshot(self, run: str, ledger: Ledger | None = None) -> SubvolumeSnapshot:
+        snapshot = super().take_snapshot(run, ledger)
+        calls.delete_subvolume(self.name)
+        return snapshot
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_nested_subvolume_that_goes_after_its_snapshot_is_in_the_backup(
+    lab: BtrfsLab, tmp_path: Path, which: int
+) -> None:
+    for name in ("a", "b"):
+        calls.create_subvolume(str(lab.live / name))
+    volume = SubvolumeVolume(str(lab.live))
+    nested: list[SubvolumeVolume] = [SubvolumeVolume(str(lab.live / name), is_nested=True) for name in "ab"]
+    nested[which] = Goes(nested[which].name, is_nested=True)
+    with SnapshotSession([volume, *nested], "run", tmp_path / "state") as session:
+        # Its name went from the one that it was in.
+        assert (session.gone, len(session.snapshots), session.torn) == ((), 3, (volume.name,))
+    assert session.warnings == []
+    assert snapshots_on(volume.filesystem) == []
+
+
 def test_one_that_was_named_and_goes_is_no_backup(lab: BtrfsLab, tmp_path: Path) -> None:
     calls.create_subvolume(str(lab.live / "b"))
     named = SubvolumeVolume(str(lab.live / "b"))
@@ -144,8 +179,13 @@ def test_backups_while_nested_subvolumes_come_and_go(
     try:
         for number in range(12):
             (lab.live / "file").write_text(f"{number}\n")
-            backups = json.loads(blocksnap.done("backup", "--json", lab.live).splitlines()[-1])["backups"]
-            assert backups[0]["volume"] == str(lab.live)
+            code, out, err = blocksnap("backup", "--json", lab.live)
+            done = [json.loads(line) for line in out.splitlines()]
+            assert done[-1]["backups"][0]["volume"] == str(lab.live)
+            # One that comes or goes between the first snapshot and the last is a write.
+            warnings = [each["message"] for each in done if each["event"] == "warning"]
+            assert (code, len(warnings)) in ((0, 0), (3, 1)), (err, warnings)
+            assert all(each.startswith("not of the same instant") for each in warnings)
         assert others.poll() is None, others.communicate()[1]
     finally:
         goes_on.unlink()

@@ -125,6 +125,9 @@ def test_one_that_is_missing_does_not_keep_the_others(blocksnap: Configured, tmp
     assert [each["volume"] for each in done.backups] == [f"{tmp_path}/two.img"]
     (warning,) = [event for event in done.events if event["event"] == "warning"]
     assert f"there is no volume {tmp_path}/gone.img" in warning["message"]
+    planned = blocksnap("backup", "--job", "apart", "--dry-run", "--json")
+    assert planned.code == 14, planned
+    assert [plan["volume"] for plan in planned.events[-1]["plans"]] == [f"{tmp_path}/two.img"]
     (tmp_path / "two.img").unlink()
     gone = blocksnap("backup", "--job", "apart")
     assert (gone.code, len(gone.errors)) == (14, 1), gone

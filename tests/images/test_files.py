@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from support.commands import CommandLine
 from support.loops import call, loop_device, mounted, unmount
 from support.repositories import harm_largest_pack
+from support.require import require
 
 MIB = 1 << 20
 
@@ -122,6 +125,26 @@ def test_what_cannot_be_kept_is_told(blocksnap: CommandLine, tmp_path: Path) -> 
         assert len(os.listdir(out / "etc" / "deep")) == 5
     finally:
         unmount(out)
+
+
+def test_an_acl_has_two_names_on_xfs_and_is_kept(blocksnap: CommandLine, tmp_path: Path) -> None:
+    require("xfs", shutil.which("mkfs.xfs") is not None, "no mkfs.xfs")
+    entries = ((1, 6, -1), (2, 4, 1234), (4, 4, -1), (16, 4, -1), (32, 0, -1))
+    # linux/posix_acl_xattr.h: version, and tag, permissions and id of each.
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    image, out = tmp_path / "volume.img", tmp_path / "out"
+    with loop_device(image, size=304 * MIB) as device:
+        call("mkfs.xfs", "-q", device)
+        with mounted(device, tmp_path / "work") as folder:
+            (folder / "file").write_text("a = 1\n")
+            os.setxattr(folder / "file", "system.posix_acl_access", acl)
+            assert "trusted.SGI_ACL_FILE" in os.listxattr(folder / "file")
+    blocksnap.done("backup", image, "-q")
+    with loop_device(tmp_path / "target.img", size=16 * MIB) as device:
+        call("mkfs.ext4", "-q", device)
+        with mounted(device, out):
+            blocksnap.done("files", "latest", "file", "--to", out)
+            assert os.getxattr(out / "file", "system.posix_acl_access") == acl
 
 
 def test_what_cannot_be_read_is_not_there_in_part(

@@ -62,6 +62,9 @@ def test_rounds(tmp_path: Path, options: tuple[str, ...], hint: str | None) -> N
         for number in range(1, ROUNDS + 1):
             for _ in range(rng.randint(1, 8)):
                 image.disturb()
+            # Chance may have refused an operation each time that it has chosen it.
+            for name in sorted(set(OPERATIONS) - set(image.counted)) if number == ROUNDS else ():
+                image.insist(name)
             # An application that is not stopped, in every other round.
             if number % 2:
                 clone = image.clone(f"clone-{number}")
@@ -80,9 +83,6 @@ def test_rounds(tmp_path: Path, options: tuple[str, ...], hint: str | None) -> N
                 remembered.pop(gone)
         for clone in clones:
             remove(clone)
-        # Chance may have refused an operation each time that it has chosen it.
-        for name in sorted(set(OPERATIONS) - set(image.counted)):
-            image.insist(name)
         counted = image.counted
     print(f"\n{tally} {dict(sorted(counted.items()))}")
     if ROUNDS >= 40:

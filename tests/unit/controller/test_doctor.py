@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -19,7 +20,7 @@ from blocksnap.controller.journal import Journal, read_entries
 from blocksnap.controller.lock import VolumeLocks
 from blocksnap.controller.settings import LimitSettings
 from blocksnap.errors import BlocksnapError
-from blocksnap.system import devmapper, lvm, lvm_config
+from blocksnap.system import devmapper, host, lvm, lvm_config
 from blocksnap.system.btrfs_places import NotReachedError
 from blocksnap.system.devmapper import LvmIdentity, PoolStatus
 from blocksnap.system.lvm_report import parse_report
@@ -468,7 +469,34 @@ def test_a_filesystem_that_is_not_reached_does_not_keep_the_others(monkeypatch: 
             raise NotReachedError(filesystem, "it is not mounted")
         return [".blocksnap-x"]
 
-    monkeypatch.setattr(subvolume_leftovers, "_filesystems", lambda _: {gone, there})
+    looks = [{gone, there}, {there}, {gone, there}, {gone, there}]
+    monkeypatch.setattr(subvolume_leftovers, "_filesystems", lambda _: looks.pop(0))
     monkeypatch.setattr(subvolume, "snapshots_on", snapshots_on)
     (found,) = subvolume_leftovers.examine_subvolumes([], [])
     assert found.subject == f".blocksnap-x on btrfs {there}"
+    # It is mounted for writing all the same.
+    first, second = subvolume_leftovers.examine_subvolumes([], [])
+    assert (first.severity, first.subject) == ("error", f"btrfs {gone}")
+    assert second == found
+
+
+def test_where_it_cannot_be_told_what_runs_a_dead_run_is_looked_for_again(
+    mock: MockCommands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in ("d1", "d2"):
+        dead_run(tmp_path, run)
+    mock.add("lvs", out=report_text(*thin_rows("data")))
+
+    def processes(_: object) -> list[int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(host, "processes", processes)
+    done = doctor.fix(str(tmp_path))
+    assert [warning.split(":")[0] for warning in done.warnings] == [
+        f"run {run} is looked for again" for run in ("d1", "d2")
+    ]
+    assert len(read_entries(tmp_path)) == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", mock.path)
+    assert doctor.fix(str(tmp_path)).warnings == ()
+    assert read_entries(tmp_path) == []

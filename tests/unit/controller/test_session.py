@@ -289,7 +289,7 @@ def test_what_cannot_be_told_does_not_end_a_recovery(monkeypatch: pytest.MonkeyP
     recover_module._resume_origins(cast("Any", [entry]), cast("Any", report), found)
     assert (found.removed, found.kept) == ([], {"r"})
     (warning,) = found.warnings
-    assert warning.startswith("cannot resume vg/a, which is suspended: ")
+    assert warning.startswith("cannot resume vg/a, which may be suspended: ")
 
 
 # What dead runs left.

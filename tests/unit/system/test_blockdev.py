@@ -331,7 +331,11 @@ def test_a_device_with_users_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
     assert held.now == 0
 
 
-def test_a_busy_device_may_go_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    Held(monkeypatch, 1000, [])
-    with pytest.raises(blockdev.NoDeviceError):
-        blockdev.open_exclusive("/nowhere", writable=False)
+def test_a_busy_device_may_go_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = tmp_path / "node"
+    node.touch()
+    held = Held(monkeypatch, 1000, [])
+    monkeypatch.setattr("blocksnap.system.blockdev.time.sleep", lambda _: node.unlink())
+    with pytest.raises(blockdev.NoDeviceError, match="No such file"):
+        blockdev.open_exclusive(str(node), writable=False)
+    assert held.left < 1000

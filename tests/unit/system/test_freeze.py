@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap.system import blockdev, freeze, mounts
+from blocksnap.system import blockdev, freeze, mounts, sysfs
 
 LOOP = os.makedev(7, 5)
 
@@ -44,5 +44,26 @@ def test_only_a_loop_device_without_a_file_has_no_filesystem(
     if code == errno.ENXIO:
         assert freeze.backing_filesystem(LOOP) is None
         return
+    with pytest.raises(OSError, match="open files"):
+        freeze.backing_filesystem(LOOP)
+
+
+@pytest.mark.parametrize("which", ["uevent", "mountinfo"])
+def test_where_files_run_out_no_loop_device_is_passed_over(
+    image: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """Whatever lies on it would not stand still."""
+    real, looks = sysfs.exact_text, {"mountinfo": 1, "uevent": 0}
+    if which == "mountinfo":
+        monkeypatch.setattr(freeze, "_device_of_file", lambda _: image.stat().st_dev)
+
+    def exact_text(path: Path) -> str:
+        if path.name in looks:
+            looks[path.name] -= 1
+        if path.name == which and looks[which] < 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path)
+
+    monkeypatch.setattr(sysfs, "exact_text", exact_text)
     with pytest.raises(OSError, match="open files"):
         freeze.backing_filesystem(LOOP)

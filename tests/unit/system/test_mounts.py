@@ -114,17 +114,22 @@ def test_a_filesystem_is_flushed_where_it_can_be(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mounts, "read_mounts", lambda: found)
     flushed: list[str] = []
     failing = {"/a"}
+    said = "error opening"
 
     def flush(point: str) -> None:
         flushed.append(point)
         if point in failing:
-            raise CommandError("sync", 1, "No such file or directory")
+            raise CommandError("sync", 1, f"sync: {said} '{point}': No such file or directory")
 
     monkeypatch.setattr(mounts, "flush", flush)
     mounts.flush_filesystem(os.makedev(7, 5))
     assert flushed == ["/a", "/b"]
     failing.add("/b")
     mounts.flush_filesystem(os.makedev(7, 5))
+    # What was written is lost.
+    said = "error syncing"
+    with pytest.raises(CommandError, match="error syncing"):
+        mounts.flush_filesystem(os.makedev(7, 5))
     failing.clear()
     flushed.clear()
     mounts.flush_filesystem(os.makedev(7, 5))
