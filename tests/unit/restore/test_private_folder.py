@@ -78,7 +78,7 @@ def test_a_file_of_an_image_goes_nowhere_else(
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}:{os.environ['PATH']}")
     request = {"backup": "x", "path": "shadow", "to": str(home)}
-    assert list(answers()["copy"](inner_with(backup), request)) == [{"path": f"{home}/shadow"}]
+    assert list(answers()["copy"](inner_with(backup), request)) == [{"made": f"{home}/shadow"}]
     assert (home / "shadow").read_text() == "theirs"
     assert owner.found_nothing_but("shadow")
 
