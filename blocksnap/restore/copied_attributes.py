@@ -8,9 +8,10 @@ import os
 from blocksnap.restore.unkept import Unkept
 
 _NONE = frozenset({errno.EOPNOTSUPP, errno.EPERM})
-_OTHERS = frozenset({"security.selinux", "trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"})
-"""What is no loss: the first belongs to the host on which a file is, whose policy gives it, and the others
-are what XFS calls ACLs besides (fs/xfs/xfs_xattr.c)."""
+_OF_A_HOST = frozenset({"security.selinux", "security.evm"})
+"""The label is given by the policy of the host on which a file is, the seal made with a key of its own."""
+_SECOND_NAMES = frozenset({"trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"})
+"""What XFS calls ACLs besides (kernel: fs/xfs/xfs_xattr.c)."""
 
 
 def note_lost(source: str, made: str, shown: str, unkept: Unkept) -> None:
@@ -22,7 +23,7 @@ def note_lost(source: str, made: str, shown: str, unkept: Unkept) -> None:
     while waiting:
         original, copy, name = waiting.pop()
         try:
-            for lost in sorted(_names(original) - _names(copy) - _OTHERS):
+            for lost in sorted(_names(original) - _names(copy) - _OF_A_HOST - _SECOND_NAMES):
                 unkept.note(f"extended attribute {lost}", os.fsencode(name))
             waiting += _below(original, copy, name)
         except OSError as err:

@@ -191,7 +191,7 @@ def loop_devices_of(path: str) -> list[str]:
 
 
 def loop_numbers_of(path: str) -> list[int]:
-    """Return the same by their numbers, which need no nodes."""
+    """Return the numbers of the loop devices whose backing file is this one; they need no nodes."""
     return sysfs.numbers_of(_BLOCK / Path(node).name / "dev" for node in loop_devices_of(path))
 
 
