@@ -100,16 +100,14 @@ def test_only_the_command_line_prints_and_exits(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_no_pattern_ends_by_what_vanishes(path: Path) -> None:
     """``Path.glob`` raises where a directory that it has found is gone when it is looked into."""
+    is_in_system = relative(path).startswith("system/")
     for node in nodes(path):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "glob":
-            pattern = node.args[0]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = node.func.attr
             # In one folder nothing is looked into.
-            in_one_folder = isinstance(pattern, ast.Constant) and "/" not in str(pattern.value)
-            is_in_system = relative(path).startswith("system/")
-            is_module = ast.unparse(node.func.value) == "glob"
-            assert is_module or (in_one_folder and not is_in_system) or isinstance(pattern, ast.BinOp), (
-                f"line {node.lineno}: system/sysfs.py looks through what comes and goes"
-            )
+            looks_into = called == "rglob" or (called == "glob" and "/" in ast.unparse(node.args[0]))
+            may_vanish = looks_into or (is_in_system and called in {"glob", "iterdir"})
+            assert not may_vanish, f"line {node.lineno}: system/sysfs.py looks through what comes and goes"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)

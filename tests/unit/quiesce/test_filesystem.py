@@ -62,7 +62,9 @@ def test_what_is_unmounted_meanwhile_need_not_stand_still(tmp_path: Path, left: 
     if left == "empty":
         point.mkdir()
     decision = Decision(mounted_at(str(point), device=NOWHERE), action, "it lies above")
-    for quiescer in _stop(decision):
+    found = list(_stop(decision))
+    assert len(found) == (action == "flush")
+    for quiescer in found:
         quiescer.attend(Guard(None, 0))  # type: ignore[arg-type]
         quiescer.begin(0.0)
         quiescer.end(0.0)
